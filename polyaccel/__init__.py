@@ -1,0 +1,1 @@
+"""An LLM inference engine whose hardware is a plugin."""

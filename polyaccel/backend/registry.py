@@ -1,0 +1,183 @@
+"""Finding backends: which are installed, which can be used, and loading the one chosen.
+
+Discovery reads distribution metadata only. The API range is checked before anything of a plugin is imported, and a plugin
+that was not chosen is never imported. Listing uses importlib.metadata because stevedore loses the distribution of an entry
+point and keeps a cache on disk that can be minutes old; the one chosen is loaded by stevedore's ``DriverManager``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+from polyaccel.backend.backend import Availability, Backend
+from polyaccel.backend.errors import BackendUnavailable
+from polyaccel.backend.version import API_GROUP, API_VERSION, BACKENDS_GROUP, ApiRange, format_version
+
+INSTEAD = 'To run without it, pass backend="cpu".'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstalledBackend:
+    """One entry point, as its distribution's metadata states it. Nothing has been imported."""
+
+    name: str
+    target: str
+    distribution: str
+    version: str
+    api: str | None
+
+    @property
+    def origin(self) -> str:
+        return f"{self.distribution} {self.version} ({self.target})"
+
+    def api_refusal(self) -> str | None:
+        """Why the contract's version does not suit, with the line that fixes it; None if it does."""
+        line = f'[project.entry-points."{API_GROUP}"] {self.name} = "v{API_VERSION[0]}_{API_VERSION[1]}:v{API_VERSION[0]}_{API_VERSION[1]}"'
+        if self.api is None:
+            return f"{self.origin} states no API range; its pyproject.toml needs: {line}"
+        try:
+            accepted = ApiRange.parse(self.api).accepts(API_VERSION)
+        except ValueError as error:
+            return f"{self.origin}: {error}; its pyproject.toml needs: {line}"
+        if not accepted:
+            return f"{self.origin} works with API {self.api}, this is API {format_version(API_VERSION)}; install a matching version"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendStatus:
+    """A row of ``polyaccel backends``."""
+
+    name: str
+    origin: str
+    usable: bool
+    reason: str
+    devices: tuple[str, ...] = ()
+
+
+def installed() -> list[InstalledBackend]:
+    """Every installed backend, by name.
+
+    Raises:
+        BackendUnavailable: two distributions register the same name; it lists both.
+    """
+    ranges = {(e.name, _distribution(e)[0]): e.value for e in metadata.entry_points(group=API_GROUP)}
+    found: dict[str, InstalledBackend] = {}
+    for entry in metadata.entry_points(group=BACKENDS_GROUP):
+        distribution, version = _distribution(entry)
+        backend = InstalledBackend(
+            name=entry.name,
+            target=entry.value,
+            distribution=distribution,
+            version=version,
+            api=ranges.get((entry.name, distribution)),
+        )
+        other = found.get(entry.name)
+        if other is not None and other != backend:
+            raise BackendUnavailable(
+                f"two distributions register backend {entry.name!r}: {other.origin} and {backend.origin}; uninstall one"
+            )
+        found[entry.name] = backend
+    return [found[name] for name in sorted(found)]
+
+
+def load(name: str) -> Backend:
+    """Construct the backend called ``name``, importing only it.
+
+    Raises:
+        BackendUnavailable: not installed, wrong API range, or its import or constructor raised; names distribution, entry point
+            and cause.
+    """
+    known = {backend.name: backend for backend in installed()}
+    if name not in known:
+        raise BackendUnavailable(f"no backend {name!r} is installed; installed are {sorted(known)}")
+    return _construct(known[name])
+
+
+def choose(name: str = "auto") -> Backend:
+    """``load(name)`` and check that it is usable here; ``auto`` picks the usable backend of highest priority.
+
+    Raises:
+        BackendUnavailable: not usable, with the reason. For ``auto`` also when a backend's hardware is present but the backend
+            cannot be used, or an installed plugin is broken: starting on the CPU instead would be a silent fallback.
+    """
+    if name != "auto":
+        backend = load(name)
+        availability = backend.probe()
+        if not availability.usable:
+            raise BackendUnavailable(f"backend {name!r} cannot be used here: {availability.reason}")
+        return backend
+    candidates = [backend for backend in map(_construct, installed()) if backend.priority is not None]
+    candidates.sort(key=lambda backend: (-(backend.priority or 0), backend.name))
+    for backend in candidates:
+        availability = backend.probe()
+        if availability.usable:
+            return backend
+        if availability.hardware:
+            raise BackendUnavailable(
+                f"the hardware of backend {backend.name!r} is present but cannot be used: {availability.reason}. {INSTEAD}"
+            )
+    raise BackendUnavailable(f"no usable backend among {[backend.name for backend in candidates]}")
+
+
+def list_backends() -> list[BackendStatus]:
+    """Every installed backend with PASS or the reason why not; never raises for a broken one."""
+    rows: list[BackendStatus] = []
+    for entry in installed():
+        try:
+            availability = _construct(entry).probe()
+        except BackendUnavailable as error:
+            availability = Availability(usable=False, reason=str(error))
+        rows.append(
+            BackendStatus(
+                name=entry.name,
+                origin=entry.origin,
+                usable=availability.usable,
+                reason=availability.reason,
+                devices=availability.devices,
+            )
+        )
+    return rows
+
+
+def _distribution(entry: metadata.EntryPoint) -> tuple[str, str]:
+    distribution = entry.dist
+    return ("unknown distribution", "?") if distribution is None else (distribution.name, distribution.version)
+
+
+def _construct(entry: InstalledBackend) -> Backend:
+    refusal = entry.api_refusal()
+    if refusal is not None:
+        raise BackendUnavailable(f"backend {entry.name!r} is refused: {refusal}")
+    try:
+        factory = _factory(entry.name)
+        backend = factory()
+    except Exception as error:
+        raise BackendUnavailable(
+            f"backend {entry.name!r} of {entry.origin} is broken: {type(error).__name__}: {error}. {INSTEAD}"
+        ) from error
+    if not isinstance(backend, Backend):
+        raise BackendUnavailable(f"backend {entry.name!r} of {entry.origin} is a {type(backend).__name__}, not a Backend")
+    backend.name = entry.name
+    return backend
+
+
+def _factory(name: str) -> Callable[[], object]:
+    # stevedore's cache on disk can serve entry points of a distribution that was replaced within the last two minutes
+    # (the key's time stamp is a float32); the metadata read above is the truth, so a disagreement is settled by it.
+    from stevedore.driver import DriverManager
+    from stevedore.exception import NoMatches
+
+    try:
+        plugin: object = DriverManager(BACKENDS_GROUP, name, on_load_failure_callback=_raise, warn_on_missing_entrypoint=False).driver
+    except NoMatches:
+        plugin = next(iter(metadata.entry_points(group=BACKENDS_GROUP, name=name))).load()
+    if not callable(plugin):
+        raise TypeError(f"entry point {name!r} is {plugin!r}; expected a Backend class or a function that returns one")
+    return plugin
+
+
+def _raise(manager: object, entry: object, error: BaseException) -> None:
+    raise error
