@@ -59,6 +59,7 @@ class Backend(ABC):
     Attributes:
         name: as chosen by ``backend=``.
         priority: highest usable wins for ``backend="auto"``; None is never chosen so.
+        isolate: run in a worker process even with one rank, so that a device fault spares the caller (executor="auto").
         needs_equal_shards: head groups are zero-padded so that all ranks have equal shapes.
         ledger, launcher: what ran, and the guarded way to run it.
     """
@@ -66,6 +67,7 @@ class Backend(ABC):
     name: str
     priority: int | None = 0
     needs_equal_shards: bool = False
+    isolate: bool = True
 
     def __init__(self) -> None:
         self.ledger = Ledger()

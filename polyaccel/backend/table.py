@@ -28,6 +28,7 @@ class TableBackend(Backend):
     """
 
     priority = None
+    isolate = False
 
     def __init__(
         self, device: str | torch.device | Device, operators: Mapping[str, Implementations], *, name: str = "table"

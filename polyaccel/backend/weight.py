@@ -44,7 +44,8 @@ class WeightSpec:
     """A weight as this rank holds it: ``[sum of slices' n, k]``, or ``[experts, ...]`` of those.
 
     ``site`` names the place in the model and is how adapters find it. ``rank_rows`` is the room for adapters' rank rows
-    per slice (0: no adapter will ever be applied here). ``role`` says how the input and output relate to the other ranks.
+    per slice (0: no adapter will ever be applied here). ``lookup``: an embedding table, of which adapters look up columns
+    of A (``a: [rank, n]``, ``b: [k, rank]``) instead of multiplying by them (``a: [rank, k]``, ``b: [n, rank]``).
     """
 
     site: str
@@ -56,6 +57,7 @@ class WeightSpec:
     rank_rows: int = 0
     experts: int | None = None
     tied_to: str | None = None
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         if not self.slices or self.k < 0 or any(s.n < 0 for s in self.slices):

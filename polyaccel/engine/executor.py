@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from polyaccel.backend.adapter_store import SlotRange
 from polyaccel.engine.messages import Capacity, StepMessage, StepResult
+from polyaccel.lora.receipt import AdapterReceipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedHandle:
+    """An adapter that every rank has read, matched and packed; ``max_rank`` is the room it needs in rank rows."""
+
+    token: int
+    max_rank: int
 
 
 class Executor(ABC):
-    """Runs steps in the order they are submitted, on every rank."""
+    """Runs steps in the order they are submitted, on every rank.
+
+    ``submit``, ``collect`` and everything that changes workers is called by one thread, the engine's;
+    ``prepare_adapter`` may be called by any thread while steps run.
+    """
 
     capacity: Capacity
 
@@ -30,12 +44,44 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def load_adapter(self, name: str, path: str, where: SlotRange, **options: object) -> dict[str, object]:
-        """Load an adapter into a slot on every rank; returns the receipt of rank 0 once all ranks acknowledged."""
+    def prepare_adapter(self, path: str, *, allow_unmatched: bool = False, allow_no_effect: bool = False) -> PreparedHandle:
+        """Read, match and pack an adapter on every rank, beside running steps.
+
+        Raises:
+            AdapterError: it does not fit the model; nothing was changed on any rank.
+        """
+
+    @abstractmethod
+    def commit_adapter(self, handle: PreparedHandle, name: str, where: SlotRange, generation: int) -> AdapterReceipt:
+        """Write a prepared adapter into its slot on every rank; returns rank 0's receipt once all ranks acknowledged.
+
+        Raises:
+            UnsupportedError: policy strict refuses it; the slot is empty on every rank.
+        """
+
+    @abstractmethod
+    def discard_adapter(self, handle: PreparedHandle) -> None:
+        """Forget a prepared adapter that will not be committed."""
 
     @abstractmethod
     def clear_adapter(self, slot: int) -> None:
         """Empty a slot on every rank."""
+
+    @abstractmethod
+    def merge_adapter(self, path: str, weight: float) -> None:
+        """Add an adapter's deltas to the base weights on every rank. No step may be in flight."""
+
+    @abstractmethod
+    def unmerge_adapters(self) -> None:
+        """Restore the base weights bit for bit. No step may be in flight."""
+
+    @abstractmethod
+    def explain(self) -> list[dict[str, object]]:
+        """Plan, ledger and graph counts of every rank, in rank order."""
+
+    @abstractmethod
+    def collectives(self) -> list[list[tuple[str, int]]]:
+        """Each rank's traced collectives since the last call, as (kind, bytes)."""
 
     @abstractmethod
     def close(self) -> None:

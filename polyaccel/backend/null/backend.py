@@ -67,6 +67,7 @@ class NullBackend(Backend):
     """``latency``: seconds that every step takes on the fake device. ``script``: the token of a (seed, position)."""
 
     name = "null"
+    isolate = False
     priority = None
 
     def __init__(self, *, latency: float = 0.0, script: Script = default_script, graphs: bool = True) -> None:

@@ -1,0 +1,54 @@
+"""``polyaccel generate | chat | backends | explain | bench``. Options have the names of the Python API, with dashes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from polyaccel.backend.errors import PolyaccelError
+from polyaccel.cli import backends, bench, chat, explain, generate
+from polyaccel.cli.options import UsageError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed (the error is on stderr), 2 wrong usage."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except UsageError as error:
+        print(f"polyaccel: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except PolyaccelError as error:
+        print(f"polyaccel: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, for the program, its help and its documentation test."""
+    parser = argparse.ArgumentParser(prog="polyaccel", description="An LLM inference engine whose hardware is a plugin.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (generate, chat, backends, explain, bench):
+        module.add_parser(commands)
+    return parser
+
+
+def _version() -> str:
+    import polyaccel
+
+    return f"polyaccel {polyaccel.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,409 @@
+"""The engine core: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from polyaccel.backend.errors import ConfigurationError, EngineDead, RequestRejected, RequestTooLong
+from polyaccel.backend.sampling import SamplingRow
+from polyaccel.engine.adapter_table import AdapterTable, NoAdapters
+from polyaccel.engine.batch_state import BatchState
+from polyaccel.engine.events import FinishEvent, StepEvents
+from polyaccel.engine.executor import Executor
+from polyaccel.engine.messages import StepMessage, StepResult
+from polyaccel.engine.outputs import FinishReason
+from polyaccel.engine.prefix_cache import PrefixCache
+from polyaccel.engine.request import Request, Sequence
+from polyaccel.engine.results import finish_event, token_event
+from polyaccel.engine.sampling_params import SamplingParams
+from polyaccel.engine.scheduler import Plan, Scheduler
+from polyaccel.engine.step_builder import BuiltStep, StepBuilder
+from polyaccel.lora.mix import AdapterMix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreStats:
+    """A snapshot. ``running`` counts sequences in request slots; hits and queries count prompt tokens."""
+
+    running: int
+    waiting: int
+    kv_blocks: int
+    kv_blocks_used: int
+    cached_blocks: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    steps: int
+
+
+class EngineCore:
+    """Schedules requests onto an executor. Not thread-safe: one thread owns it and calls :meth:`step` while
+    :attr:`has_work`.
+
+    With ``overlap`` a step is submitted before the one before it is collected; the tokens are the same either way.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        adapters: AdapterTable | None = None,
+        *,
+        eos_token_ids: Items[int] = (),
+        overlap: bool = True,
+        max_batched_tokens: int = 2048,
+        prefix_caching: bool = True,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``seed`` starts the generator from which requests without a seed get theirs, in order of arrival.
+
+        Raises:
+            ConfigurationError: a budget below 1, or workers without room for one block and one request.
+        """
+        capacity = executor.capacity
+        if max_batched_tokens < 1:
+            raise ConfigurationError(f"max_batched_tokens={max_batched_tokens} must be at least 1")
+        if min(capacity.kv_blocks, capacity.kv_block_size, capacity.request_slots, capacity.max_model_len) < 1:
+            raise ConfigurationError(f"the workers have no room for a single request: {capacity}")
+        self._executor = executor
+        self._vocabulary = capacity.vocabulary
+        self.max_tokens = min(capacity.max_model_len, capacity.kv_blocks * capacity.kv_block_size)
+        """Tokens of the longest sequence that can be served, prompt included."""
+        self._eos = tuple(dict.fromkeys(eos_token_ids))
+        self._depth = 1 if overlap else 0
+        self._clock = clock
+        self._state = BatchState(capacity)
+        self._cache = PrefixCache(capacity.kv_blocks, capacity.kv_block_size, enabled=prefix_caching)
+        self._scheduler = Scheduler(capacity, self._state, self._cache, adapters or NoAdapters(), max_batched_tokens)
+        self._builder = StepBuilder(self._state)
+        self._seeds = np.random.default_rng(seed)
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[tuple[int, BuiltStep]] = deque()
+        self._serial = 0
+        self._steps = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+        self._error: EngineDead | None = None
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_ids: Items[int] | npt.NDArray[np.integer],
+        params: SamplingParams,
+        mix: AdapterMix = (),
+        *,
+        priority: int = 0,
+        watched: bool = False,
+    ) -> None:
+        """Queue a request.
+
+        ``mix`` is resolved by the adapter table. A lower ``priority`` is served first. With ``watched``, every token
+        gives a :class:`~polyaccel.engine.events.TokenEvent` (streaming, stop strings); otherwise tokens are seen in the
+        finish event only, which costs the steps nothing.
+
+        Raises:
+            RequestRejected: an empty prompt, an id outside the vocabulary, a request id in use.
+            RequestTooLong: prompt and max_tokens exceed what one sequence may hold.
+            EngineDead: the engine has failed before.
+        """
+        if self._error is not None:
+            raise self._error
+        if request_id in self._requests:
+            raise RequestRejected(f"request id {request_id!r} is in use; give every request its own")
+        prompt = self._checked_prompt(prompt_ids)
+        limit = self._limit(len(prompt), params)
+        stop_ids = () if params.ignore_eos else self._eos
+        stop_ids += params.stop_ids
+        self._check_ids("stop_token_ids", params.stop_ids)
+        self._check_ids("logit_bias", tuple(params.logit_bias or ()))
+        self._check_ids("allowed_token_ids", tuple(params.allowed_token_ids or ()))
+        drawn = int(self._seeds.integers(2**64, dtype=np.uint64)) if params.seed is None else params.seed
+        request = Request(
+            id=request_id,
+            prompt=prompt,
+            params=params,
+            mix=mix,
+            priority=priority,
+            serial=self._serial,
+            limit=limit,
+            stop_ids=np.array(tuple(dict.fromkeys(stop_ids)), dtype=np.int64),
+            seed=drawn,
+            watched=watched,
+            arrived=self._clock(),
+            open=params.n,
+        )
+        request.sequences = [Sequence(request=request, choice=choice, tokens=prompt) for choice in range(params.n)]
+        self._serial += params.n
+        self._requests[request_id] = request
+        # The other choices follow once the first one's prompt is in the prefix cache.
+        self._scheduler.queue.push(request.sequences[0])
+
+    def abort(self, request_id: str) -> list[FinishEvent]:
+        """End every open choice of a request now. Unknown and finished requests are left alone: an empty list.
+
+        The events are returned here and not repeated by :meth:`step`.
+        """
+        request = self._requests.get(request_id)
+        return [] if request is None else self._finish_all(request, "abort")
+
+    def finish(self, request_id: str, choice: int, stop_reason: int | str | None) -> FinishEvent | None:
+        """End one choice because its text matched a stop string. None if it has ended already.
+
+        The event is returned here and not repeated by :meth:`step`.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.sequences[choice].finished:
+            return None
+        return self._finish(request.sequences[choice], "stop", stop_reason)
+
+    def clear_prefix_cache(self) -> None:
+        """Forget all cached keys and values, as after a change of the weights."""
+        self._cache.clear()
+
+    @property
+    def has_work(self) -> bool:
+        """Requests are open or results outstanding."""
+        return bool(self._requests) or bool(self._in_flight)
+
+    @property
+    def error(self) -> EngineDead | None:
+        """Why the engine cannot go on, once it cannot."""
+        return self._error
+
+    def stats(self) -> CoreStats:
+        return CoreStats(
+            running=self._scheduler.running,
+            waiting=len(self._scheduler.queue),
+            kv_blocks=self._cache.pool.blocks,
+            kv_blocks_used=self._cache.pool.used,
+            cached_blocks=len(self._cache),
+            preemptions=self._scheduler.preemptions,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            steps=self._steps,
+        )
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepEvents:
+        """Submit the next step if there is one, and collect the oldest result once enough are outstanding.
+
+        Blocks in the executor's ``collect`` only. When the executor fails, every open request ends with an error event
+        that carries the :class:`~polyaccel.backend.errors.EngineDead`; later calls do nothing.
+        """
+        events = StepEvents()
+        if self._error is not None:
+            return events
+        try:
+            plan = self._schedule(events)
+            while plan is None and self._in_flight:
+                self._collect(events)
+                plan = self._schedule(events)
+            if plan is not None:
+                self._submit(plan)
+                events.submitted = True
+            if len(self._in_flight) > self._depth:
+                self._collect(events)
+        except Exception as error:
+            self._die(error, events)
+        return events
+
+    def _schedule(self, events: StepEvents) -> Plan | None:
+        plan = self._scheduler.schedule(bool(self._in_flight))
+        if self._scheduler.failed:
+            failed, self._scheduler.failed = self._scheduler.failed, []
+            for request, error in failed:
+                events.finished += self._finish_all(request, "error", error)
+        return plan
+
+    def _submit(self, plan: Plan) -> None:
+        scheduler = self._scheduler
+        built = self._builder.build(plan)
+        self._steps += 1
+        begin: tuple[tuple[int, SamplingRow], ...] = ()
+        if scheduler.begin:
+            begin, scheduler.begin = tuple(scheduler.begin), []
+            self._note_admissions(begin)
+        end, scheduler.end = tuple(scheduler.end), []
+        self._executor.submit(StepMessage(step_id=self._steps, inputs=built.inputs, begin=begin, end=end))
+        scheduler.submitted(plan, self._steps)
+        self._in_flight.append((self._steps, built))
+
+    def _note_admissions(self, begin: tuple[tuple[int, SamplingRow], ...]) -> None:
+        now = self._clock()
+        for slot, _ in begin:
+            sequence = self._state.sequence(slot)
+            if sequence.admitted is None:
+                sequence.admitted = now
+                self._prefix_queries += len(sequence.request.prompt)
+                self._prefix_hits += sequence.cached_tokens
+
+    def _collect(self, events: StepEvents) -> None:
+        state = self._state
+        result = self._executor.collect()
+        step_id, built = self._in_flight.popleft()
+        slots, index, ids = built.sampled, built.index, np.asarray(result.ids, dtype=np.int64)
+        if result.step_id != step_id or ids.shape != slots.shape:
+            raise EngineDead(
+                f"step {step_id} with {len(slots)} rows of logits was answered as step {result.step_id} with ids of "
+                f"shape {list(ids.shape)}: the executor lost its order"
+            )
+        events.collected = True
+        rows: npt.NDArray[np.int64] | None = None
+        live = state.live[slots]
+        if not live.all():
+            rows = np.flatnonzero(live)
+            slots, index, ids = slots[rows], index[rows], ids[rows]
+        known = index + 1
+        state.tokens[slots, index] = ids
+        state.known[slots] = known
+        self._hash_blocks(built.slots, built.computed)
+        stopped = (state.stop_ids[slots] == ids[:, None]).any(axis=1) & (known > state.min_length[slots])
+        ended = stopped | (known >= state.max_length[slots])
+        first = index == state.prompt_length[slots]
+        if first.any():
+            self._note_first_tokens(slots[first])
+        watched = state.watched[slots]
+        if watched.any():
+            self._report(events, result, rows, slots, ids, watched)
+        # Before the finishes, so that they free what no later step names at once.
+        self._scheduler.completed(step_id)
+        if ended.any():
+            self._finish_rows(events, slots, ids, stopped, ended)
+        events.slots = np.concatenate((events.slots, slots)) if len(events.slots) else slots
+        events.ids = np.concatenate((events.ids, ids)) if len(events.ids) else ids
+
+    def _hash_blocks(self, slots: npt.NDArray[np.int64], computed: npt.NDArray[np.int64]) -> None:
+        """Enter the blocks that a completed step has filled into the prefix cache."""
+        if not self._cache.enabled:
+            return
+        state, size = self._state, self._state.block_size
+        due = (computed >= (state.hashed[slots] + 1) * size) & state.live[slots]
+        if not due.any():
+            return
+        for slot, full in zip(slots[due].tolist(), (computed[due] // size).tolist(), strict=True):
+            key = state.sequence(slot).request.cache_key
+            for block in range(int(state.hashed[slot]), full):
+                tokens = state.tokens[slot, block * size : (block + 1) * size]
+                place = int(state.block_tables[slot, block])
+                state.digests[slot] = self._cache.insert(key, state.digests[slot], tokens, place)
+            state.hashed[slot] = full
+
+    def _note_first_tokens(self, slots: npt.NDArray[np.int64]) -> None:
+        now = self._clock()
+        for slot in slots.tolist():
+            sequence = self._state.sequence(slot)
+            sequence.first_token = now
+            if sequence.choice == 0:
+                for sibling in sequence.request.sequences[1:]:
+                    if not sibling.finished:
+                        self._scheduler.queue.push(sibling)
+
+    def _report(
+        self,
+        events: StepEvents,
+        result: StepResult,
+        rows: npt.NDArray[np.int64] | None,
+        slots: npt.NDArray[np.int64],
+        ids: npt.NDArray[np.int64],
+        watched: npt.NDArray[np.bool_],
+    ) -> None:
+        for place in np.flatnonzero(watched).tolist():
+            sequence = self._state.sequence(int(slots[place]))
+            row = place if rows is None else int(rows[place])
+            event = token_event(sequence, int(ids[place]), result, row)
+            if sequence.request.watched:
+                events.tokens.append(event)
+
+    # -- endings -------------------------------------------------------------------------------------------------------
+
+    def _finish_rows(
+        self,
+        events: StepEvents,
+        slots: npt.NDArray[np.int64],
+        ids: npt.NDArray[np.int64],
+        stopped: npt.NDArray[np.bool_],
+        ended: npt.NDArray[np.bool_],
+    ) -> None:
+        for row in np.flatnonzero(ended).tolist():
+            sequence = self._state.sequence(int(slots[row]))
+            if not stopped[row]:
+                events.finished.append(self._finish(sequence, "length", None))
+                continue
+            token = int(ids[row])
+            is_eos = token in self._eos and not sequence.request.params.ignore_eos
+            events.finished.append(self._finish(sequence, "stop", None if is_eos else token))
+
+    def _finish_all(self, request: Request, reason: FinishReason, error: Exception | None = None) -> list[FinishEvent]:
+        return [self._finish(sequence, reason, None, error) for sequence in request.sequences if not sequence.finished]
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        stop_reason: int | str | None,
+        error: Exception | None = None,
+    ) -> FinishEvent:
+        request, slot = sequence.request, sequence.slot
+        output = sequence.tokens[len(request.prompt) :] if slot < 0 else self._state.output(slot)
+        event = finish_event(sequence, output, reason, stop_reason, error, self._clock())
+        sequence.finished = True
+        if sequence.queued:
+            self._scheduler.queue.discard(sequence)
+        if slot >= 0:
+            self._scheduler.retire(slot)
+        else:
+            self._scheduler.close(request)
+        if all(other.finished for other in request.sequences):
+            del self._requests[request.id]
+        return event
+
+    def _die(self, error: Exception, events: StepEvents) -> None:
+        if isinstance(error, EngineDead):
+            self._error = error
+        else:
+            self._error = EngineDead(f"the engine failed: {type(error).__name__}: {error}")
+            self._error.__cause__ = error
+        for request in list(self._requests.values()):
+            events.finished += self._finish_all(request, "error", self._error)
+        for step_id, _ in self._in_flight:
+            self._scheduler.completed(step_id)
+        self._in_flight.clear()
+
+    def _checked_prompt(self, prompt_ids: Items[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+        try:
+            prompt = np.asarray(prompt_ids)
+        except ValueError as error:
+            raise RequestRejected(f"the prompt must be a flat sequence of token ids: {error}") from None
+        if prompt.size == 0:
+            raise RequestRejected("the prompt is empty: give at least one token")
+        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+            raise RequestRejected(f"the prompt must be a flat sequence of token ids, not {prompt.dtype} {prompt.shape}")
+        if prompt.min() < 0 or prompt.max() >= self._vocabulary:
+            bad = int(prompt[(prompt < 0) | (prompt >= self._vocabulary)][0])
+            raise RequestRejected(f"prompt id {bad} is outside the vocabulary 0..{self._vocabulary - 1}")
+        return prompt.astype(np.int32)
+
+    def _limit(self, prompt: int, params: SamplingParams) -> int:
+        wanted = prompt + (1 if params.max_tokens is None else params.max_tokens)
+        if wanted > self.max_tokens:
+            asked = "at least one new token" if params.max_tokens is None else f"max_tokens={params.max_tokens}"
+            raise RequestTooLong(
+                f"a prompt of {prompt} tokens and {asked} make {wanted}, and a sequence may hold {self.max_tokens}; "
+                "shorten the prompt, lower max_tokens, or raise max_model_len or the memory for KV blocks"
+            )
+        return self.max_tokens if params.max_tokens is None else wanted
+
+    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
+        wrong = [token for token in ids if token >= self._vocabulary]
+        if wrong:
+            raise RequestRejected(f"{name} has id {wrong[0]}, outside the vocabulary 0..{self._vocabulary - 1}")

@@ -1,0 +1,290 @@
+"""One worker process a rank, so that a device fault does not take the user's program with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing.connection import Connection, wait
+
+from polyaccel.backend.adapter_store import SlotRange
+from polyaccel.backend.backend import RankAddress
+from polyaccel.backend.errors import CommunicationError, EngineDead, WorkerError
+from polyaccel.engine.config import EngineConfig
+from polyaccel.engine.executor import Executor, PreparedHandle
+from polyaccel.engine.messages import Capacity, StepMessage, StepResult
+from polyaccel.lora.receipt import AdapterReceipt
+from polyaccel.parallel.process import WorkerProcess
+
+CLOSE_SECONDS = 5.0
+
+
+class ProcessExecutor(Executor):
+    """Starts the workers, sends every step to all of them and compares what they report.
+
+    A thread receives all answers, so that a worker's death is noticed at once, whoever is waiting.
+
+    Args:
+        config: ``backend`` is already chosen; workers never choose.
+        progress: called with bytes done and in total, of the slowest rank.
+
+    Raises:
+        EngineDead: a worker failed while starting; its error is the cause.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
+        self._config = config
+        self._world = config.tensor_parallel_size
+        self._folder = tempfile.mkdtemp(prefix="polyaccel-ranks-")
+        self._condition = threading.Condition()
+        self._results: list[deque[tuple[StepResult | None, int]]] = [deque() for _ in range(self._world)]
+        self._replies: dict[tuple[int, int], Future[object]] = {}
+        self._next_token = 0
+        self._dead: EngineDead | None = None
+        self._closing = False
+        self._progress_callback = progress
+        self._progress: list[tuple[int, int]] = [(0, 0)] * self._world
+        self._capacities: list[Capacity | None] = [None] * self._world
+        threads = config.threads or max(1, (os.cpu_count() or 1) // self._world)
+        init_method = f"file://{self._folder}/store"
+        self._workers: list[WorkerProcess] = []
+        try:
+            for rank in range(self._world):
+                address = RankAddress(rank=rank, world_size=self._world, init_method=init_method, timeout=config.timeout)
+                arguments = (config, address, threads)
+                environment = {"OMP_NUM_THREADS": str(threads)}
+                self._workers.append(
+                    WorkerProcess("polyaccel.engine.worker_loop", "serve", arguments, environment=environment)
+                )
+            self._receiver = threading.Thread(target=self._receive, name="polyaccel-receiver", daemon=True)
+            self._receiver.start()
+            self.capacity = self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def submit(self, message: StepMessage) -> None:
+        self._send_all(("step", message))
+
+    def collect(self) -> StepResult:
+        deadline = time.monotonic() + self._config.timeout
+        with self._condition:
+            while not all(self._results):
+                self._raise_if_dead()
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    silent = [rank for rank, results in enumerate(self._results) if not results]
+                    self._die(CommunicationError(f"ranks {silent} did not finish a step within {self._config.timeout:g} s"))
+                    continue
+                self._condition.wait(remaining)
+            answers = [results.popleft() for results in self._results]
+        hashes = [state_hash for _, state_hash in answers]
+        if len(set(hashes)) > 1:
+            error = CommunicationError(f"ranks disagree after a step: state hashes {hashes}; their results cannot be trusted")
+            self._die(error)
+            self._raise_if_dead()
+        result = answers[0][0]
+        assert result is not None
+        return result
+
+    # -- control -----------------------------------------------------------------------------------------------------
+
+    def prepare_adapter(
+        self, path: str, *, allow_unmatched: bool = False, allow_no_effect: bool = False
+    ) -> PreparedHandle:
+        token, answers = self._ask("prepare", path, allow_unmatched, allow_no_effect)
+        handle = PreparedHandle(token=token, max_rank=0)
+        try:
+            ranks = self._results_of(answers)
+        except BaseException:
+            if self._dead is None:
+                self.discard_adapter(handle)
+            raise
+        return PreparedHandle(token=token, max_rank=max(rank for rank in ranks if isinstance(rank, int)))
+
+    def commit_adapter(self, handle: PreparedHandle, name: str, where: SlotRange, generation: int) -> AdapterReceipt:
+        try:
+            answers = self._results_of(self._ask("commit", handle.token, name, where, generation)[1])
+        except BaseException:
+            if self._dead is None:
+                self.discard_adapter(handle)
+                self.clear_adapter(where.slot)
+            raise
+        receipts, digests = zip(*answers, strict=True)  # type: ignore[call-overload]
+        if len(set(digests)) > 1:
+            self._die(CommunicationError(f"ranks planned adapter {name!r} differently: {list(digests)}"))
+            self._raise_if_dead()
+        assert isinstance(receipts[0], AdapterReceipt)
+        return receipts[0]
+
+    def discard_adapter(self, handle: PreparedHandle) -> None:
+        self._results_of(self._ask("discard", handle.token)[1])
+
+    def clear_adapter(self, slot: int) -> None:
+        self._results_of(self._ask("clear", slot)[1])
+
+    def merge_adapter(self, path: str, weight: float) -> None:
+        self._results_of(self._ask("merge", path, weight)[1])
+
+    def unmerge_adapters(self) -> None:
+        self._results_of(self._ask("unmerge")[1])
+
+    def explain(self) -> list[dict[str, object]]:
+        reports = self._results_of(self._ask("explain")[1])
+        return [report for report in reports if isinstance(report, dict)]
+
+    def collectives(self) -> list[list[tuple[str, int]]]:
+        traces = self._results_of(self._ask("collectives")[1])
+        return [trace for trace in traces if isinstance(trace, list)]
+
+    def worker_pids(self) -> list[int]:
+        """Process ids in rank order."""
+        return [worker.pid for worker in self._workers]
+
+    def close(self) -> None:
+        with self._condition:
+            if self._closing:
+                return
+            self._closing = True
+        for worker in self._workers:
+            try:
+                if self._dead is None:
+                    worker.connection.send(("close", 0))
+            except OSError:
+                continue
+        # A dead group may hang in a collective: its survivors are not waited for.
+        grace = CLOSE_SECONDS if self._dead is None else 0.0
+        for worker in self._workers:
+            worker.stop(grace)
+        if hasattr(self, "_receiver"):
+            self._receiver.join(CLOSE_SECONDS)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def _ask(self, kind: str, *arguments: object) -> tuple[int, list[Future[object]]]:
+        with self._condition:
+            self._raise_if_dead()
+            self._next_token += 1
+            token = self._next_token
+            futures: list[Future[object]] = []
+            for rank in range(self._world):
+                future: Future[object] = Future()
+                self._replies[rank, token] = future
+                futures.append(future)
+            self._send_all((kind, token, *arguments))
+        return token, futures
+
+    def _results_of(self, futures: list[Future[object]]) -> list[object]:
+        """Every rank's answer; the first error only after all ranks have answered, so that none is left behind."""
+        errors: list[BaseException] = []
+        values: list[object] = []
+        deadline = time.monotonic() + self._config.timeout
+        for rank, future in enumerate(futures):
+            try:
+                values.append(future.result(max(0.0, deadline - time.monotonic())))
+            except TimeoutError:
+                self._die(CommunicationError(f"rank {rank} did not answer within {self._config.timeout:g} s"))
+                self._raise_if_dead()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return values
+
+    def _send_all(self, message: tuple[object, ...]) -> None:
+        self._raise_if_dead()
+        for rank, worker in enumerate(self._workers):
+            try:
+                worker.connection.send(message)
+            except OSError:
+                self._die(WorkerError(rank, worker.exit_text(), ""))
+                self._raise_if_dead()
+
+    def _wait_until_ready(self) -> Capacity:
+        with self._condition:
+            while not all(self._capacities):
+                self._raise_if_dead()
+                self._condition.wait(0.1)
+                self._report_progress()
+            self._report_progress()
+        capacity = self._capacities[0]
+        assert capacity is not None
+        return capacity
+
+    def _report_progress(self) -> None:
+        if self._progress_callback is not None and all(total for _, total in self._progress):
+            slowest = min(self._progress, key=lambda p: p[0] / p[1])
+            self._progress_callback(*slowest)
+
+    # -- receiving ---------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        connections: dict[Connection, int] = {worker.connection: rank for rank, worker in enumerate(self._workers)}
+        while connections and not self._closing:
+            for ready in wait(list(connections), timeout=0.5):
+                assert isinstance(ready, Connection)
+                rank = connections[ready]
+                try:
+                    message = ready.recv()
+                except (EOFError, OSError):
+                    del connections[ready]
+                    if not self._closing:
+                        self._die(WorkerError(rank, self._workers[rank].exit_text(), "(it left none)"))
+                    continue
+                self._file(rank, message)
+
+    def _file(self, rank: int, message: tuple[object, ...]) -> None:
+        kind = message[0]
+        with self._condition:
+            if kind == "result":
+                result, state_hash = message[1], message[2]
+                assert (result is None or isinstance(result, StepResult)) and isinstance(state_hash, int)
+                self._results[rank].append((result, state_hash))
+            elif kind == "reply":
+                self._file_reply(rank, message)
+            elif kind == "progress":
+                assert isinstance(message[1], int) and isinstance(message[2], int)
+                self._progress[rank] = (message[1], message[2])
+            elif kind == "ready":
+                assert isinstance(message[2], Capacity)
+                self._capacities[rank] = message[2]
+            self._condition.notify_all()
+        if kind == "died":
+            cause = WorkerError(rank, str(message[1]), str(message[2]))
+            original = message[3]
+            if isinstance(original, BaseException):
+                cause.__cause__ = original
+            self._die(cause)
+
+    def _file_reply(self, rank: int, message: tuple[object, ...]) -> None:
+        _, token, succeeded, value, trace = message
+        assert isinstance(token, int)
+        future = self._replies.pop((rank, token))
+        if succeeded:
+            future.set_result(value)
+        else:
+            future.set_exception(value if isinstance(value, BaseException) else WorkerError(rank, "failed", str(trace)))
+
+    def _die(self, cause: Exception) -> None:
+        with self._condition:
+            if self._dead is None:
+                self._dead = EngineDead(f"the engine cannot go on: {cause}")
+                self._dead.__cause__ = cause
+                for future in self._replies.values():
+                    future.set_exception(self._dead)
+                self._replies.clear()
+            self._condition.notify_all()
+
+    def _raise_if_dead(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+        if self._closing:
+            raise EngineDead("the engine is closed")

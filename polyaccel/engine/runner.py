@@ -1,0 +1,363 @@
+"""One rank's side of the engine: it owns weights, KV cache, adapters and sampling state, and runs steps.
+
+The runner decides nothing about requests; it applies what it is told, in order, and reports. It lives in the engine's own
+process (inline) or in a worker process, and is driven by one thread, except for :meth:`Runner.prepare_adapter`.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from polyaccel.backend import registry
+from polyaccel.backend.adapter_store import AdapterStore, PackedAdapter, SlotRange
+from polyaccel.backend.backend import Backend, RankAddress
+from polyaccel.backend.communicator import Communicator
+from polyaccel.backend.device import Device, HostCopy
+from polyaccel.backend.errors import CommunicationError, ConfigurationError, OutOfMemory
+from polyaccel.backend.kv_cache import KVCache
+from polyaccel.backend.plan import Plan, SiteRequest
+from polyaccel.backend.sampling import SampleOutput, SamplingSpec
+from polyaccel.backend.step import DeviceState, Step, StepInput, TokenClass
+from polyaccel.backend.weight import Weight
+from polyaccel.engine.config import EngineConfig
+from polyaccel.engine.graphs import GraphCache
+from polyaccel.engine.merging import Merger
+from polyaccel.engine.messages import Capacity, StepMessage, StepResult
+from polyaccel.lora.adapter_file import AdapterFile
+from polyaccel.lora.match import MatchedAdapter, match_adapter
+from polyaccel.lora.pack import pack_adapter
+from polyaccel.lora.receipt import AdapterReceipt, StageSeconds
+from polyaccel.models.config import ModelConfig
+from polyaccel.models.model import Model, ModelOptions
+from polyaccel.models.registry import build_model
+from polyaccel.weights.checkpoint import open_checkpoint
+
+Progress = Callable[[int, int], None]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_HOST_KV_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step whose results are on their way to the host."""
+
+    step_id: int
+    ids: HostCopy
+    logprobs: HostCopy | None
+    top_ids: HostCopy | None
+    top_logprobs: HostCopy | None
+
+    def wait(self) -> StepResult:
+        return StepResult(
+            step_id=self.step_id,
+            ids=self.ids.wait(),
+            logprobs=None if self.logprobs is None else self.logprobs.wait(),
+            top_ids=None if self.top_ids is None else self.top_ids.wait(),
+            top_logprobs=None if self.top_logprobs is None else self.top_logprobs.wait(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """An adapter read, matched and packed for this rank, waiting for its slot."""
+
+    path: str
+    matched: MatchedAdapter
+    packed: PackedAdapter
+    file_bytes: int
+    read_seconds: float
+    pack_seconds: float
+
+
+class Runner:
+    """Loads a model on one rank and runs steps on it.
+
+    Args:
+        config: the engine's options; ``config.backend`` names a backend that is already chosen (never "auto").
+        address: this rank and how to meet the others.
+        backend: an instance to use instead of the named one.
+    """
+
+    def __init__(self, config: EngineConfig, address: RankAddress, backend: Backend | None = None) -> None:
+        self.config = config
+        self.backend = backend if backend is not None else registry.load(config.backend)
+        self.address = address
+        self.backend.launcher.rank = address.rank if address.world_size > 1 else None
+        self.comm: Communicator = self.backend.connect(address)
+        self._hash = 0
+        self._state_hashes: dict[int, int] = {}
+        self._graphs: GraphCache | None = None
+        self._stores: dict[int, AdapterStore] = {}
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, progress: Progress | None = None) -> Capacity:
+        """Read the weights, plan every site and allocate; returns what there is room for, agreed between ranks."""
+        with open_checkpoint(self.config.model) as checkpoint:
+            model_config = ModelConfig.from_hf(checkpoint.hf_config(), checkpoint.generation_config())
+            self.model = self._build(model_config)
+            self.model.load(checkpoint, progress)
+        self.plan = Plan(self.backend, self._requests(), policy=self.config.policy, ranges=self._ranges())
+        self.comm.trace = [] if self.config.trace_collectives else None
+        self.model.bind(self.plan, self.comm)
+        self._agree("the dispatch plan", self.plan.digest())
+        return self._allocate(model_config)
+
+    def _build(self, config: ModelConfig) -> Model:
+        available = self.backend.devices()
+        layers = self.config.layer_devices
+        if layers is None:
+            layers = (min(self.address.rank, len(available) - 1),) * config.num_layers
+        if len(layers) != config.num_layers or not all(0 <= index < len(available) for index in layers):
+            raise ConfigurationError(
+                f"layer_devices={list(layers)} must name one of the devices 0..{len(available) - 1} for each of the "
+                f"{config.num_layers} layers"
+            )
+        self.devices: dict[int, Device] = {index: available[index] for index in dict.fromkeys(layers)}
+        self.device = available[layers[-1]]
+        self.dtype = config.dtype if self.config.dtype == "auto" else DTYPES[self.config.dtype]
+        self.max_model_len = min(self.config.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        return build_model(
+            ModelOptions(
+                config=config,
+                backend=self.backend,
+                devices=tuple(available[index] for index in layers),
+                rank=self.address.rank,
+                world_size=self.address.world_size,
+                dtype=self.dtype,
+                rank_rows=self.config.adapter_rank_rows if self.config.adapters_enabled else 0,
+                max_positions=self.max_model_len,
+            )
+        )
+
+    def _requests(self) -> list[SiteRequest]:
+        return [*self.model.requests(), SiteRequest(site="sample", operator="sample", static={"vocabulary": self.model.vocabulary})]
+
+    def _ranges(self) -> dict[TokenClass, dict[str, tuple[int, int]]]:
+        most = max(self.config.max_batched_tokens, self.config.max_num_seqs)
+        segments = (0, self.config.max_num_seqs)
+        context = (1, self.max_model_len)
+        return {
+            TokenClass.DECODE: {"tokens": (1, self.config.max_num_seqs), "segments": segments, "context": context},
+            TokenClass.MIXED: {"tokens": (1, most), "segments": segments, "context": context},
+        }
+
+    def _allocate(self, config: ModelConfig) -> Capacity:
+        block_size = self.backend.kv_block_size()
+        blocks = min(int(n) for n in self.comm.gather_objects(self._kv_blocks(block_size)) if isinstance(n, int))
+        if blocks < 1:
+            raise OutOfMemory(
+                f"no room for a single KV block of {block_size} tokens on {self.device.name}; "
+                "raise kv_cache_bytes or memory_fraction, or lower max_model_len"
+            )
+        # One row more than requests: padding rows of graphs are sampled into it.
+        spec = SamplingSpec(request_slots=self.config.max_num_seqs + 1, vocabulary=self.model.vocabulary)
+        sampling = self.backend.allocate_sampling(spec, self.device)
+        self.states: dict[int, DeviceState] = {}
+        caches: dict[int, KVCache] = {}
+        for index, device in self.devices.items():
+            kv = caches[index] = self.backend.allocate_kv(self.model.kv_spec(blocks, block_size, self.dtype, index), device)
+            store = None
+            if self.config.adapters_enabled:
+                store = self._stores[index] = self.backend.allocate_adapters(
+                    self.model.weights(index),
+                    rank_rows=self.config.adapter_rank_rows,
+                    slots=self.config.adapter_slots,
+                    device=device,
+                )
+            self.states[index] = DeviceState(kv=kv, adapters=store, sampling=sampling)
+        self.model.bind_kv(caches)
+        self._sampling = sampling
+        self._sample = self.plan["sample"]
+        if self.config.graphs and not self.backend.graph_refusals() and len(self.devices) == 1:
+            state = self.states[self.device.index]
+            self._graphs = GraphCache(self.backend, self.device, state, self._forward_one, max_rows=self.config.max_num_seqs)
+        self.merger = Merger(self.model, self.backend)
+        return Capacity(
+            kv_blocks=blocks,
+            kv_block_size=block_size,
+            request_slots=self.config.max_num_seqs,
+            max_model_len=min(self.max_model_len, blocks * block_size),
+            vocabulary=self.model.vocabulary,
+            adapter_slots=self.config.adapter_slots if self.config.adapters_enabled else 0,
+            rank_rows=self.config.adapter_rank_rows if self.config.adapters_enabled else 0,
+            world_size=self.address.world_size,
+        )
+
+    def _kv_blocks(self, block_size: int) -> int:
+        per_block = max(1, *(self.model.kv_spec(1, block_size, self.dtype, i).bytes_per_block() for i in self.devices), 1)
+        useful = self.config.max_num_seqs * -(-self.max_model_len // block_size)
+        if self.config.kv_cache_bytes is not None:
+            return min(useful, self.config.kv_cache_bytes // per_block)
+        memory = self.device.memory()
+        room = int(memory.free * self.config.memory_fraction)
+        if self.device.torch_device.type == "cpu":
+            # Ranks share the host's memory with everything else on it.
+            room = min(room, DEFAULT_HOST_KV_BYTES) // self.address.world_size
+        return min(useful, room // per_block)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def execute(self, message: StepMessage) -> PendingStep:
+        """Queue one step on the device; its results arrive through the returned value."""
+        for slot in message.end:
+            self._sampling.clear(slot)
+        for slot, row in message.begin:
+            self._sampling.write(slot, row)
+        output = self._run(message.inputs)
+        download = self.device.download
+        self._hash = zlib.crc32(message.inputs.block_tables, zlib.crc32(message.inputs.token_ids, self._hash))
+        return PendingStep(
+            step_id=message.step_id,
+            ids=download(output.ids),
+            logprobs=None if output.logprobs is None else download(output.logprobs),
+            top_ids=None if output.top_ids is None else download(output.top_ids),
+            top_logprobs=None if output.top_logprobs is None else download(output.top_logprobs),
+        )
+
+    def state_hash(self, result: StepResult) -> int:
+        """Fold a result into the running hash of everything applied; ranks must agree on it."""
+        self._hash = zlib.crc32(np.ascontiguousarray(result.ids), self._hash)
+        return self._hash
+
+    def _run(self, inputs: StepInput) -> SampleOutput:
+        if self._graphs is not None and self._graphs.accepts(inputs):
+            return self._graphs.run(inputs, self._rank_rows(inputs), self.config.max_num_seqs)
+        steps = {
+            index: self.backend.begin_step(inputs, self.states[index], device) for index, device in self.devices.items()
+        }
+        return self._forward(steps)
+
+    def _forward(self, steps: dict[int, Step]) -> SampleOutput:
+        logits = self.model.forward(steps)
+        step = steps[self.device.index]
+        output = self._sample[step](logits, self._sampling, step)
+        assert isinstance(output, SampleOutput)
+        return output
+
+    def _forward_one(self, step: Step) -> SampleOutput:
+        return self._forward({self.device.index: step})
+
+    def _rank_rows(self, inputs: StepInput) -> int:
+        """Rank rows up to the last one that a step names: what its graph must cover."""
+        store = self._stores.get(self.device.index)
+        if store is None or not inputs.has_adapters:
+            return 0
+        ranges = store.ranges()
+        named = {int(slot) for rows in inputs.adapters.values() for slot in rows.segment_slots}
+        return max((r.first_rank_row + r.rank_rows for slot in named if (r := ranges[slot]) is not None), default=0)
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def prepare_adapter(self, path: str, *, allow_unmatched: bool, allow_no_effect: bool) -> PreparedAdapter:
+        """Read, match and pack an adapter for this rank. Touches no device; safe beside running steps."""
+        begun = time.perf_counter()
+        file = AdapterFile.open(path)
+        matched = match_adapter(
+            file, self.model.targets(), allow_unmatched=allow_unmatched, allow_no_effect=allow_no_effect
+        )
+        read = time.perf_counter()
+        packed = pack_adapter(matched.pairs, dtype=self.dtype)
+        packed_at = time.perf_counter()
+        file_bytes = sum(pair.nbytes for pair in file.pairs.values())
+        return PreparedAdapter(path, matched, packed, file_bytes, read - begun, packed_at - read)
+
+    def commit_adapter(self, prepared: PreparedAdapter, name: str, where: SlotRange, generation: int) -> AdapterReceipt:
+        """Extend the plan, write the slot on every device and wait until it has arrived.
+
+        Raises:
+            UnsupportedError: policy strict and the backend refuses this rank; plan and slot are unchanged.
+        """
+        begun = time.perf_counter()
+        if self.plan.extend(prepared.matched.max_rank) and self._graphs is not None:
+            self._graphs.clear()
+        try:
+            for index, store in self._stores.items():
+                store.write(where, _only(prepared.packed, self.model.weights(index))).synchronize()
+        except Exception:
+            self.clear_adapter(where.slot)
+            raise
+        copied = time.perf_counter() - begun
+        total = prepared.read_seconds + prepared.pack_seconds + copied
+        receipt = AdapterReceipt(
+            name=name,
+            path=prepared.path,
+            generation=generation,
+            entries=prepared.matched.entries,
+            notes=prepared.matched.notes,
+            file_bytes=prepared.file_bytes,
+            packed_bytes=prepared.packed.buffer.numel() * prepared.packed.buffer.element_size(),
+            seconds=StageSeconds(
+                read=prepared.read_seconds, pack=prepared.pack_seconds, copy=copied, total=total
+            ),
+        )
+        return receipt.with_implementations(self._implementations(receipt))
+
+    def _implementations(self, receipt: AdapterReceipt) -> dict[str, str]:
+        sites = dict.fromkeys(entry.site for entry in receipt.applied)
+        return {site: str(self.plan[site].planned[1]) for site in sites if site in self.plan.sites}
+
+    def clear_adapter(self, slot: int) -> None:
+        for store in self._stores.values():
+            store.clear(slot)
+
+    def plan_digest(self) -> str:
+        return self.plan.digest()
+
+    # -- the rest ----------------------------------------------------------------------------------------------------
+
+    def explain(self) -> dict[str, object]:
+        """Plan, ledger and graph counts as plain values."""
+        graphs = None if self._graphs is None else {"captures": self._graphs.captures, "replays": self._graphs.replays}
+        return {
+            "rank": self.address.rank,
+            "plan": self.plan.to_dict(),
+            "ledger": self.backend.ledger.counts(),
+            "graphs": graphs,
+            "graph_refusals": self.backend.graph_refusals(),
+            "transport": self.comm.transport,
+            "weight_bytes": sum(w.nbytes for w in self.model.weights().values()),
+        }
+
+    def collectives(self) -> list[tuple[str, int]]:
+        """The traced collectives since the last call, as (kind, bytes); empty unless tracing is on."""
+        traced = [(c.kind, c.nbytes) for c in self.comm.trace or []]
+        if self.comm.trace is not None:
+            self.comm.trace.clear()
+        return traced
+
+    def merge_adapter(self, path: str, weight: float) -> None:
+        self.device.synchronize()
+        self.merger.merge(path, weight)
+
+    def unmerge_adapters(self) -> None:
+        self.device.synchronize()
+        with open_checkpoint(self.config.model) as checkpoint:
+            self.merger.unmerge(checkpoint)
+
+    def _agree(self, what: str, value: str) -> None:
+        values = self.comm.gather_objects(value)
+        if len(set(map(str, values))) > 1:
+            raise CommunicationError(f"ranks disagree about {what}: {values}; all ranks must run the same software")
+
+    def close(self) -> None:
+        """Free graphs before the communicator, then the rest. Idempotent."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.comm.close()
+        self.backend.close()
+
+
+def _only(packed: PackedAdapter, sites: Mapping[str, Weight]) -> PackedAdapter:
+    entries = tuple(entry for entry in packed.entries if entry.site in sites)
+    if len(entries) == len(packed.entries):
+        return packed
+    return PackedAdapter(buffer=packed.buffer, entries=entries, max_rank=packed.max_rank)
+

@@ -1,0 +1,134 @@
+"""What a worker process does: apply the engine's commands to its runner, in order, and answer.
+
+Answers are tuples: ``("progress", done, total)``, ``("result", result or None, state hash)``,
+``("reply", token, succeeded, value)`` and, once and last, ``("died", summary, traceback)``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+from collections import deque
+from multiprocessing.connection import Connection
+
+from polyaccel.backend.adapter_store import SlotRange
+from polyaccel.backend.backend import RankAddress
+from polyaccel.engine.config import EngineConfig
+from polyaccel.engine.messages import StepMessage
+from polyaccel.engine.runner import PendingStep, PreparedAdapter, Runner
+
+
+def serve(connection: Connection, config: EngineConfig, address: RankAddress, threads: int | None) -> None:
+    """Load the model, then serve until told to close."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loop = _Loop(connection, address.rank)
+    try:
+        loop.start(config, address)
+        loop.run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except BaseException as error:
+        loop.send(("died", f"{type(error).__name__}: {error}", traceback.format_exc(), _portable(error)))
+
+
+class _Loop:
+    def __init__(self, connection: Connection, rank: int) -> None:
+        self._connection = connection
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._pending: deque[PendingStep] = deque()
+        self._prepared: dict[int, PreparedAdapter] = {}
+
+    def send(self, message: tuple[object, ...]) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def start(self, config: EngineConfig, address: RankAddress) -> None:
+        self._runner = Runner(config, address)
+        last = -1.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            share = done / max(total, 1)
+            if share - last >= 0.01 or done == total:
+                last = share
+                self.send(("progress", done, total))
+
+        capacity = self._runner.load(progress)
+        self.send(("ready", os.getpid(), capacity))
+
+    def run(self) -> None:
+        while True:
+            # With nothing new to queue, the oldest step's result is waited for and sent.
+            if self._pending and not self._connection.poll(0):
+                self._answer_step()
+                continue
+            command = self._connection.recv()
+            if command[0] == "step":
+                self._step(command[1])
+            elif command[0] == "close":
+                self._runner.close()
+                return
+            else:
+                self._control(command)
+
+    def _step(self, message: StepMessage) -> None:
+        self._pending.append(self._runner.execute(message))
+
+    def _answer_step(self) -> None:
+        result = self._pending.popleft().wait()
+        state_hash = self._runner.state_hash(result)
+        self.send(("result", result if self._rank == 0 else None, state_hash))
+
+    def _control(self, command: tuple[object, ...]) -> None:
+        kind, token, *arguments = command
+        assert isinstance(kind, str) and isinstance(token, int)
+        if kind == "prepare":
+            thread = threading.Thread(target=self._reply, args=(token, self._prepare, (token, *arguments)), daemon=True)
+            thread.start()
+            return
+        while self._pending:
+            self._answer_step()
+        handlers = {
+            "commit": self._commit,
+            "discard": lambda prepared: self._prepared.pop(prepared, None) and None,
+            "clear": self._runner.clear_adapter,
+            "merge": self._runner.merge_adapter,
+            "unmerge": self._runner.unmerge_adapters,
+            "explain": self._runner.explain,
+            "collectives": self._runner.collectives,
+        }
+        self._reply(token, handlers[kind], tuple(arguments))
+
+    def _prepare(self, token: int, path: str, allow_unmatched: bool, allow_no_effect: bool) -> int:
+        prepared = self._runner.prepare_adapter(path, allow_unmatched=allow_unmatched, allow_no_effect=allow_no_effect)
+        self._prepared[token] = prepared
+        return prepared.matched.max_rank
+
+    def _commit(self, prepared: int, name: str, where: SlotRange, generation: int) -> object:
+        receipt = self._runner.commit_adapter(self._prepared.pop(prepared), name, where, generation)
+        return (receipt if self._rank == 0 else None), self._runner.plan_digest()
+
+    def _reply(self, token: int, handler: object, arguments: tuple[object, ...]) -> None:
+        assert callable(handler)
+        try:
+            value: object = handler(*arguments)
+        except Exception as error:
+            self.send(("reply", token, False, _portable(error), traceback.format_exc()))
+            return
+        self.send(("reply", token, True, value, ""))
+
+
+def _portable(error: BaseException) -> BaseException | None:
+    """The error itself if it survives pickling, so that the caller sees its type; else None."""
+    import pickle
+
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return None
+    return copy if type(copy) is type(error) else None

@@ -1,0 +1,1 @@
+"""Adapter files, receipts, packing and slots."""

@@ -1,0 +1,92 @@
+"""The documentation agrees with the code: modules, operators, errors, examples, changelog."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import polyaccel
+from polyaccel.backend import errors
+from tests.project.metadata import project
+from tests.project.pages import module_list, operator_tables, parameter_tables
+from tests.project.source import ROOT, code_blocks, compare_with_stored
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, block in enumerate(code_blocks(page, "python"), 1)
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "subject", "render"),
+    [
+        ("architecture.md", "modules", module_list),
+        ("contract.md", "operators", operator_tables),
+        ("parameters.md", "parameters", parameter_tables),
+    ],
+    ids=["architecture", "contract", "parameters"],
+)
+def test_a_generated_list_agrees_with_the_code(page: str, subject: str, render: Callable[[], str]) -> None:
+    path = ROOT / "docs" / page
+    begin, end = f"<!-- {subject}: written by tests/project -->\n", f"<!-- end of {subject} -->"
+    head, rest = path.read_text(encoding="utf-8").split(begin)
+    stored, tail = rest.split(end)
+    actual = f"\n{render()}\n"
+    compare_with_stored(path, actual, stored, head + begin + actual + end + tail)
+
+
+def test_the_errors_page_names_every_error() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    names = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)]
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_example_compiles_and_uses_names_that_exist(block: str) -> None:
+    tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "polyaccel":
+            module = importlib.import_module(node.module or "")
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "polyaccel":
+            assert node.attr in polyaccel.__all__
+
+
+def test_the_examples_of_the_backend_page_run() -> None:
+    names: dict[str, object] = {}
+    for block in code_blocks(ROOT / "docs" / "backends.md", "python"):
+        exec(compile(block, "docs/backends.md", "exec"), names)
+    mine = names["MyBackend"]
+    assert isinstance(mine, type)
+    assert mine().probe().usable
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if Path("docs") in page.relative_to(ROOT).parents]
+    assert [page for page in pages if f": {page}" not in text] == []
+
+
+def test_the_changelog_begins_with_this_version_or_with_what_is_unreleased() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first = re.search(r"^## \[?([^\]\s]+)", text, flags=re.MULTILINE)
+    assert first is not None
+    assert first.group(1) in {"Unreleased", project()["version"]}
+
+
+def test_the_first_screen_of_the_readme_holds_the_two_commands() -> None:
+    screen = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40])
+    for wanted in (
+        "python -m pip install tox && tox -e demo",
+        "python -m pip install tox && tox\n",
+        "In a virtual environment (`python3 -m venv .venv && . .venv/bin/activate`;",
+        "Debian and Ubuntu refuse otherwise)",
+    ):
+        assert wanted in screen
