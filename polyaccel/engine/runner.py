@@ -49,6 +49,7 @@ class PendingStep:
     """A step whose results are on their way to the host."""
 
     step_id: int
+    input_hash: int
     ids: HostCopy
     logprobs: HostCopy | None
     top_ids: HostCopy | None
@@ -92,7 +93,6 @@ class Runner:
         self.backend.launcher.rank = address.rank if address.world_size > 1 else None
         self.comm: Communicator = self.backend.connect(address)
         self._hash = 0
-        self._state_hashes: dict[int, int] = {}
         self._graphs: GraphCache | None = None
         self._stores: dict[int, AdapterStore] = {}
 
@@ -213,18 +213,21 @@ class Runner:
             self._sampling.write(slot, row)
         output = self._run(message.inputs)
         download = self.device.download
-        self._hash = zlib.crc32(message.inputs.block_tables, zlib.crc32(message.inputs.token_ids, self._hash))
         return PendingStep(
             step_id=message.step_id,
+            input_hash=zlib.crc32(message.inputs.block_tables, zlib.crc32(message.inputs.token_ids)),
             ids=download(output.ids),
             logprobs=None if output.logprobs is None else download(output.logprobs),
             top_ids=None if output.top_ids is None else download(output.top_ids),
             top_logprobs=None if output.top_logprobs is None else download(output.top_logprobs),
         )
 
-    def state_hash(self, result: StepResult) -> int:
-        """Fold a result into the running hash of everything applied; ranks must agree on it."""
-        self._hash = zlib.crc32(np.ascontiguousarray(result.ids), self._hash)
+    def state_hash(self, step: PendingStep, result: StepResult) -> int:
+        """Fold a step's input and result into the running hash of everything applied; ranks must agree on it.
+
+        Called once a step, in the order of steps, however many were queued in between.
+        """
+        self._hash = zlib.crc32(np.ascontiguousarray(result.ids), self._hash ^ step.input_hash)
         return self._hash
 
     def _run(self, inputs: StepInput) -> SampleOutput:

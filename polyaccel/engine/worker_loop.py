@@ -80,8 +80,9 @@ class _Loop:
         self._pending.append(self._runner.execute(message))
 
     def _answer_step(self) -> None:
-        result = self._pending.popleft().wait()
-        state_hash = self._runner.state_hash(result)
+        step = self._pending.popleft()
+        result = step.wait()
+        state_hash = self._runner.state_hash(step, result)
         self.send(("result", result if self._rank == 0 else None, state_hash))
 
     def _control(self, command: tuple[object, ...]) -> None:

@@ -154,7 +154,7 @@ def _group(names: Sequence[str], folder: Path) -> tuple[dict[str, dict[str, str]
     for name in names:
         for part, feature in _REFUSED_TENSORS:
             if part in name:
-                raise AdapterIncompatible(f"{folder}: tensor {name!r} belongs to {feature}; this is not supported")
+                raise AdapterIncompatible(f"{folder}: tensor {name!r:.200} belongs to {feature}; this is not supported")
         match = _TENSOR.fullmatch(name)
         if match is None:
             rest.append(name)
@@ -180,7 +180,7 @@ def _sort_rest(
         if name.endswith(".base_layer.weight") and module in stems:
             copies.append((module, tuple(file.shape(name))))
         elif name.endswith(".bias"):
-            raise AdapterIncompatible(f"tensor {name!r} is a trained bias; only bias='none' is supported")
+            raise AdapterIncompatible(f"tensor {name!r:.200} is a trained bias; only bias='none' is supported")
         else:
             unknown.append(name)
     return tuple(unknown), tuple(copies)

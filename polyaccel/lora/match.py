@@ -154,7 +154,7 @@ def _unmatched_message(file: AdapterFile, unmatched: Sequence[str], modules: Seq
     for name in unmatched[:_SHOWN]:
         close = difflib.get_close_matches(name, modules, n=1, cutoff=0.6)
         lines.append(f"  {name}" + (f" (close: {close[0]})" if close else ""))
-    lines += [f"  {name} (not a LoRA matrix; modules_to_save leaves such)" for name in file.unknown[:_SHOWN]]
+    lines += [f"  {name:.200} (not a LoRA matrix; modules_to_save leaves such)" for name in file.unknown[:_SHOWN]]
     shown = min(len(unmatched), _SHOWN) + min(len(file.unknown), _SHOWN)
     rest = len(unmatched) + len(file.unknown) - shown
     if rest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 from polyaccel.lora.numbers import RankNumbers
 from polyaccel.lora.target import Kind
@@ -56,7 +55,7 @@ class AdapterReceipt:
     file_bytes: int = 0
     packed_bytes: int = 0
     seconds: StageSeconds = StageSeconds()
-    implementations: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    implementations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def applied(self) -> tuple[ReceiptEntry, ...]:
@@ -75,7 +74,7 @@ class AdapterReceipt:
 
     def with_implementations(self, implementations: Mapping[str, str]) -> AdapterReceipt:
         """The same receipt with the plan's answer a site."""
-        return replace(self, implementations=MappingProxyType(dict(implementations)))
+        return replace(self, implementations=dict(implementations))
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""

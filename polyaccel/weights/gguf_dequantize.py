@@ -83,7 +83,7 @@ def dequantize(raw: Bytes, kind: GGUFType) -> Floats:
     with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, blocks.shape[0], _PIECE):
             unpack(blocks[start : start + _PIECE], out[start : start + _PIECE])
-    return out.reshape(raw.shape[0], -1)
+    return out.reshape(raw.shape[0], raw.shape[1] // kind.block_bytes * kind.block)
 
 
 def _half(blocks: Bytes, at: int) -> Floats:

@@ -161,6 +161,8 @@ class _Header:
         tensor_count, key_count = self._preamble()
         for _ in range(key_count):
             key = self._string("a metadata key", _MAX_NAME)
+            if not key:
+                self._fail("a metadata key is empty")
             if key in self.metadata:
                 self._fail(f"the metadata key {key!r} occurs twice")
             self.metadata[key] = self._value(self._number("<I", f"the type of {key!r}"), key, 0)

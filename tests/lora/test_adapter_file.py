@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from polyaccel.backend.errors import AdapterIncompatible, AdapterNotFound
+from polyaccel.backend.errors import AdapterError, AdapterIncompatible, AdapterNotFound
 from polyaccel.lora.adapter_file import AdapterFile
-from tests.lora.folders import PREFIX, random_matrices, write_folder
+from polyaccel.lora.match import match_adapter
+from polyaccel.lora.pack import pack_adapter
+from tests.lora.folders import PREFIX, llama_targets, random_matrices, write_folder
 
 A = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 B = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -82,6 +88,29 @@ def test_a_hostile_header_is_refused_before_anything_is_allocated(tmp_path: Path
     raw_safetensors(tmp_path / "adapter_model.safetensors", header, bytes(16))
     with pytest.raises(AdapterIncompatible):
         AdapterFile.open(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sound_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = random_matrices(4, seed=2, dtype=torch.float16)
+    return write_folder(tmp_path_factory.mktemp("sound"), tensors, r=4, rank_pattern={"x": 3})
+
+
+@given(data=st.data())
+def test_a_folder_with_any_bytes_changed_is_loaded_or_refused_with_a_typed_error(
+    sound_folder: Path, data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
+    content = bytearray((sound_folder / name).read_bytes())
+    header = 8 + struct.unpack("<Q", content[:8])[0] if name.endswith("safetensors") else len(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as changed:
+        for path in sound_folder.iterdir():
+            (Path(changed) / path.name).write_bytes(content if path.name == name else path.read_bytes())
+        with contextlib.suppress(AdapterError):
+            matched = match_adapter(AdapterFile.open(changed), llama_targets())
+            assert pack_adapter(matched.pairs, dtype=torch.float16).max_rank == 4
 
 
 def test_a_rank_that_differs_from_the_configuration_names_module_and_both_ranks(tmp_path: Path) -> None:

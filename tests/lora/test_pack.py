@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ def test_shards_are_the_rows_and_columns_of_the_target_scaled_and_rounded_once(d
     assert torch.equal(packed.a(entry), cols.take(lora.a, 1).to(dtype))
     scaled = rows.take(lora.b, 0).float() * lora.numbers.scale
     assert torch.equal(packed.b(entry), scaled.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_columns_that_pad_a_slice_are_zero_whatever_the_staging_held(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(12)
+    lora = pair(torch.randn(3, 5, generator=generator), torch.randn(7, 3, generator=generator), 5.0)
+    padded = replace(target(5, 7, Rows.span(2, 6), Rows.span(1, 4)), padded_rows=6, padded_cols=8)
+    staging = torch.full((1000,), float("nan"), dtype=dtype)
+    packed = pack_adapter([(padded, lora)], dtype=dtype, staging=staging)
+    (entry,) = packed.entries
+    assert (entry.a_shape, entry.b_shape) == ((3, 8), (6, 3))
+    a, b = packed.a(entry), packed.b(entry)
+    assert torch.equal(a[:, :3], lora.a[:, 1:4].to(dtype))
+    assert torch.equal(b[:4], (lora.b[2:6] * (5.0 / 3)).to(dtype))
+    assert not a[:, 3:].any()
+    assert not b[4:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -256,6 +256,39 @@ def test_stacked_experts_cut_by_tensor_join_to_the_whole(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_router_is_read_as_the_parameter_that_peft_targets(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=8,
+        target_modules=[],
+        target_parameters=["mlp.gate.weight"],
+        rank_pattern={"layers.1.mlp.gate.weight": 3},
+        alpha_pattern={r"gate\.weight": 5},
+    )
+    wrapped = save_randomised(tiny_mixtral(), config, tmp_path)
+    routers = [
+        AdapterTarget(
+            module=f"model.layers.{layer}.block_sparse_moe.gate",
+            site=f"layers.{layer}.router",
+            slice=0,
+            in_features=MOE_HIDDEN,
+            out_features=EXPERTS,
+            out_rows=Rows.whole(EXPERTS),
+            in_cols=Rows.whole(MOE_HIDDEN),
+            layer=layer,
+        )
+        for layer in (0, 1)
+    ]
+    layers = wrapped.get_base_model().model.layers  # type: ignore[attr-defined]
+    reference = {
+        target.module: layers[layer].mlp.gate.get_delta_weight("default").detach()
+        for layer, target in enumerate(routers)
+    }
+    assert [pair.numbers.scale for pair in AdapterFile.open(tmp_path).pairs.values()] == [5 / 2, 5 / 3]
+    check(tmp_path, routers, reference)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_adapter_for_another_number_of_experts_is_refused_with_both_numbers(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, target_modules=[], target_parameters=["experts.down_proj"])
     save_randomised(tiny_mixtral(), config, tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from polyaccel.backend.communicator import SingleRank
+from polyaccel.models.registry import build_model
 from tests.models.families import FAMILIES, build, open_saved, reference_logits
 from tests.models.scenario import assert_close, drive, random_tokens
 from tests.support.driver import StepDriver
@@ -47,10 +49,6 @@ def test_only_the_rows_asked_for_have_logits(tmp_path: Path) -> None:
 
 
 def test_half_precision_models_answer_in_their_dtype(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from polyaccel.models.registry import build_model
-
     reference, checkpoint = open_saved("llama", tmp_path)
     model = build_model(replace(build(checkpoint, load=False).options, dtype=torch.bfloat16))
     model.load(checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 import polyaccel
 from polyaccel.backend import errors
+from polyaccel.cli.main import build_parser
 from tests.project.metadata import project
 from tests.project.pages import module_list, operator_tables, parameter_tables
 from tests.project.source import ROOT, code_blocks, compare_with_stored
@@ -22,6 +24,8 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(code_blocks(page, "python"), 1)
 ]
+SHELL = [line for page in PAGES for block in code_blocks(page, "sh") for line in block.splitlines()]
+COMMANDS = [line for line in SHELL if line.startswith("polyaccel ")]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,11 @@ def test_an_example_compiles_and_uses_names_that_exist(block: str) -> None:
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "polyaccel":
             assert node.attr in polyaccel.__all__
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_documented_command_line_is_accepted(command: str) -> None:
+    build_parser().parse_args(shlex.split(command)[1:])
 
 
 def test_the_examples_of_the_backend_page_run() -> None:

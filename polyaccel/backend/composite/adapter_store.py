@@ -39,8 +39,8 @@ class SiteBuffers:
 class TensorAdapterStore(AdapterStore):
     """Storage for any torch device, in each weight's dtype.
 
-    Rows of a slot's range beyond a module's rank, or of a module that the adapter does not touch, are zero. Rows that no
-    range covers hold anything. Sites whose spec has no ``rank_rows`` get no room.
+    Rows of a slot's range beyond a module's rank, or of a module that the adapter does not touch, are zero. Rows of no
+    range hold anything. Sites whose spec has no ``rank_rows`` get no room.
 
     Attributes:
         sites: the buffers by site.

@@ -1,9 +1,9 @@
 """Attention over the paged cache and inside segments, by tiles of keys with a running softmax (arXiv 2205.14135).
 
-Scores, probabilities and sums are float32. Batched decode reads tiles of one fixed width from each sequence's first visible
-key on, and a tile that a sequence does not reach leaves its sums bit for bit as they were: the longest context of a batch
-changes nothing in the other rows. Positions that no query sees are not read. Inside one sequence's prefill a non-finite
-value may reach earlier queries of the same call.
+Scores, probabilities and sums are float32. Batched decode reads tiles of one fixed width from each sequence's first
+visible key on, and a tile that a sequence does not reach leaves its sums bit for bit as they were: the longest context
+of a batch changes nothing in the other rows. Positions that no query sees are not read. Inside one sequence's prefill a
+non-finite value may reach earlier queries of the same call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFILL_KEY_TILE = 512
 DECODE_KEY_TILE = 128
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""``k, v: [batch, keys, kv_heads, head_dim]`` and which queries see them, ``[batch or 1, queries, keys]``; None: all do."""
+"""``k, v: [batch, keys, kv_heads, head_dim]`` and which queries see them, ``[batch, queries, keys]``; None: all do."""
 
 
 def write_kv_cache(k: torch.Tensor, v: torch.Tensor, kv: KVCache, layer: int, step: Step) -> None:
@@ -32,10 +32,10 @@ def write_kv_cache(k: torch.Tensor, v: torch.Tensor, kv: KVCache, layer: int, st
 def paged_attention(
     q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None
 ) -> torch.Tensor:
-    """Causal attention of ``q: [tokens, heads, head_dim]`` over the cache, for prefill, chunks of one and decode together.
+    """Causal attention of ``q: [tokens, heads, head_dim]`` over the cache, for prefill, its chunks and decode together.
 
-    Runs of sequences with one token each go through one batched call. Tokens of no sequence, and queries that see no key,
-    give zeros.
+    Runs of sequences with one token each go through one batched call. Tokens of no sequence, and queries that see no
+    key, give zeros.
     """
     inputs = step.input
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -132,7 +132,7 @@ def _prefill(
     window: int | None,
     causal: bool = True,
 ) -> torch.Tensor:
-    """Queries ``[queries, heads, head_dim]``, the last ones of a sequence of ``context`` keys; ``read(a, b)`` gives keys."""
+    """The last ``q: [queries, heads, head_dim]`` of a sequence of ``context`` keys; ``read(a, b)`` gives those."""
     offset = context - q.shape[0]
     parts = []
     for begin in range(0, q.shape[0], QUERY_TILE):
@@ -156,7 +156,7 @@ def _prefill(
 
 
 def _attend(q: torch.Tensor, tiles: Iterator[KeysAndValues], scale: float) -> torch.Tensor:
-    """Softmax attention of ``q: [batch, queries, heads, head_dim]`` over the tiles, float32; NaN where nothing is seen."""
+    """Softmax attention of ``q: [batch, queries, heads, head_dim]`` over tiles, float32; NaN where nothing is seen."""
     batch, queries, heads, head_dim = q.shape
     q = q.float()
     total: torch.Tensor | None = None

@@ -6,7 +6,7 @@ import pickle
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import torch
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from polyaccel.backend.backend import RankAddress
 from polyaccel.backend.communicator import Communicator
 from polyaccel.backend.errors import CommunicationError, ConfigurationError
-
 
 Result = TypeVar("Result")
 
@@ -57,9 +56,9 @@ class Store(Protocol):
 class TorchCommunicator(Communicator):
     """A gloo group of its own. Tensors of other devices than the CPU travel through host memory.
 
-    ``all_reduce`` is gloo's ring: every element is summed on one rank and then sent around, so all ranks end with its bits.
-    Sums are kept in the tensor's dtype. A rank that fails or stays away makes the others raise within the timeout; after
-    that the group is of no more use.
+    ``all_reduce`` is gloo's ring: every element is summed on one rank and then sent around, so all ranks end with its
+    bits. Sums are kept in the tensor's dtype. A rank that fails or stays away makes the others raise within the
+    timeout; after that the group is of no more use.
 
     Args:
         address: where the ranks meet.
@@ -139,9 +138,9 @@ class TorchCommunicator(Communicator):
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=address.timeout)
         options._devices = [_network_device(address)]
-        prefixed = dist.PrefixStore("gloo", store)  # type: ignore[attr-defined]
-        group: ProcessGroup = dist.ProcessGroupGloo(prefixed, address.rank, address.world_size, options)  # type: ignore[assignment]
-        return group
+        prefixed = dist.PrefixStore("gloo", store)  # type: ignore[attr-defined, arg-type]
+        group = dist.ProcessGroupGloo(prefixed, address.rank, address.world_size, options)
+        return cast(ProcessGroup, group)
 
     def _meet(self, address: RankAddress) -> Store:
         begun = time.monotonic()

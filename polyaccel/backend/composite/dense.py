@@ -13,7 +13,7 @@ from polyaccel.backend.weight import WeightSpec
 
 
 def embedding(table: torch.Tensor, spec: WeightSpec, step: Step, vocabulary_start: int) -> torch.Tensor:
-    """Rows of ``table: [vocabulary rows of this rank, hidden]`` plus the step's adapters; ids of other ranks give zeros."""
+    """Rows of ``table: [vocabulary rows of this rank, hidden]`` plus adapters; ids of other ranks give zeros."""
     local = step.tensor("token_ids") - vocabulary_start
     rows = table.shape[0]
     if rows == 0:
@@ -57,7 +57,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 def rotary_embedding(
     q: torch.Tensor, k: torch.Tensor, rope: RopeTable, step: Step
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k with their first ``rotary_dim`` dimensions rotated by the token's position (RoFormer, arXiv 2104.09864)."""
+    """q and k with their first ``rotary_dim`` dimensions rotated by the token's position (arXiv 2104.09864)."""
     positions = step.tensor("positions")
     cos = rope.cos.index_select(0, positions).unsqueeze(1)
     sin = rope.sin.index_select(0, positions).unsqueeze(1)
@@ -90,7 +90,8 @@ def gelu(x: torch.Tensor, approximate: Literal["none", "tanh"] = "none") -> torc
 
 
 def select_rows(x: torch.Tensor, step: Step) -> torch.Tensor:
-    """``x[logits_rows]``; x itself where every token's logits are needed (the rows ascend, so they are then all in order)."""
+    """``x[logits_rows]``; x itself where every token's logits are needed."""
+    # The rows ascend, so as many rows as tokens are all tokens in order.
     if len(step.input.logits_rows) == x.shape[0]:
         return x
     return x.index_select(0, step.tensor("logits_rows"))

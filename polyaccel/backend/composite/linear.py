@@ -1,4 +1,4 @@
-"""``linear`` and ``dequantize`` on :class:`TensorWeight`: the two mandatory operators, for backends that keep that class."""
+"""``linear`` and ``dequantize`` on :class:`TensorWeight`: the mandatory operators, for backends with that class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from polyaccel.backend.weight import Weight, WeightSpec
 
 
 def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """``x @ W.T + bias`` for ``x: [tokens, k]`` of the weight's dtype; returns ``[tokens, n]``. No tokens and k = 0 are fine.
+    """``x @ W.T + bias``, ``[tokens, n]``, for ``x: [tokens, k]`` of the weight's dtype. No tokens and k = 0 are fine.
 
     Raises:
         OperatorError: another dtype or width, a weight with experts, or a Weight class that is not TensorWeight.
@@ -57,7 +57,7 @@ def _tensor_weight(operator: str, weight: Weight) -> TensorWeight:
     if not isinstance(weight, TensorWeight):
         raise OperatorError(
             operator,
-            f"the plain-torch form takes TensorWeight, not {type(weight).__name__} of {weight.spec.site!r}; a backend with "
-            f"its own Weight class brings its own {operator}",
+            f"the plain-torch form takes TensorWeight, not {type(weight).__name__} of {weight.spec.site!r}; a backend "
+            f"with its own Weight class brings its own {operator}",
         )
     return weight

@@ -1,10 +1,10 @@
 """``sample``: from logits to ids, deterministic given each row's uniform.
 
-Every operation works on rows alone and every sum along a row is a running sum, whose rounding does not depend on how many
-rows there are: a row's id is the same in any batch. Sums are float32 (the running sum may be wider inside).
+Every operation works on rows alone and every sum along a row is a running sum, whose rounding does not depend on how
+many rows there are: a row's id is the same in any batch. Sums are float32 (the running sum may be wider inside).
 
-NaN counts as minus infinity and plus infinity as the largest number. Where all of a row is masked or minus infinity the id
-is the lowest one that the mask allows, or 0.
+NaN counts as minus infinity and plus infinity as the largest number. Where all of a row is masked or minus infinity the
+id is the lowest one that the mask allows, or 0.
 """
 
 from __future__ import annotations

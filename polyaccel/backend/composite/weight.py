@@ -16,8 +16,8 @@ from polyaccel.backend.weight import Quantisation, Weight, WeightSpec, check_wri
 class QuantisedTensors:
     """The canonical form on the device; every tensor has a leading ``experts`` dimension where the weight has.
 
-    ``codes: [n, bytes of k]`` uint8; with 4 bits, byte ``i`` holds column ``2 i`` in its low and ``2 i + 1`` in its high
-    half, with other widths one column. ``zeros: [n, groups]`` uint8, ``scales: [n, groups]`` of the scale dtype.
+    ``codes: [n, bytes of k]`` uint8; with 4 bits, byte ``i`` holds column ``2 i`` in its low and ``2 i + 1`` in its
+    high half, with other widths one column. ``zeros: [n, groups]`` uint8, ``scales: [n, groups]`` of the scale dtype.
     """
 
     codes: torch.Tensor
