@@ -1,7 +1,7 @@
 """The backend contract: everything a plugin may import.
 
-Torch tensors in, torch tensors out; no engine type crosses it. ``polyaccel.backend.composite`` holds the plain-torch form of
-every operator and of the storage classes, which plugins may reuse or subclass.
+Torch tensors in, torch tensors out; no engine type crosses it. ``polyaccel.backend.composite`` holds the plain-torch
+form of every operator and of the storage classes, which plugins may reuse or subclass.
 """
 
 from polyaccel.backend.adapter_store import AdapterStore, LoraMatrices, PackedAdapter, PackedEntry, SlotRange

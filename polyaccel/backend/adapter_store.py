@@ -1,7 +1,7 @@
 """Adapters in device memory: slots, rank rows and the packed form in which one arrives.
 
-The engine decides slot numbers and rank-row ranges; the backend owns the bytes. A slot's content has stable addresses, and
-loading one is a single copy of a packed buffer plus a scatter.
+The engine decides slot numbers and rank-row ranges; the backend owns the bytes. A slot's content has stable addresses,
+and loading one is a single copy of a packed buffer plus a scatter.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ AdapterKind = Literal["linear", "embedding"]
 class PackedEntry:
     """Where one module's A and B lie in a packed buffer; offsets count elements of its dtype.
 
-    ``a_shape`` is ``[rank, k]`` (this rank's input columns; for an embedding ``[rank, vocabulary rows]``) and ``b_shape``
-    is ``[n, rank]`` (this rank's output rows), both row-major, the scale folded into B.
+    ``a_shape`` is ``[rank, k]`` (this rank's input columns; for an embedding ``[rank, vocabulary rows]``) and
+    ``b_shape`` is ``[n, rank]`` (this rank's output rows), both row-major, the scale folded into B.
     """
 
     site: str

@@ -1,7 +1,8 @@
 """The backend: who it is, which devices it has, what it implements and how well, how ranks talk, whether it has graphs.
 
-Only ``devices``, ``probe`` and ``operators`` (with at least ``linear`` and ``dequantize``) must be written; everything else has
-a form in plain torch that runs on any torch device, so that a new vendor's first model runs with a few dozen lines.
+Only ``devices``, ``probe`` and ``operators`` (with at least ``linear`` and ``dequantize``) must be written; everything
+else has a form in plain torch that runs on any torch device, so that a new vendor's first model runs with a few dozen
+lines.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Implementations = Entry | Callable[..., object] | Sequence[Entry]
 class Availability:
     """Whether a backend can be used on this machine.
 
-    ``hardware`` says that its hardware is present even though it may not be usable: then ``auto`` refuses to pass it over.
+    ``hardware`` says that its hardware is present even though it may not be usable: then ``auto`` refuses to pass it
+    over.
     """
 
     usable: bool
@@ -43,7 +45,8 @@ class Availability:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankAddress:
-    """Where ranks meet: ``init_method`` of torch.distributed (``file://`` or ``tcp://``) and how long to wait, in seconds."""
+    """Where ranks meet: ``init_method`` of torch.distributed (``file://`` or ``tcp://``) and how long to wait, in
+    seconds."""
 
     rank: int
     world_size: int
@@ -90,8 +93,8 @@ class Backend(ABC):
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
-        """Room for a weight, in the backend's own layout; with ``tied``, the same values under another site (its storage is
-        shared where the layout allows, and nothing is written to the new one).
+        """Room for a weight, in the backend's own layout; with ``tied``, the same values under another site (its
+        storage is shared where the layout allows, and nothing is written to the new one).
 
         Raises:
             OutOfMemory: with the bytes asked for.
@@ -100,7 +103,9 @@ class Backend(ABC):
 
         return TensorWeight(spec, device, tied)
 
-    def allocate_adapters(self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device) -> AdapterStore:
+    def allocate_adapters(
+        self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device
+    ) -> AdapterStore:
         """Room for adapters at each site: ``rank_rows`` rank rows per slice, shared by at most ``slots`` adapters."""
         from polyaccel.backend.composite.adapter_store import TensorAdapterStore
 
@@ -183,5 +188,7 @@ def _entries(backend: str, operator: str, value: Implementations) -> tuple[Entry
     if isinstance(value, Sequence):
         return tuple(value)
     if not callable(value):
-        raise ConfigurationError(f"backend {backend!r}: operator {operator!r} maps to {value!r}, expected a callable or an Entry")
+        raise ConfigurationError(
+            f"backend {backend!r}: operator {operator!r} maps to {value!r}, expected a callable or an Entry"
+        )
     return (Entry(value),)

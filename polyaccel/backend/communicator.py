@@ -21,8 +21,8 @@ class Collective:
 class Communicator(ABC):
     """A group of ranks that call the same collectives in the same order.
 
-    The public methods record into ``trace`` while it is a list and then call the backend's ``_``-methods. All are ordered
-    with the operators of the device of their tensor.
+    The public methods record into ``trace`` while it is a list and then call the backend's ``_``-methods. All are
+    ordered with the operators of the device of their tensor.
     """
 
     rank: int
@@ -50,7 +50,9 @@ class Communicator(ABC):
             ConfigurationError: dimension 0 is not a multiple of the world size.
         """
         if x.shape[0] % self.world_size:
-            raise ConfigurationError(f"reduce_scatter of {x.shape[0]} rows over {self.world_size} ranks: not a multiple")
+            raise ConfigurationError(
+                f"reduce_scatter of {x.shape[0]} rows over {self.world_size} ranks: not a multiple"
+            )
         self._note("reduce_scatter", x)
         return self._reduce_scatter(x)
 
@@ -77,7 +79,8 @@ class Communicator(ABC):
 
     @abstractmethod
     def gather_objects(self, value: object) -> list[object]:
-        """Every rank's small picklable value, in rank order. Control plane: for plans and hashes, never inside a step."""
+        """Every rank's small picklable value, in rank order. Control plane: for plans and hashes, never inside a
+        step."""
 
     @abstractmethod
     def close(self) -> None:

@@ -156,8 +156,8 @@ class TorchDevice(Device):
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    # torch.zeros writes every page; numpy leaves large arrays to the system's zero pages. Room for a KV cache of gigabytes
-    # then costs nothing until it is used.
+    # torch.zeros writes every page; numpy leaves large arrays to the system's zero pages. Room for a KV cache of
+    # gigabytes then costs nothing until it is used.
     size = math.prod(shape) * dtype.itemsize
     block = np.zeros(size + ALIGNMENT, dtype=np.uint8)
     offset = -block.ctypes.data % ALIGNMENT

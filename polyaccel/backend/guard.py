@@ -1,9 +1,9 @@
 """The one guarded launch path.
 
-Every device launch of every backend goes through :class:`Launcher`. It checks that all operands share one device, enters
-that device if it is not current, lets the caller take the stream inside the scope, restores device and stream on exit and on
-exception, and writes the ledger. Founding case: one operator without a device guard gave an illegal memory access on a
-second GPU; Triton launches have the same hole (Triton issue 2925).
+Every device launch of every backend goes through :class:`Launcher`. It checks that all operands share one device,
+enters that device if it is not current, lets the caller take the stream inside the scope, restores device and stream
+on exit and on exception, and writes the ledger. Founding case: one operator without a device guard gave an illegal
+memory access on a second GPU; Triton launches have the same hole (Triton issue 2925).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ R = TypeVar("R")
 class Launcher:
     """Launches kernels for one backend instance.
 
-    ``enter(device)`` returns a context manager that makes ``device`` current and restores what was current before, also on
-    an exception; ``is_current(device)`` lets the common case skip it.
+    ``enter(device)`` returns a context manager that makes ``device`` current and restores what was current before,
+    also on an exception; ``is_current(device)`` lets the common case skip it.
     """
 
     def __init__(
@@ -42,7 +42,13 @@ class Launcher:
         self._is_current = is_current if is_current is not None else _always_current
 
     def launch(
-        self, kernel: str, operands: Iterable[torch.Tensor | None], fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
+        self,
+        kernel: str,
+        operands: Iterable[torch.Tensor | None],
+        fn: Callable[P, R],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> R:
         """Run ``fn(*args, **kwargs)`` in the operands' device scope and record ``kernel``.
 

@@ -1,7 +1,8 @@
 """What really ran: a count per kernel name, written where kernels are launched.
 
-The ledger is the answer to "is the fast path taken?". Native code records through :func:`polyaccel.backend.guard.launch`;
-composites record under ``composite.<operator>``; a captured graph holds the delta of its capture and each replay adds it.
+The ledger is the answer to "is the fast path taken?". Native code records through
+:func:`polyaccel.backend.guard.launch`; composites record under ``composite.<operator>``; a captured graph holds the
+delta of its capture and each replay adds it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Ledger:
     # -- operator calls --------------------------------------------------------------------------------------------
 
     def enter(self, native: str | None) -> None:
-        """An operator call begins; ``native`` is its implementation's name, None for a composite or a station of parts."""
+        """An operator call begins; ``native`` is its implementation's name, None for a composite or a station of
+        parts."""
         self._depth += 1
         if native is not None:
             self._native.append(native)

@@ -81,7 +81,9 @@ class SiteRequest:
     static: Mapping[str, Static] = field(default_factory=lambda: MappingProxyType({}))
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
 
-    def query(self, token_class: TokenClass, adapters: bool, largest_rank: int, ranges: Mapping[str, tuple[int, int]]) -> Query:
+    def query(
+        self, token_class: TokenClass, adapters: bool, largest_rank: int, ranges: Mapping[str, tuple[int, int]]
+    ) -> Query:
         return Query(
             site=self.site,
             operator=self.operator,
@@ -120,8 +122,8 @@ class Plan:
         ranges: inclusive ranges by token class name of what varies between steps.
 
     Raises:
-        UnsupportedError: under ``strict``, with every reason at every site; under any policy, when a mandatory operator has no
-            implementation.
+        UnsupportedError: under ``strict``, with every reason at every site; under any policy, when a mandatory
+            operator has no implementation.
     """
 
     def __init__(
@@ -155,7 +157,9 @@ class Plan:
         if largest_rank <= self.largest_rank:
             return []
         resolved = self._resolve_all(largest_rank)
-        changed = [name for name, answers in resolved.items() if tuple(p for p, _ in answers) != self.sites[name].planned]
+        changed = [
+            name for name, answers in resolved.items() if tuple(p for p, _ in answers) != self.sites[name].planned
+        ]
         self.largest_rank = largest_rank
         self._apply(resolved)
         return changed
@@ -173,7 +177,10 @@ class Plan:
             "largest_rank": self.largest_rank,
             "digest": self.digest(),
             "sites": {
-                name: {f"{c.value}{'+adapters' if a else ''}": p.to_dict() for (c, a), p in zip(KEYS, site.planned, strict=True)}
+                name: {
+                    f"{c.value}{'+adapters' if a else ''}": p.to_dict()
+                    for (c, a), p in zip(KEYS, site.planned, strict=True)
+                }
                 for name, site in self.sites.items()
             },
         }
@@ -231,8 +238,8 @@ class Plan:
         fn = self._composites.get(query.operator)
         if fn is None:
             raise UnsupportedError(
-                f"operator {query.operator!r} at site {query.site!r} is mandatory and backend {self.backend.name!r} refuses it: "
-                + "; ".join(reasons)
+                f"operator {query.operator!r} at site {query.site!r} is mandatory and backend {self.backend.name!r} "
+                f"refuses it: " + "; ".join(reasons)
             )
         name = f"{COMPOSITE_PREFIX}{query.operator}"
         planned = Planned(operator=query.operator, kind="composite", implementation=name, reasons=tuple(reasons))
@@ -250,7 +257,9 @@ class Plan:
         if not problems or self.policy == "allow":
             return
         lines = [f"  {text}\n    at {_shorten(where)}" for text, where in problems.items()]
-        message = f"backend {self.backend.name!r} runs critical operators as plain-torch composites:\n" + "\n".join(lines)
+        message = f"backend {self.backend.name!r} runs critical operators as plain-torch composites:\n" + "\n".join(
+            lines
+        )
         if self.policy == "strict":
             raise UnsupportedError(message + '\nUse policy="warn" to run them anyway.')
         logger.warning(message)
@@ -286,7 +295,8 @@ def _composite(operator: str, fn: Call, ledger: Ledger) -> Call:
         if outer is not None:
             if ledger.strict:
                 raise UnsupportedError(
-                    f"{outer} called the composite of {operator!r} while it was planned as native; the plan would not show it"
+                    f"{outer} called the composite of {operator!r} while it was planned as native; the plan would "
+                    f"not show it"
                 )
             ledger.record(nested)
         ledger.record(name)

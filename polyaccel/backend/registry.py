@@ -1,8 +1,9 @@
 """Finding backends: which are installed, which can be used, and loading the one chosen.
 
-Discovery reads distribution metadata only. The API range is checked before anything of a plugin is imported, and a plugin
-that was not chosen is never imported. Listing uses importlib.metadata because stevedore loses the distribution of an entry
-point and keeps a cache on disk that can be minutes old; the one chosen is loaded by stevedore's ``DriverManager``.
+Discovery reads distribution metadata only. The API range is checked before anything of a plugin is imported, and a
+plugin that was not chosen is never imported. Listing uses importlib.metadata because stevedore loses the distribution
+of an entry point and keeps a cache on disk that can be minutes old; the one chosen is loaded by stevedore's
+``DriverManager``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class InstalledBackend:
 
     def api_refusal(self) -> str | None:
         """Why the contract's version does not suit, with the line that fixes it; None if it does."""
-        line = f'[project.entry-points."{API_GROUP}"] {self.name} = "v{API_VERSION[0]}_{API_VERSION[1]}:v{API_VERSION[0]}_{API_VERSION[1]}"'
+        here = format_version(API_VERSION)
+        exact = f"v{here.replace('.', '_')}"
+        line = f'[project.entry-points."{API_GROUP}"] {self.name} = "{exact}:{exact}"'
         if self.api is None:
             return f"{self.origin} states no API range; its pyproject.toml needs: {line}"
         try:
@@ -42,7 +45,7 @@ class InstalledBackend:
         except ValueError as error:
             return f"{self.origin}: {error}; its pyproject.toml needs: {line}"
         if not accepted:
-            return f"{self.origin} works with API {self.api}, this is API {format_version(API_VERSION)}; install a matching version"
+            return f"{self.origin} works with API {self.api}, this is API {here}; install a matching version"
         return None
 
 
@@ -87,8 +90,8 @@ def load(name: str) -> Backend:
     """Construct the backend called ``name``, importing only it.
 
     Raises:
-        BackendUnavailable: not installed, wrong API range, or its import or constructor raised; names distribution, entry point
-            and cause.
+        BackendUnavailable: not installed, wrong API range, or its import or constructor raised; names distribution,
+            entry point and cause.
     """
     known = {backend.name: backend for backend in installed()}
     if name not in known:
@@ -100,7 +103,8 @@ def choose(name: str = "auto") -> Backend:
     """``load(name)`` and check that it is usable here; ``auto`` picks the usable backend of highest priority.
 
     Raises:
-        BackendUnavailable: not usable, with the reason. For ``auto`` also when a backend's hardware is present but the backend
+        BackendUnavailable: not usable, with the reason. For ``auto`` also when a backend's hardware is present but the
+            backend
             cannot be used, or an installed plugin is broken: starting on the CPU instead would be a silent fallback.
     """
     if name != "auto":
@@ -117,7 +121,8 @@ def choose(name: str = "auto") -> Backend:
             return backend
         if availability.hardware:
             raise BackendUnavailable(
-                f"the hardware of backend {backend.name!r} is present but cannot be used: {availability.reason}. {INSTEAD}"
+                f"the hardware of backend {backend.name!r} is present but cannot be used: {availability.reason}. "
+                f"{INSTEAD}"
             )
     raise BackendUnavailable(f"no usable backend among {[backend.name for backend in candidates]}")
 
@@ -159,7 +164,9 @@ def _construct(entry: InstalledBackend) -> Backend:
             f"backend {entry.name!r} of {entry.origin} is broken: {type(error).__name__}: {error}. {INSTEAD}"
         ) from error
     if not isinstance(backend, Backend):
-        raise BackendUnavailable(f"backend {entry.name!r} of {entry.origin} is a {type(backend).__name__}, not a Backend")
+        raise BackendUnavailable(
+            f"backend {entry.name!r} of {entry.origin} is a {type(backend).__name__}, not a Backend"
+        )
     backend.name = entry.name
     return backend
 
@@ -171,7 +178,9 @@ def _factory(name: str) -> Callable[[], object]:
     from stevedore.exception import NoMatches
 
     try:
-        plugin: object = DriverManager(BACKENDS_GROUP, name, on_load_failure_callback=_raise, warn_on_missing_entrypoint=False).driver
+        plugin: object = DriverManager(
+            BACKENDS_GROUP, name, on_load_failure_callback=_raise, warn_on_missing_entrypoint=False
+        ).driver
     except NoMatches:
         plugin = next(iter(metadata.entry_points(group=BACKENDS_GROUP, name=name))).load()
     if not callable(plugin):

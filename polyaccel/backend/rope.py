@@ -14,8 +14,8 @@ RopeStyle = Literal["half", "interleaved"]
 class RopeTable:
     """``cos, sin: [positions, rotary_dim / 2]`` float32 on the device.
 
-    ``style``: pairs (i, i + rotary_dim / 2) for half, (2 i, 2 i + 1) for interleaved; dimensions from ``rotary_dim`` on pass
-    through unrotated.
+    ``style``: pairs (i, i + rotary_dim / 2) for half, (2 i, 2 i + 1) for interleaved; dimensions from ``rotary_dim``
+    on pass through unrotated.
     """
 
     cos: torch.Tensor

@@ -11,7 +11,8 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSpec:
-    """``request_slots`` rows over a vocabulary of ``vocabulary`` ids; at most ``max_top_logprobs`` are returned a row."""
+    """``request_slots`` rows over a vocabulary of ``vocabulary`` ids; at most ``max_top_logprobs`` are returned a
+    row."""
 
     request_slots: int
     vocabulary: int
@@ -82,9 +83,9 @@ class SamplingState(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOutput:
-    """Device tensors of R rows: ``ids`` int64 ``[R]``; and, when any row asked for them, ``logprobs`` float32 ``[R]`` of
-    the sampled ids and the ``top_ids`` int64, ``top_logprobs`` float32 ``[R, max_top_logprobs]`` (ties: lowest id first).
-    Log-probabilities are of the logits after penalties, bias and mask, before temperature and filters."""
+    """Device tensors of R rows: ``ids`` int64 ``[R]``; and, when any row asked for them, ``logprobs`` float32 ``[R]``
+    of the sampled ids and the ``top_ids`` int64, ``top_logprobs`` float32 ``[R, max_top_logprobs]`` (ties: lowest id
+    first). Log-probabilities are of the logits after penalties, bias and mask, before temperature and filters."""
 
     ids: torch.Tensor
     logprobs: torch.Tensor | None = None

@@ -36,7 +36,8 @@ class Layout(Enum):
 class Argument:
     """One argument of an operator.
 
-    ``shape`` uses names of dimensions; ``may_alias`` lists arguments whose memory may be the same (exactly the same view).
+    ``shape`` uses names of dimensions; ``may_alias`` lists arguments whose memory may be the same (exactly the same
+    view).
     """
 
     name: str
@@ -53,7 +54,8 @@ class Argument:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numerics:
-    """The coarsest arithmetic that is still right. Tolerances are derived from this, never from a backend's declaration.
+    """The coarsest arithmetic that is still right. Tolerances are derived from this, never from a backend's
+    declaration.
 
     Attributes:
         accumulator: dtype in which sums of products are kept at least.

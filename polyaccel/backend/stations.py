@@ -1,8 +1,8 @@
 """Stations: the parts of a layer that a backend may fuse. Models call these; the plan expands them where it must.
 
-A station's meaning is the composition of its parts. A fused form may round less often; layouts between its parts are its own
-affair, so that a shrink may be folded into the base GEMM, an expand into the next kernel, and rank rows may ride on the
-reduction. Bodies here use operators and views only.
+A station's meaning is the composition of its parts. A fused form may round less often; layouts between its parts are
+its own affair, so that a shrink may be folded into the base GEMM, an expand into the next kernel, and rank rows may
+ride on the reduction. Bodies here use operators and views only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ STATIONS: MappingProxyType[str, OperatorSpec] = MappingProxyType(
                 name="qkv_rope_cache",
                 group="station",
                 semantics=(
-                    "linear over slices q, k, v + adapters + (where norms are given) per-head rms_norm of q and k + rotary + "
+                    "linear over slices q, k, v + adapters + (where norms are given) per-head rms_norm of q and k + "
+                    "rotary + "
                     "write_kv_cache."
                 ),
                 arguments=(
@@ -75,8 +76,10 @@ STATIONS: MappingProxyType[str, OperatorSpec] = MappingProxyType(
                 name="row_parallel_linear",
                 group="station",
                 semantics=(
-                    "linear on this rank's input columns + adapters, summed over ranks when ``reduce``. Adapters enter as "
-                    "``add`` (each rank adds its partial delta before the sum) or ``ride`` (rank rows are summed along with the "
+                    "linear on this rank's input columns + adapters, summed over ranks when ``reduce``. Adapters "
+                    "enter as "
+                    "``add`` (each rank adds its partial delta before the sum) or ``ride`` (rank rows are summed "
+                    "along with the "
                     "output and expanded after). A bias is added once, whatever the world size: only rank 0 holds one."
                 ),
                 arguments=(_X, WEIGHT, STEP, COMM, attribute("reduce", True, False)),
@@ -149,17 +152,23 @@ def _qkv_rope_cache(op: Operators) -> Body:
         layer: int,
         head_dim: int,
     ) -> object:
-        y = column_linear(x, weight, step, "tokens")
-        assert isinstance(y, torch.Tensor)
+        y = _tensor(column_linear(x, weight, step, "tokens"))
         widths = [part.n for part in weight.spec.slices]
-        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in y.split(widths, dim=-1))
+        parts = torch.split(y, widths, dim=-1)
+        q, k, v = (part.view(len(y), n // head_dim, head_dim) for part, n in zip(parts, widths, strict=True))
         if norm is not None:
-            q, k = norm(q, q_norm, eps), norm(k, k_norm, eps)
-        q, k = rotate(q, k, rope, step)  # type: ignore[misc]
-        store(k, v, kv, layer, step)
-        return q
+            q, k = _tensor(norm(q, q_norm, eps)), _tensor(norm(k, k_norm, eps))
+        rotated = rotate(q, k, rope, step)
+        assert isinstance(rotated, tuple)
+        store(rotated[1], v, kv, layer, step)
+        return rotated[0]
 
     return qkv_rope_cache
+
+
+def _tensor(value: object) -> torch.Tensor:
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def _gate_up_act(op: Operators) -> Body:
@@ -174,7 +183,9 @@ def _gate_up_act(op: Operators) -> Body:
 def _row_parallel_linear(op: Operators) -> Body:
     column_linear, reduce_ranks = _column_linear(op), op.get("all_reduce")
 
-    def row_parallel_linear(x: torch.Tensor, weight: Weight, step: Step, comm: Communicator, reduce: bool = True) -> object:
+    def row_parallel_linear(
+        x: torch.Tensor, weight: Weight, step: Step, comm: Communicator, reduce: bool = True
+    ) -> object:
         y = column_linear(x, weight, step, "tokens")
         return reduce_ranks(y, comm) if reduce and reduce_ranks is not None else y
 

@@ -1,7 +1,8 @@
 """One iteration of the engine as the backend sees it.
 
-``StepInput`` is a frozen bundle of host numpy arrays. ``Backend.begin_step`` is the only place where metadata reaches the
-device, once a step; operators get the resulting opaque :class:`Step`. No operator reads from the device inside a step.
+``StepInput`` is a frozen bundle of host numpy arrays. ``Backend.begin_step`` is the only place where metadata reaches
+the device, once a step; operators get the resulting opaque :class:`Step`. No operator reads from the device inside a
+step.
 """
 
 from __future__ import annotations

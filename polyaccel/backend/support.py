@@ -19,10 +19,10 @@ Reason = str
 class Query:
     """What the plan asks about one operator at one site.
 
-    ``static`` holds exact dimensions: ``dtype``, ``k``, ``slices`` (output widths), ``heads``, ``kv_heads``, ``head_dim``,
-    ``hidden``, ``world_size``, ``quantised``, ``group_size``, ``experts``, ``top_k``, ``largest_rank`` and attributes of the
-    operator. ``ranges`` holds what varies between steps as inclusive ``(low, high)``: ``tokens``, ``segments``,
-    ``context``. Answers must depend on nothing else, and be the same on every rank.
+    ``static`` holds exact dimensions: ``dtype``, ``k``, ``slices`` (output widths), ``heads``, ``kv_heads``,
+    ``head_dim``, ``hidden``, ``world_size``, ``quantised``, ``group_size``, ``experts``, ``top_k``, ``largest_rank``
+    and attributes of the operator. ``ranges`` holds what varies between steps as inclusive ``(low, high)``:
+    ``tokens``, ``segments``, ``context``. Answers must depend on nothing else, and be the same on every rank.
     """
 
     site: str

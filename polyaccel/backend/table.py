@@ -1,4 +1,5 @@
-"""A backend from a table of callables: first operators, planted bugs, other projects' kernels, without a distribution."""
+"""A backend from a table of callables: first operators, planted bugs, other projects' kernels, without a
+distribution."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class TableBackend(Backend):
         super().__init__()
         unknown = sorted(set(operators) - set(OPERATORS) - set(stations.STATIONS))
         if unknown:
-            raise ConfigurationError(f"unknown operators {unknown}; the contract has {sorted([*OPERATORS, *stations.STATIONS])}")
+            raise ConfigurationError(
+                f"unknown operators {unknown}; the contract has {sorted([*OPERATORS, *stations.STATIONS])}"
+            )
         self.name = name
         self._device = device if isinstance(device, Device) else TorchDevice(device)
         self._operators = dict(operators)

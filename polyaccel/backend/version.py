@@ -1,8 +1,9 @@
 """The contract's version and how a plugin states which versions it works with.
 
 A distribution lists its backend twice: in entry-point group ``polyaccel.backends`` (what to load) and in
-``polyaccel.backend_api`` as ``name = "v1_0:v1_3"`` (an inclusive range, never loaded, read before anything is imported).
-Within a major version the contract only grows: new operators and arguments arrive with a composite and a default.
+``polyaccel.backend_api`` as ``name = "v1_0:v1_3"`` (an inclusive range, never loaded, read before anything is
+imported). Within a major version the contract only grows: new operators and arguments arrive with a composite and a
+default.
 """
 
 from __future__ import annotations

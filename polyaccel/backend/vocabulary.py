@@ -13,7 +13,9 @@ F32 = (torch.float32,)
 ANY = (Layout.STRIDED,)
 
 
-def tensor(name: str, shape: str, *, mutated: bool = False, optional: bool = False, alias: tuple[str, ...] = ()) -> Argument:
+def tensor(
+    name: str, shape: str, *, mutated: bool = False, optional: bool = False, alias: tuple[str, ...] = ()
+) -> Argument:
     return Argument(name=name, shape=shape, dtypes=FLOATS, mutated=mutated, optional=optional, may_alias=alias)
 
 
@@ -32,14 +34,17 @@ KV = kind("kv", "kv")
 ROW_SET = attribute("row_set", "tokens", "logits")
 
 SGMV_NUMERICS = Numerics(intermediates=MappingProxyType({"h": ("x", "float32")}))
-ATTENTION_NUMERICS = Numerics(intermediates=MappingProxyType({"p": ("v", "float32")}), ulps=MappingProxyType({"exp": 2, "divide": 1}))
+ATTENTION_NUMERICS = Numerics(
+    intermediates=MappingProxyType({"p": ("v", "float32")}), ulps=MappingProxyType({"exp": 2, "divide": 1})
+)
 
 _DENSE = (
     OperatorSpec(
         name="embedding",
         group="dense",
         semantics=(
-            "Row ``token_ids[t] - vocabulary_start`` of the weight; ids outside this rank's rows give zeros. With adapters: "
+            "Row ``token_ids[t] - vocabulary_start`` of the weight; ids outside this rank's rows give zeros. With "
+            "adapters: "
             "plus ``weight * (B @ A[:, id])`` for each triple, this rank's columns of A."
         ),
         arguments=(WEIGHT, STEP, attribute("vocabulary_start")),
@@ -49,7 +54,7 @@ _DENSE = (
     OperatorSpec(
         name="linear",
         group="dense",
-        semantics="``x @ W.T + bias`` over all slices; the bias is part of the weight. Quantised weights as dequantised.",
+        semantics="``x @ W.T + bias`` over all slices; the bias is the weight's. Quantised weights as dequantised.",
         arguments=(tensor("x", "[T, k]"), WEIGHT),
         returns="y: [T, n] of x's dtype",
         critical=True,
@@ -60,7 +65,8 @@ _DENSE = (
         group="dense",
         semantics=(
             "``s = x + residual`` when a residual is given (rounded once to x's dtype), else ``s = x``; returns "
-            "``s * rsqrt(mean(s^2) + eps) * weight`` over the last dimension, statistics in float32. With a residual the "
+            "``s * rsqrt(mean(s^2) + eps) * weight`` over the last dimension, statistics in float32. With a residual "
+            "the "
             "result is ``(normed, s)``."
         ),
         arguments=(
@@ -70,14 +76,21 @@ _DENSE = (
             tensor("residual", "[..., hidden]", optional=True),
         ),
         returns="normed, or (normed, s)",
-        numerics=Numerics(ulps=MappingProxyType({"rsqrt": 2}), intermediates=MappingProxyType({"normed": ("x", "float32")})),
+        numerics=Numerics(
+            ulps=MappingProxyType({"rsqrt": 2}), intermediates=MappingProxyType({"normed": ("x", "float32")})
+        ),
         critical=True,
     ),
     OperatorSpec(
         name="layer_norm",
         group="dense",
         semantics="``(x - mean) * rsqrt(var + eps) * weight + bias`` over the last dimension, statistics in float32.",
-        arguments=(tensor("x", "[..., hidden]"), tensor("weight", "[hidden]"), tensor("bias", "[hidden]", optional=True), attribute("eps")),
+        arguments=(
+            tensor("x", "[..., hidden]"),
+            tensor("weight", "[hidden]"),
+            tensor("bias", "[hidden]", optional=True),
+            attribute("eps"),
+        ),
         returns="y as x",
         numerics=Numerics(ulps=MappingProxyType({"rsqrt": 2})),
     ),
@@ -85,10 +98,16 @@ _DENSE = (
         name="rotary_embedding",
         group="dense",
         semantics=(
-            "Rotates the first ``rotary_dim`` of each head by the angles of its token's position; pairs are (i, i + half) "
+            "Rotates the first ``rotary_dim`` of each head by the angles of its token's position; pairs are (i, i + "
+            "half) "
             "for style half, (2i, 2i + 1) for style interleaved. cos and sin are float32 operands; computed in float32."
         ),
-        arguments=(tensor("q", "[T, heads, head_dim]"), tensor("k", "[T, kv_heads, head_dim]"), kind("rope", "rope"), STEP),
+        arguments=(
+            tensor("q", "[T, heads, head_dim]"),
+            tensor("k", "[T, kv_heads, head_dim]"),
+            kind("rope", "rope"),
+            STEP,
+        ),
         returns="(q, k), new tensors",
         critical=True,
     ),
@@ -98,7 +117,9 @@ _DENSE = (
         semantics="``silu(x[:, :n]) * x[:, n:]``, computed in float32.",
         arguments=(tensor("x", "[T, 2 n]"),),
         returns="y: [T, n]",
-        numerics=Numerics(ulps=MappingProxyType({"exp": 2, "divide": 1}), intermediates=MappingProxyType({"silu": ("x", "float32")})),
+        numerics=Numerics(
+            ulps=MappingProxyType({"exp": 2, "divide": 1}), intermediates=MappingProxyType({"silu": ("x", "float32")})
+        ),
         critical=True,
     ),
     OperatorSpec(
@@ -124,7 +145,13 @@ _ATTENTION = (
         name="write_kv_cache",
         group="attention",
         semantics="Stores each token's key and value at its ``kv_slots``; slot -1 stores nothing.",
-        arguments=(tensor("k", "[T, kv_heads, head_dim]"), tensor("v", "[T, kv_heads, head_dim]"), KV, attribute("layer"), STEP),
+        arguments=(
+            tensor("k", "[T, kv_heads, head_dim]"),
+            tensor("v", "[T, kv_heads, head_dim]"),
+            KV,
+            attribute("layer"),
+            STEP,
+        ),
         returns="nothing; the cache is mutated",
         numerics=EXACT,
         critical=True,
@@ -133,11 +160,21 @@ _ATTENTION = (
         name="paged_attention",
         group="attention",
         semantics=(
-            "Causal attention of each sequence's query tokens (the last ones of its context) over its cached keys and values: "
-            "prefill, chunked prefill and decode in one ragged call. Query head h uses key head h // (heads / kv_heads). With a "
-            "window w a query at index i sees keys j with i - w < j <= i. ``softmax(scale * q k^T) v``, float32 softmax."
+            "Causal attention of each sequence's query tokens (the last ones of its context) over its cached keys "
+            "and values: "
+            "prefill, chunked prefill and decode in one ragged call. Query head h uses key head h // (heads / "
+            "kv_heads). With a "
+            "window w a query at index i sees keys j with i - w < j <= i. ``softmax(scale * q k^T) v``, float32 "
+            "softmax."
         ),
-        arguments=(tensor("q", "[T, heads, head_dim]"), KV, attribute("layer"), STEP, attribute("scale"), attribute("window")),
+        arguments=(
+            tensor("q", "[T, heads, head_dim]"),
+            KV,
+            attribute("layer"),
+            STEP,
+            attribute("scale"),
+            attribute("window"),
+        ),
         returns="[T, heads, head_dim] of q's dtype",
         numerics=ATTENTION_NUMERICS,
         critical=True,
@@ -145,7 +182,7 @@ _ATTENTION = (
     OperatorSpec(
         name="dense_attention",
         group="attention",
-        semantics="Attention without a cache inside each of the segments ``starts`` (host ints), causal or not: encoders.",
+        semantics="Attention without a cache inside each of the segments ``starts`` (host ints), causal or not.",
         arguments=(
             tensor("q", "[T, heads, head_dim]"),
             tensor("k", "[T, kv_heads, head_dim]"),
@@ -164,8 +201,10 @@ _LORA = (
         name="sgmv",
         group="lora",
         semantics=(
-            "``y[row] += mix * (x[row] @ A[slot].T) @ B[slot].T`` for each (row, slot, mix) triple of the row set, for every "
-            "slice of the weight at once (its own A and B, its own columns of y). The scale is folded into B. Any rank, any "
+            "``y[row] += mix * (x[row] @ A[slot].T) @ B[slot].T`` for each (row, slot, mix) triple of the row set, "
+            "for every "
+            "slice of the weight at once (its own A and B, its own columns of y). The scale is folded into B. Any "
+            "rank, any "
             "width, slices narrower than the rank. Punica, S-LoRA."
         ),
         arguments=(tensor("y", "[T, n]", mutated=True), tensor("x", "[T, k]"), WEIGHT, STEP, ROW_SET),
@@ -196,9 +235,12 @@ _MOE = (
         name="moe_route",
         group="moe",
         semantics=(
-            "Chooses ``top_k`` experts a token from router logits, in float32. softmax_topk: softmax over all, then the largest; "
-            "topk_softmax: the largest, then softmax over them; sigmoid: largest of sigmoid + bias (the weight is the unbiased "
-            "sigmoid), restricted to ``topk_groups`` of ``groups`` groups scored by the sum of their two best. ``renormalise`` "
+            "Chooses ``top_k`` experts a token from router logits, in float32. softmax_topk: softmax over all, then "
+            "the largest; "
+            "topk_softmax: the largest, then softmax over them; sigmoid: largest of sigmoid + bias (the weight is "
+            "the unbiased "
+            "sigmoid), restricted to ``topk_groups`` of ``groups`` groups scored by the sum of their two best. "
+            "``renormalise`` "
             "divides by the sum, ``scale`` multiplies. Ties: lowest id first; ids in order of falling score."
         ),
         arguments=(
@@ -218,8 +260,10 @@ _MOE = (
         name="moe_experts",
         group="moe",
         semantics=(
-            "``sum_j weights[t, j] * down_e(act(gate_up_e(x[t])))`` over the experts e = ids[t, j] that this rank holds "
-            "(``expert_map``: global id to local, -1 elsewhere). A partial sum: the caller reduces over ranks. Adapters of the "
+            "``sum_j weights[t, j] * down_e(act(gate_up_e(x[t])))`` over the experts e = ids[t, j] that this rank "
+            "holds "
+            "(``expert_map``: global id to local, -1 elsewhere). A partial sum: the caller reduces over ranks. "
+            "Adapters of the "
             "step apply to each expert's projections. Float or quantised weights."
         ),
         arguments=(
@@ -233,7 +277,11 @@ _MOE = (
             Argument(name="expert_map", shape="[experts]", dtypes=(torch.int32,), optional=True),
         ),
         returns="[T, hidden]",
-        numerics=Numerics(intermediates=MappingProxyType({"gate_up": ("x", "float32"), "act": ("x", "float32"), "h": ("x", "float32")})),
+        numerics=Numerics(
+            intermediates=MappingProxyType(
+                {"gate_up": ("x", "float32"), "act": ("x", "float32"), "h": ("x", "float32")}
+            )
+        ),
         critical=True,
     ),
 )
@@ -242,7 +290,7 @@ _OTHERS = (
     OperatorSpec(
         name="dequantize",
         group="quantised",
-        semantics="The weight as a plain tensor, slices joined; quantised values exactly as the canonical form defines them.",
+        semantics="The weight as a plain tensor, slices joined; quantised values exactly as the canonical form says.",
         arguments=(WEIGHT,),
         returns="[n, k] or [experts, n, k] of the weight's dtype; may be a view",
         numerics=EXACT,
@@ -252,13 +300,22 @@ _OTHERS = (
         name="sample",
         group="sampling",
         semantics=(
-            "Per row: penalties (repetition, presence, frequency), bias, mask, temperature, top-k, top-p, min-p in this order "
-            "(ties: lowest id first); then the inverse CDF at the row's uniform over the kept ids in ascending id. Temperature 0 "
-            "is argmax, lowest id. Updates counts and the last token of each request slot. The uniforms and the request slot of "
+            "Per row: penalties (repetition, presence, frequency), bias, mask, temperature, top-k, top-p, min-p in "
+            "this order "
+            "(ties: lowest id first); then the inverse CDF at the row's uniform over the kept ids in ascending id. "
+            "Temperature 0 "
+            "is argmax, lowest id. Updates counts and the last token of each request slot. The uniforms and the "
+            "request slot of "
             "each row come with the step. A row's result depends on nothing but that row."
         ),
         arguments=(
-            Argument(name="logits", shape="[R, vocabulary]", dtypes=FLOATS, layouts=(Layout.ROWS,), non_finite=NonFinite.MASKED),
+            Argument(
+                name="logits",
+                shape="[R, vocabulary]",
+                dtypes=FLOATS,
+                layouts=(Layout.ROWS,),
+                non_finite=NonFinite.MASKED,
+            ),
             kind("state", "sampling"),
             STEP,
         ),
@@ -268,16 +325,39 @@ _OTHERS = (
 )
 
 
-def _collective(name: str, semantics: str, arguments: tuple[Argument, ...], returns: str, numerics: Numerics = EXACT) -> OperatorSpec:
-    return OperatorSpec(name=name, group="ranks", semantics=semantics, arguments=arguments, returns=returns, numerics=numerics)
+def _collective(
+    name: str, semantics: str, arguments: tuple[Argument, ...], returns: str, numerics: Numerics = EXACT
+) -> OperatorSpec:
+    return OperatorSpec(
+        name=name, group="ranks", semantics=semantics, arguments=arguments, returns=returns, numerics=numerics
+    )
 
 
 _X = Argument(name="x", shape="[...]", dtypes=FLOATS, layouts=(Layout.CONTIGUOUS,))
 _RANKS = (
-    _collective("all_reduce", "Sum over ranks, in place, identical bits on all.", (_X, COMM), "x", Numerics(accumulator=torch.bfloat16)),
-    _collective("all_gather", "Joined along ``dim`` in rank order.", (_X, COMM, attribute("dim")), "[..., world * n, ...]"),
-    _collective("reduce_scatter", "Sum over ranks, this rank's rows.", (_X, COMM), "[rows / world, ...]", Numerics(accumulator=torch.bfloat16)),
-    _collective("all_to_all", "Rows exchanged by the counts.", (_X, COMM, attribute("send_rows"), attribute("receive_rows")), "[received, ...]"),
+    _collective(
+        "all_reduce",
+        "Sum over ranks, in place, identical bits on all.",
+        (_X, COMM),
+        "x",
+        Numerics(accumulator=torch.bfloat16),
+    ),
+    _collective(
+        "all_gather", "Joined along ``dim`` in rank order.", (_X, COMM, attribute("dim")), "[..., world * n, ...]"
+    ),
+    _collective(
+        "reduce_scatter",
+        "Sum over ranks, this rank's rows.",
+        (_X, COMM),
+        "[rows / world, ...]",
+        Numerics(accumulator=torch.bfloat16),
+    ),
+    _collective(
+        "all_to_all",
+        "Rows exchanged by the counts.",
+        (_X, COMM, attribute("send_rows"), attribute("receive_rows")),
+        "[received, ...]",
+    ),
     _collective("broadcast", "The source's content, in place.", (_X, COMM, attribute("source")), "x"),
     _collective("barrier", "Returns when every rank has called it.", (COMM,), "nothing"),
 )

@@ -44,8 +44,9 @@ class WeightSpec:
     """A weight as this rank holds it: ``[sum of slices' n, k]``, or ``[experts, ...]`` of those.
 
     ``site`` names the place in the model and is how adapters find it. ``rank_rows`` is the room for adapters' rank rows
-    per slice (0: no adapter will ever be applied here). ``lookup``: an embedding table, of which adapters look up columns
-    of A (``a: [rank, n]``, ``b: [k, rank]``) instead of multiplying by them (``a: [rank, k]``, ``b: [n, rank]``).
+    per slice (0: no adapter will ever be applied here). ``lookup``: an embedding table, of which adapters look up
+    columns of A (``a: [rank, n]``, ``b: [k, rank]``) instead of multiplying by them (``a: [rank, k]``, ``b: [n,
+    rank]``).
     """
 
     site: str
@@ -61,7 +62,9 @@ class WeightSpec:
 
     def __post_init__(self) -> None:
         if not self.slices or self.k < 0 or any(s.n < 0 for s in self.slices):
-            raise ConfigurationError(f"weight {self.site!r}: slices {self.slices} and k {self.k} do not describe a matrix")
+            raise ConfigurationError(
+                f"weight {self.site!r}: slices {self.slices} and k {self.k} do not describe a matrix"
+            )
 
     @property
     def n(self) -> int:
@@ -120,7 +123,8 @@ class Weight(ABC):
         col: int = 0,
         expert: int | None = None,
     ) -> None:
-        """Write the canonical form: ``codes: [rows, cols]`` uint8, ``zeros, scales: [rows, groups]`` (uint8, scale dtype).
+        """Write the canonical form: ``codes: [rows, cols]`` uint8, ``zeros, scales: [rows, groups]`` (uint8, scale
+        dtype).
 
         ``col`` is a multiple of the group size.
         """
@@ -139,7 +143,9 @@ class Weight(ABC):
         """Bytes of device memory held, packing and bias included, rank rows excluded."""
 
 
-def check_write(spec: WeightSpec, slice_index: int, shape: Sequence[int], row: int, col: int, expert: int | None) -> None:
+def check_write(
+    spec: WeightSpec, slice_index: int, shape: Sequence[int], row: int, col: int, expert: int | None
+) -> None:
     """Refuse a write outside the weight, before any memory is touched. Shared by all backends."""
     from polyaccel.backend.errors import OperatorError
 

@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
         decode: list[float] = []
         for repeat in range(options.repeats + 1):
             prompts = [
-                [generator.randrange(vocabulary) for _ in range(options.prompt_tokens)] for _ in range(options.batch_size)
+                [generator.randrange(vocabulary) for _ in range(options.prompt_tokens)]
+                for _ in range(options.batch_size)
             ]
             completions = llm.generate(prompts, params, adapter=adapters)
             if repeat == 0:
@@ -65,7 +66,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report))
         return 0
-    print(f"{report['model']} on {backend}, batch {options.batch_size}, {options.prompt_tokens} + {options.new_tokens} tokens")
+    print(
+        f"{report['model']} on {backend}, batch {options.batch_size}, {options.prompt_tokens} + {options.new_tokens} "
+        f"tokens"
+    )
     print(f"load     {load:8.2f} s")
     print(f"prefill  {report['prefill_tokens_per_second']:8.1f} tokens/s")
     print(f"decode   {report['decode_tokens_per_second']:8.1f} tokens/s")

@@ -7,7 +7,14 @@ import sys
 from collections.abc import Iterator
 
 from polyaccel.backend.errors import RequestError
-from polyaccel.cli.options import Commands, adapter_mix, add_engine_options, add_sampling_options, open_llm, sampling_params
+from polyaccel.cli.options import (
+    Commands,
+    adapter_mix,
+    add_engine_options,
+    add_sampling_options,
+    open_llm,
+    sampling_params,
+)
 
 HELP = "/adapter NAME[=WEIGHT] or /adapter none, /reset, /quit"
 

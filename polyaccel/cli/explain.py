@@ -11,7 +11,9 @@ from polyaccel.cli.options import Commands, add_engine_options, open_llm
 def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("explain", help="print the dispatch plan, and the launches of a short answer")
     add_engine_options(parser)
-    parser.add_argument("--tokens", type=int, default=4, metavar="N", help="tokens to generate for the ledger; 0 runs nothing")
+    parser.add_argument(
+        "--tokens", type=int, default=4, metavar="N", help="tokens to generate for the ledger; 0 runs nothing"
+    )
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
 

@@ -7,7 +7,14 @@ import dataclasses
 import json
 import sys
 
-from polyaccel.cli.options import Commands, adapter_mix, add_engine_options, add_sampling_options, open_llm, sampling_params
+from polyaccel.cli.options import (
+    Commands,
+    adapter_mix,
+    add_engine_options,
+    add_sampling_options,
+    open_llm,
+    sampling_params,
+)
 from polyaccel.observe.progress import ProgressBar
 
 

@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, for the program, its help and its documentation test."""
-    parser = argparse.ArgumentParser(prog="polyaccel", description="An LLM inference engine whose hardware is a plugin.")
+    parser = argparse.ArgumentParser(
+        prog="polyaccel", description="An LLM inference engine whose hardware is a plugin."
+    )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in (generate, chat, backends, explain, bench):

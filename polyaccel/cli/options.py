@@ -29,7 +29,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest sequence in tokens")
     group.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="sequences that run at once")
     group.add_argument("--max-batched-tokens", type=int, default=2048, metavar="N", help="token budget of a step")
-    group.add_argument("--memory-fraction", type=float, default=0.9, metavar="F", help="of free memory, for the KV cache")
+    group.add_argument(
+        "--memory-fraction", type=float, default=0.9, metavar="F", help="of free memory, for the KV cache"
+    )
     group.add_argument("--kv-cache-bytes", type=int, metavar="N")
     group.add_argument("--executor", choices=get_args(ExecutorKind), default="auto")
     group.add_argument("--policy", choices=get_args(Policy), default="warn", help="when only a composite is available")
@@ -38,7 +40,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-graphs", action="store_true", help="do not capture decode steps")
     group.add_argument("--no-prefix-caching", action="store_true")
     group.add_argument("--adapter-slots", type=int, default=8, metavar="N", help="adapters resident at once")
-    group.add_argument("--adapter-rank-rows", type=int, default=512, metavar="N", help="sum of resident adapters' ranks")
+    group.add_argument(
+        "--adapter-rank-rows", type=int, default=512, metavar="N", help="sum of resident adapters' ranks"
+    )
     group.add_argument(
         "--load-adapter", action="append", default=[], metavar="NAME=FOLDER", help="an adapter to load; may be repeated"
     )
@@ -54,7 +58,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-p", type=float, default=0.0)
     group.add_argument("--seed", type=int)
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends the output; may be repeated")
-    group.add_argument("--adapter", metavar="NAME[=WEIGHT][,NAME=WEIGHT...]", help="a loaded adapter, or a weighted mix")
+    group.add_argument(
+        "--adapter", metavar="NAME[=WEIGHT][,NAME=WEIGHT...]", help="a loaded adapter, or a weighted mix"
+    )
 
 
 def open_llm(options: argparse.Namespace, **overrides: Any) -> LLM:

@@ -1,11 +1,12 @@
-"""The engine's adapters: registered by name, resident in slots while there is room, swapped in when a request needs them.
+"""The engine's adapters: registered by name, resident in slots while there is room, swapped in when a request needs
+them.
 
 Runs on the engine's thread. The scheduler sees it as an :class:`~polyaccel.engine.adapter_table.AdapterTable`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ class _Registered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """A line of ``llm.adapters.list()``. ``resident``: in a device slot now; ``users``: running requests that name it."""
+    """A line of ``llm.adapters.list()``. ``resident``: in a device slot now; ``users``: running requests that name
+    it."""
 
     name: str
     path: str
@@ -78,7 +80,9 @@ class AdapterManager:
             if entry.leaving:
                 raise AdapterNotFound(f"adapter {name!r} is being unloaded")
             if name in self._merged:
-                raise RequestRejected(f"adapter {name!r} is merged into the base model and would be applied twice; unmerge it first")
+                raise RequestRejected(
+                    f"adapter {name!r} is merged into the base model and would be applied twice; unmerge it first"
+                )
         rows = sum(self._registered[name].rank_rows for name, _ in mix)
         if len(mix) > slots.slots or rows > slots.rank_rows:
             raise RequestRejected(
@@ -89,7 +93,7 @@ class AdapterManager:
     def acquire(self, mix: AdapterMix) -> AdapterSlots | None:
         slots = self._require_slots()
         missing = [name for name, _ in mix if name not in slots]
-        if missing and not all([self._swap_in(name, keep=mix) for name in missing]):
+        if missing and not self._swap_in_all(missing, keep=mix):
             return None
         for name, _ in mix:
             slots.acquire(name)
@@ -106,7 +110,9 @@ class AdapterManager:
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def commit(self, name: str, path: str, handle: PreparedHandle, *, pin: bool, options: dict[str, bool]) -> AdapterReceipt | None:
+    def commit(
+        self, name: str, path: str, handle: PreparedHandle, *, pin: bool, options: dict[str, bool]
+    ) -> AdapterReceipt | None:
         """Give a prepared adapter its slot, evicting idle adapters where needed; None while every slot is in use.
 
         Raises:
@@ -206,6 +212,10 @@ class AdapterManager:
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
+    def _swap_in_all(self, names: Sequence[str], keep: AdapterMix) -> bool:
+        # All are started before any is waited for.
+        return not [name for name in names if not self._swap_in(name, keep)]
+
     def _swap_in(self, name: str, keep: AdapterMix) -> bool:
         """Bring a registered adapter back into a slot; False while it is being read or no slot is free."""
         entry = self._get(name)
@@ -269,5 +279,7 @@ class AdapterManager:
 
     def _require_slots(self) -> SlotAllocator:
         if self._slots is None:
-            raise ConfigurationError("adapters are switched off: start the engine with adapter_slots and adapter_rank_rows above 0")
+            raise ConfigurationError(
+                "adapters are switched off: start the engine with adapter_slots and adapter_rank_rows above 0"
+            )
         return self._slots

@@ -48,14 +48,13 @@ class Adapters:
         deadline = time.monotonic() + timeout
         try:
             while True:
-                receipt = self._loop.call(
-                    lambda: self._manager.commit(name, source, handle, pin=pin, options=options)
-                )
+                receipt = self._loop.call(lambda: self._manager.commit(name, source, handle, pin=pin, options=options))
                 if receipt is not None:
                     return receipt
                 if time.monotonic() > deadline:
                     raise AdapterError(
-                        f"no room for adapter {name!r} within {timeout:g} s: all slots are in use or pinned; raise adapter_slots "
+                        f"no room for adapter {name!r} within {timeout:g} s: all slots are in use or pinned; raise "
+                        f"adapter_slots "
                         "or adapter_rank_rows, or unload one"
                     )
                 time.sleep(POLL_SECONDS)

@@ -16,14 +16,17 @@ from polyaccel.engine.tokenizer import Tokenizer
 class ChoiceAssembler:
     """Builds one choice's deltas and completion.
 
-    With ``watched`` it is pushed every token; otherwise it decodes once, at the end. After a stop string has matched
-    (``matched``) later tokens are dropped: they were sampled before the engine learned of the match.
+    Without a tokenizer every text is empty. With ``watched`` it is pushed every token; otherwise it decodes once, at
+    the end. After a stop string has matched (``matched``) later tokens are dropped: they were sampled before the
+    engine learned of the match.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, index: int, *, watched: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, index: int, *, watched: bool) -> None:
         self._tokenizer, self._params, self._index = tokenizer, params, index
         self._watched = watched
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if tokenizer is not None:
+            self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stops = StopStrings(params.stop, include_stop=params.include_stop_str_in_output) if params.stop else None
         self._text: list[str] = []
         self._ids: list[int] = []
@@ -37,7 +40,7 @@ class ChoiceAssembler:
         self._ids.append(event.token_id)
         if event.logprob is not None:
             self._logprobs.append(event.logprob)
-        text = self._emit(self._detokenizer.push([event.token_id]))
+        text = "" if self._detokenizer is None else self._emit(self._detokenizer.push([event.token_id]))
         logprobs = None if event.logprob is None else (event.logprob,)
         return Delta(text=text, token_ids=(event.token_id,), logprobs=logprobs, index=self._index)
 
@@ -46,7 +49,7 @@ class ChoiceAssembler:
         if not self._watched:
             return self._finish_unwatched(event)
         tail = ""
-        if self.matched is None:
+        if self.matched is None and self._detokenizer is not None:
             tail = self._emit(self._detokenizer.finish())
         if self.matched is None and self._stops is not None:
             rest = self._stops.finish()
@@ -59,7 +62,9 @@ class ChoiceAssembler:
 
     def _finish_unwatched(self, event: FinishEvent) -> tuple[str, Completion]:
         ids = event.token_ids.tolist()
-        text = self._tokenizer.decode(ids, skip_special_tokens=self._params.skip_special_tokens)
+        text = ""
+        if self._tokenizer is not None:
+            text = self._tokenizer.decode(ids, skip_special_tokens=self._params.skip_special_tokens)
         return text, self._completion(event, text, tuple(ids), event.logprobs)
 
     def _emit(self, text: str) -> str:

@@ -19,7 +19,8 @@ from polyaccel.lora.mix import AdapterArgument
 
 
 class AsyncLLM:
-    """Takes the options of :class:`~polyaccel.engine.llm.LLM`. Its methods may be called from one event loop or several.
+    """Takes the options of :class:`~polyaccel.engine.llm.LLM`. Its methods may be called from one event loop or
+    several.
 
     Loading the model blocks; construct it before the loop is busy, or in a thread. Cancelling a task, or closing an
     iterator, aborts its request.
@@ -55,10 +56,11 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         adapter: AdapterArgument = None,
+        tools: Sequence[Message] | None = None,
         **template_variables: object,
     ) -> list[Completion]:
         """:meth:`generate` on a conversation through the model's chat template."""
-        return await self.generate(self._chat_ids(messages, template_variables), params, adapter=adapter)
+        return await self.generate(self._chat_ids(messages, tools, template_variables), params, adapter=adapter)
 
     def stream_chat(
         self,
@@ -66,10 +68,11 @@ class AsyncLLM:
         params: SamplingParams | None = None,
         *,
         adapter: AdapterArgument = None,
+        tools: Sequence[Message] | None = None,
         **template_variables: object,
     ) -> AsyncIterator[Delta]:
         """:meth:`stream` on a conversation through the model's chat template."""
-        return self.stream(self._chat_ids(messages, template_variables), params, adapter=adapter)
+        return self.stream(self._chat_ids(messages, tools, template_variables), params, adapter=adapter)
 
     def explain(self) -> Explanation:
         return self._llm.explain()
@@ -89,9 +92,11 @@ class AsyncLLM:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def _chat_ids(self, messages: Sequence[Message], variables: dict[str, object]) -> list[int]:
+    def _chat_ids(
+        self, messages: Sequence[Message], tools: Sequence[Message] | None, variables: dict[str, object]
+    ) -> list[int]:
         engine = self._llm.engine
-        prompt = engine.chat_prompt(messages, **variables)
+        prompt = engine.chat_prompt(messages, tools=tools, **variables)
         assert engine.tokenizer is not None
         return engine.tokenizer.encode(prompt, add_special_tokens=False)
 

@@ -84,7 +84,8 @@ class EngineConfig:
             raise ConfigurationError("layer_devices spreads layers inside one process; it needs tensor_parallel_size=1")
         if self.executor == "inline" and self.tensor_parallel_size > 1:
             raise ConfigurationError(
-                f"executor='inline' runs one rank, but tensor_parallel_size={self.tensor_parallel_size}; use executor='process'"
+                f"executor='inline' runs one rank, but tensor_parallel_size={self.tensor_parallel_size}; use "
+                f"executor='process'"
             )
 
     @property

@@ -51,7 +51,9 @@ class Engine:
             self.model_config = ModelConfig.from_hf(checkpoint.hf_config(), checkpoint.generation_config())
         self.tokenizer = _tokenizer(self.files)
         if backend is not None and (config.tensor_parallel_size > 1 or config.executor == "process"):
-            raise ConfigurationError("a Backend instance runs inline with one rank; pass the backend's name for several")
+            raise ConfigurationError(
+                "a Backend instance runs inline with one rank; pass the backend's name for several"
+            )
         self.executor, self.config = _start(config, backend, load_progress)
         try:
             self.adapter_manager = AdapterManager(self.executor, on_change=lambda: self.core.clear_prefix_cache())
@@ -96,7 +98,9 @@ class Engine:
     def assembler(self, request: NewRequest, choice: int) -> ChoiceAssembler:
         return ChoiceAssembler(self.tokenizer, request.params, choice, watched=request.watched)
 
-    def chat_prompt(self, messages: Sequence[Message], **variables: object) -> str:
+    def chat_prompt(
+        self, messages: Sequence[Message], *, tools: Sequence[Message] | None = None, **variables: object
+    ) -> str:
         """The prompt of a conversation by the model's chat template.
 
         Raises:
@@ -104,15 +108,16 @@ class Engine:
         """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise RequestRejected(f"model {self.config.model!r} has no chat template; use generate with a prompt")
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **variables)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools, **variables)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids: list[int]
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestRejected(f"model {self.config.model!r} has no tokenizer; pass token ids")
             ids = self.tokenizer.encode(prompt)
         elif isinstance(prompt, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            ids = list(prompt)
+            ids = [int(i) for i in prompt]
         else:
             raise RequestRejected(f"a prompt is a string or a sequence of token ids, not {type(prompt).__name__}")
         if not ids:

@@ -44,7 +44,9 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def prepare_adapter(self, path: str, *, allow_unmatched: bool = False, allow_no_effect: bool = False) -> PreparedHandle:
+    def prepare_adapter(
+        self, path: str, *, allow_unmatched: bool = False, allow_no_effect: bool = False
+    ) -> PreparedHandle:
         """Read, match and pack an adapter on every rank, beside running steps.
 
         Raises:

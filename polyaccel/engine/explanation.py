@@ -35,7 +35,7 @@ class Explanation:
         """Launches by kernel name, summed over ranks."""
         total: Counter[str] = Counter()
         for rank in self.ranks:
-            total.update(_mapping(rank["ledger"]))  # type: ignore[arg-type]
+            total.update(_mapping(rank["ledger"]))
         return dict(total)
 
     def composites(self) -> dict[str, list[str]]:
@@ -56,7 +56,8 @@ class Explanation:
         launches = self.ledger
         composite = sum(n for kernel, n in launches.items() if kernel.startswith((COMPOSITE_PREFIX, NESTED_PREFIX)))
         lines = [
-            f"backend {self.backend}, {len(self.ranks)} rank(s), policy {plan['policy']}, plan {str(plan['digest'])[:12]}",
+            f"backend {self.backend}, {len(self.ranks)} rank(s), policy {plan['policy']}, plan "
+            f"{str(plan['digest'])[:12]}",
             f"{len(_mapping(plan['sites']))} sites: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()),
             f"{sum(launches.values())} launches, {composite} of them composites",
         ]

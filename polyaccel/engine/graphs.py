@@ -16,7 +16,11 @@ from polyaccel.backend.step import DeviceState, StepInput, TokenClass
 def row_buckets(max_rows: int) -> tuple[int, ...]:
     """Row counts that graphs are captured for: 1, 2, 4, then every 8 (every 16 from 32 on) up to ``max_rows``."""
     sizes = [1, 2, 4, *range(8, 32, 8), *range(32, max_rows + 16, 16)]
-    return tuple(size for size in sizes if size <= max_rows) if max_rows in sizes else (*(s for s in sizes if s < max_rows), max_rows)
+    return (
+        tuple(size for size in sizes if size <= max_rows)
+        if max_rows in sizes
+        else (*(s for s in sizes if s < max_rows), max_rows)
+    )
 
 
 def rank_bucket(rank_rows: int) -> int:
@@ -39,7 +43,9 @@ def pad_decode(inputs: StepInput, rows: int, spare_request_slot: int) -> StepInp
         inputs,
         token_ids=np.concatenate((inputs.token_ids, zeros)),
         positions=np.concatenate((inputs.positions, zeros)),
-        query_starts=np.concatenate((inputs.query_starts, np.arange(last + 1, rows + 1, dtype=inputs.query_starts.dtype))),
+        query_starts=np.concatenate(
+            (inputs.query_starts, np.arange(last + 1, rows + 1, dtype=inputs.query_starts.dtype))
+        ),
         context_lengths=extended(inputs.context_lengths),
         block_tables=extended(inputs.block_tables),
         kv_slots=extended(inputs.kv_slots, -1),
@@ -53,7 +59,9 @@ def pad_decode(inputs: StepInput, rows: int, spare_request_slot: int) -> StepInp
 class GraphCache:
     """The captured decode graphs of one worker. A failed capture is an error, never a silent eager run."""
 
-    def __init__(self, backend: Backend, device: Device, state: DeviceState, fn: StepFunction, *, max_rows: int) -> None:
+    def __init__(
+        self, backend: Backend, device: Device, state: DeviceState, fn: StepFunction, *, max_rows: int
+    ) -> None:
         self._backend, self._device, self._state, self._fn = backend, device, state, fn
         self._buckets = row_buckets(max_rows)
         self._graphs: dict[GraphKey, Graph] = {}

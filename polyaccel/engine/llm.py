@@ -24,7 +24,7 @@ from polyaccel.lora.mix import AdapterArgument
 
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
-AdapterPerPrompt = AdapterArgument | list[AdapterArgument]
+AdapterPerPrompt = AdapterArgument | Sequence[AdapterArgument]
 GenerateProgress = Callable[[int, int], None]
 
 
@@ -127,9 +127,9 @@ class LLM:
     ) -> list[Completion]:
         """Answer one prompt (a string or token ids) or a list of them, together.
 
-        ``params`` and ``adapter`` are for all prompts, or lists with one a prompt. An adapter is a name, ``{name: weight}``,
-        or None for the base model. Completions come in the order of the prompts; a request with ``n`` choices gives n of
-        them side by side. ``progress`` is called with completions done and in total.
+        ``params`` and ``adapter`` are for all prompts, or lists with one a prompt. An adapter is a name, ``{name:
+        weight}``, or None for the base model. Completions come in the order of the prompts; a request with ``n``
+        choices gives n of them side by side. ``progress`` is called with completions done and in total.
 
         Raises:
             RequestRejected, RequestTooLong, AdapterNotFound: one of the requests is invalid; none has been started.
@@ -140,7 +140,10 @@ class LLM:
         requests = [
             self.engine.new_request(prompt, p, a, streams=False, sink=events.put)
             for prompt, p, a in zip(
-                batch, _per_prompt("params", params, len(batch)), _per_prompt("adapter", adapter, len(batch)), strict=True
+                batch,
+                _per_prompt("params", params, len(batch)),
+                _per_prompt("adapter", adapter, len(batch)),
+                strict=True,
             )
         ]
         if not requests:
@@ -172,11 +175,14 @@ class LLM:
         *,
         adapter: AdapterPerPrompt = None,
         progress: GenerateProgress | None = None,
+        tools: Sequence[Message] | None = None,
         **template_variables: object,
     ) -> list[Completion]:
         """:meth:`generate` on one conversation, or a list of them, through the model's chat template."""
         conversations = _as_conversations(messages)
-        prompts = [self.engine.chat_prompt(conversation, **template_variables) for conversation in conversations]
+        prompts = [
+            self.engine.chat_prompt(conversation, tools=tools, **template_variables) for conversation in conversations
+        ]
         ids = [self._encode_chat(prompt) for prompt in prompts]
         return self.generate(ids, params, adapter=adapter, progress=progress)
 
@@ -186,10 +192,11 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         adapter: AdapterArgument = None,
+        tools: Sequence[Message] | None = None,
         **template_variables: object,
     ) -> Iterator[Delta]:
         """:meth:`stream` on a conversation through the model's chat template."""
-        prompt = self.engine.chat_prompt(messages, **template_variables)
+        prompt = self.engine.chat_prompt(messages, tools=tools, **template_variables)
         return self.stream(self._encode_chat(prompt), params, adapter=adapter)
 
     # -- looking inside ------------------------------------------------------------------------------------------------
@@ -224,9 +231,7 @@ class LLM:
         self, requests: list[NewRequest], events: queue.SimpleQueue[Event], progress: GenerateProgress | None
     ) -> list[Completion]:
         order = {(r.request_id, c): i for i, (r, c) in enumerate((r, c) for r in requests for c in range(r.params.n))}
-        assemblers = {
-            (r.request_id, c): self.engine.assembler(r, c) for r in requests for c in range(r.params.n)
-        }
+        assemblers = {(r.request_id, c): self.engine.assembler(r, c) for r in requests for c in range(r.params.n)}
         done: dict[int, Completion] = {}
         while len(done) < len(order):
             event = events.get()
@@ -298,7 +303,9 @@ def _as_batch(prompts: Prompts) -> list[Prompt]:
 
 def _as_conversations(messages: object) -> list[Sequence[Message]]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestRejected("messages must be a non-empty list of {'role': ..., 'content': ...} or a list of such lists")
+        raise RequestRejected(
+            "messages must be a non-empty list of {'role': ..., 'content': ...} or a list of such lists"
+        )
     if all(isinstance(item, Mapping) for item in messages):
         return [cast("Sequence[Message]", messages)]
     return list(cast("Sequence[Sequence[Message]]", messages))

@@ -14,8 +14,8 @@ from polyaccel.weights.checkpoint import Checkpoint
 
 
 class Merger:
-    """Merges on one rank. ``unmerge`` reads the touched weights from the checkpoint again, so that no bit is left behind
-    and no second copy of the base is kept."""
+    """Merges on one rank. ``unmerge`` reads the touched weights from the checkpoint again, so that no bit is left
+    behind and no second copy of the base is kept."""
 
     def __init__(self, model: Model, backend: Backend) -> None:
         self._model, self._backend = model, backend
@@ -57,7 +57,8 @@ class Merger:
         spec = self._model.weights()[target.site].spec
         if spec.quantisation is not None:
             raise AdapterError(
-                f"module {target.module!r} is quantised: a merged weight cannot be represented in {spec.quantisation.bits} bits; "
+                f"module {target.module!r} is quantised: a merged weight cannot be represented in "
+                f"{spec.quantisation.bits} bits; "
                 "use the adapter unmerged"
             )
         if self._is_tied(target.site):
@@ -72,7 +73,8 @@ class Merger:
 
 
 def _delta(target: AdapterTarget, pair: LoraPair) -> torch.Tensor:
-    """This rank's part of ``scale * B @ A`` in float32; for an embedding transposed, as its table is ``[rows, hidden]``."""
+    """This rank's part of ``scale * B @ A`` in float32; for an embedding transposed, as its table is ``[rows,
+    hidden]``."""
     a = target.in_cols.take(pair.a, 1).to(torch.float32)
     b = target.out_rows.take(pair.b, 0).to(torch.float32)
     delta = (b @ a) * pair.numbers.scale

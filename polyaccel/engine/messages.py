@@ -39,8 +39,8 @@ class StepResult:
 class Capacity:
     """What the workers have room for, the same on every rank (KV blocks: the minimum over ranks).
 
-    ``max_model_len``: positions the model and the KV cache allow for one sequence. ``adapter_slots`` and ``rank_rows`` are 0
-    when adapters are switched off.
+    ``max_model_len``: positions the model and the KV cache allow for one sequence. ``adapter_slots`` and ``rank_rows``
+    are 0 when adapters are switched off.
     """
 
     kv_blocks: int

@@ -55,7 +55,9 @@ class ProcessExecutor(Executor):
         self._workers: list[WorkerProcess] = []
         try:
             for rank in range(self._world):
-                address = RankAddress(rank=rank, world_size=self._world, init_method=init_method, timeout=config.timeout)
+                address = RankAddress(
+                    rank=rank, world_size=self._world, init_method=init_method, timeout=config.timeout
+                )
                 arguments = (config, address, threads)
                 environment = {"OMP_NUM_THREADS": str(threads)}
                 self._workers.append(
@@ -81,13 +83,17 @@ class ProcessExecutor(Executor):
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     silent = [rank for rank, results in enumerate(self._results) if not results]
-                    self._die(CommunicationError(f"ranks {silent} did not finish a step within {self._config.timeout:g} s"))
+                    self._die(
+                        CommunicationError(f"ranks {silent} did not finish a step within {self._config.timeout:g} s")
+                    )
                     continue
                 self._condition.wait(remaining)
             answers = [results.popleft() for results in self._results]
         hashes = [state_hash for _, state_hash in answers]
         if len(set(hashes)) > 1:
-            error = CommunicationError(f"ranks disagree after a step: state hashes {hashes}; their results cannot be trusted")
+            error = CommunicationError(
+                f"ranks disagree after a step: state hashes {hashes}; their results cannot be trusted"
+            )
             self._die(error)
             self._raise_if_dead()
         result = answers[0][0]
@@ -117,11 +123,10 @@ class ProcessExecutor(Executor):
                 self.discard_adapter(handle)
                 self.clear_adapter(where.slot)
             raise
-        receipts, digests = zip(*answers, strict=True)  # type: ignore[call-overload]
+        receipts, digests = _receipts_and_digests(answers)
         if len(set(digests)) > 1:
             self._die(CommunicationError(f"ranks planned adapter {name!r} differently: {list(digests)}"))
             self._raise_if_dead()
-        assert isinstance(receipts[0], AdapterReceipt)
         return receipts[0]
 
     def discard_adapter(self, handle: PreparedHandle) -> None:
@@ -246,13 +251,16 @@ class ProcessExecutor(Executor):
         with self._condition:
             if kind == "result":
                 result, state_hash = message[1], message[2]
-                assert (result is None or isinstance(result, StepResult)) and isinstance(state_hash, int)
+                assert result is None or isinstance(result, StepResult)
+                assert isinstance(state_hash, int)
                 self._results[rank].append((result, state_hash))
             elif kind == "reply":
                 self._file_reply(rank, message)
             elif kind == "progress":
-                assert isinstance(message[1], int) and isinstance(message[2], int)
-                self._progress[rank] = (message[1], message[2])
+                done, total = message[1:]
+                assert isinstance(done, int)
+                assert isinstance(total, int)
+                self._progress[rank] = (done, total)
             elif kind == "ready":
                 assert isinstance(message[2], Capacity)
                 self._capacities[rank] = message[2]
@@ -288,3 +296,15 @@ class ProcessExecutor(Executor):
             raise self._dead
         if self._closing:
             raise EngineDead("the engine is closed")
+
+
+def _receipts_and_digests(answers: list[object]) -> tuple[list[AdapterReceipt], list[str]]:
+    """Rank 0's receipt (the other ranks send none) and every rank's plan digest."""
+    receipts: list[AdapterReceipt] = []
+    digests: list[str] = []
+    for answer in answers:
+        assert isinstance(answer, tuple)
+        if isinstance(answer[0], AdapterReceipt):
+            receipts.append(answer[0])
+        digests.append(str(answer[1]))
+    return receipts, digests

@@ -1,7 +1,7 @@
 """One rank's side of the engine: it owns weights, KV cache, adapters and sampling state, and runs steps.
 
-The runner decides nothing about requests; it applies what it is told, in order, and reports. It lives in the engine's own
-process (inline) or in a worker process, and is driven by one thread, except for :meth:`Runner.prepare_adapter`.
+The runner decides nothing about requests; it applies what it is told, in order, and reports. It lives in the engine's
+own process (inline) or in a worker process, and is driven by one thread, except for :meth:`Runner.prepare_adapter`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class Runner:
         self.devices: dict[int, Device] = {index: available[index] for index in dict.fromkeys(layers)}
         self.device = available[layers[-1]]
         self.dtype = config.dtype if self.config.dtype == "auto" else DTYPES[self.config.dtype]
-        self.max_model_len = min(self.config.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        self.max_model_len = min(
+            self.config.max_model_len or config.max_position_embeddings, config.max_position_embeddings
+        )
         return build_model(
             ModelOptions(
                 config=config,
@@ -138,7 +140,10 @@ class Runner:
         )
 
     def _requests(self) -> list[SiteRequest]:
-        return [*self.model.requests(), SiteRequest(site="sample", operator="sample", static={"vocabulary": self.model.vocabulary})]
+        return [
+            *self.model.requests(),
+            SiteRequest(site="sample", operator="sample", static={"vocabulary": self.model.vocabulary}),
+        ]
 
     def _ranges(self) -> dict[TokenClass, dict[str, tuple[int, int]]]:
         most = max(self.config.max_batched_tokens, self.config.max_num_seqs)
@@ -163,7 +168,9 @@ class Runner:
         self.states: dict[int, DeviceState] = {}
         caches: dict[int, KVCache] = {}
         for index, device in self.devices.items():
-            kv = caches[index] = self.backend.allocate_kv(self.model.kv_spec(blocks, block_size, self.dtype, index), device)
+            kv = caches[index] = self.backend.allocate_kv(
+                self.model.kv_spec(blocks, block_size, self.dtype, index), device
+            )
             store = None
             if self.config.adapters_enabled:
                 store = self._stores[index] = self.backend.allocate_adapters(
@@ -178,7 +185,9 @@ class Runner:
         self._sample = self.plan["sample"]
         if self.config.graphs and not self.backend.graph_refusals() and len(self.devices) == 1:
             state = self.states[self.device.index]
-            self._graphs = GraphCache(self.backend, self.device, state, self._forward_one, max_rows=self.config.max_num_seqs)
+            self._graphs = GraphCache(
+                self.backend, self.device, state, self._forward_one, max_rows=self.config.max_num_seqs
+            )
         self.merger = Merger(self.model, self.backend)
         return Capacity(
             kv_blocks=blocks,
@@ -192,7 +201,9 @@ class Runner:
         )
 
     def _kv_blocks(self, block_size: int) -> int:
-        per_block = max(1, *(self.model.kv_spec(1, block_size, self.dtype, i).bytes_per_block() for i in self.devices), 1)
+        per_block = max(
+            1, *(self.model.kv_spec(1, block_size, self.dtype, i).bytes_per_block() for i in self.devices), 1
+        )
         useful = self.config.max_num_seqs * -(-self.max_model_len // block_size)
         if self.config.kv_cache_bytes is not None:
             return min(useful, self.config.kv_cache_bytes // per_block)
@@ -215,7 +226,7 @@ class Runner:
         download = self.device.download
         return PendingStep(
             step_id=message.step_id,
-            input_hash=zlib.crc32(message.inputs.block_tables, zlib.crc32(message.inputs.token_ids)),
+            input_hash=_crc(message.inputs.block_tables, _crc(message.inputs.token_ids)),
             ids=download(output.ids),
             logprobs=None if output.logprobs is None else download(output.logprobs),
             top_ids=None if output.top_ids is None else download(output.top_ids),
@@ -227,7 +238,7 @@ class Runner:
 
         Called once a step, in the order of steps, however many were queued in between.
         """
-        self._hash = zlib.crc32(np.ascontiguousarray(result.ids), self._hash ^ step.input_hash)
+        self._hash = _crc(result.ids, self._hash ^ step.input_hash)
         return self._hash
 
     def _run(self, inputs: StepInput) -> SampleOutput:
@@ -297,9 +308,7 @@ class Runner:
             notes=prepared.matched.notes,
             file_bytes=prepared.file_bytes,
             packed_bytes=prepared.packed.buffer.numel() * prepared.packed.buffer.element_size(),
-            seconds=StageSeconds(
-                read=prepared.read_seconds, pack=prepared.pack_seconds, copy=copied, total=total
-            ),
+            seconds=StageSeconds(read=prepared.read_seconds, pack=prepared.pack_seconds, copy=copied, total=total),
         )
         return receipt.with_implementations(self._implementations(receipt))
 
@@ -358,9 +367,12 @@ class Runner:
         self.backend.close()
 
 
+def _crc(array: np.ndarray, start: int = 0) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).data, start)
+
+
 def _only(packed: PackedAdapter, sites: Mapping[str, Weight]) -> PackedAdapter:
     entries = tuple(entry for entry in packed.entries if entry.site in sites)
     if len(entries) == len(packed.entries):
         return packed
     return PackedAdapter(buffer=packed.buffer, entries=entries, max_rank=packed.max_rank)
-

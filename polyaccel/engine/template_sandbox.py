@@ -26,6 +26,8 @@ MAX_SIZE = 16 << 20
 MAX_HANDLED = 256 << 20
 MAX_SECONDS = 10.0
 _MAX_BITS = 4096
+# What an element of a container counts as, in characters: looking at it costs time even if it holds nothing.
+_ELEMENT = 16
 _MAX_WIDTH = 10_000
 _WIDE_FORMAT = re.compile(r"\d{5,}|\*")
 _WIDENING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "tojson")
@@ -64,15 +66,15 @@ class Budget:
         check_size(self._printed)
 
     def measure(self, value: object) -> int:
-        """Characters and elements in ``value``, containers within containers included; each container costs steps."""
+        """The size of ``value`` in characters, containers within containers included."""
         size, stack = 0, [value]
         while stack:
             item = stack.pop()
             if isinstance(item, (str, bytes)):
                 size += len(item)
             elif isinstance(item, (list, tuple, Mapping)):
-                self.step(1 + len(item) // 16)
-                size += len(item)
+                size += _ELEMENT * len(item)
+                check_size(size)
                 stack.extend(item)
                 if isinstance(item, Mapping):
                     stack.extend(item.values())
@@ -117,7 +119,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Callable[..., object], /, *args: object, **kwargs: object) -> object:
         budget = _budget(context)
         budget.step()
-        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        # NOTE: the sandbox hands out its own wrapper of str.format.
+        method = getattr(function, "__wrapped__", function)
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str):
             _check_text_call(budget, name, owner, args, kwargs)
         elif isinstance(function, LoopContext) and args:

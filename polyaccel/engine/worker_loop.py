@@ -87,7 +87,8 @@ class _Loop:
 
     def _control(self, command: tuple[object, ...]) -> None:
         kind, token, *arguments = command
-        assert isinstance(kind, str) and isinstance(token, int)
+        assert isinstance(kind, str)
+        assert isinstance(token, int)
         if kind == "prepare":
             thread = threading.Thread(target=self._reply, args=(token, self._prepare, (token, *arguments)), daemon=True)
             thread.start()

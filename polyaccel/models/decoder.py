@@ -76,17 +76,15 @@ class DecoderModel(Model):
     def requests(self) -> list[SiteRequest]:
         return [request for block in self._blocks() for request in block.requests()]
 
-    def targets(self) -> tuple[AdapterTarget, ...]:
-        return tuple(target for block in self._blocks() for target in block.targets())
+    def targets(self, device_index: int | None = None) -> tuple[AdapterTarget, ...]:
+        return tuple(target for block in self._blocks_on(device_index) for target in block.targets())
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def weights(self, device_index: int | None = None) -> dict[str, Weight]:
         if self._weights is None:
             self._weights = self._allocate()
-        if device_index is None:
-            return dict(self._weights)
-        here = [spec.site for block in self._blocks() if block.device.index == device_index for spec in block.specs()]
+        here = [spec.site for block in self._blocks_on(device_index) for spec in block.specs()]
         return {site: self._weights[site] for site in here}
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
@@ -207,6 +205,10 @@ class DecoderModel(Model):
             yield layer.attention
             yield layer.feed_forward
         yield self._head
+
+    def _blocks_on(self, device_index: int | None) -> Iterator[Block]:
+        """The blocks on one device; all of them for None."""
+        return (block for block in self._blocks() if device_index in (None, block.device.index))
 
 
 def _input_norm(layer: int) -> str:

@@ -66,7 +66,7 @@ class Model(ABC):
     """One rank's part of a model.
 
     Life: built (nothing allocated), loaded, bound to a plan and a KV cache, stepped. Layers may lie on several devices
-    of one backend; where a method takes ``device_index`` it may be left out if all layers share a device.
+    of one backend.
     """
 
     options: ModelOptions
@@ -85,8 +85,12 @@ class Model(ABC):
         """Every place where an operator or station is called, with its dimensions on this rank. Touches no device."""
 
     @abstractmethod
-    def targets(self) -> tuple[AdapterTarget, ...]:
-        """Every module that takes adapters, as this rank holds it. Touches no device."""
+    def targets(self, device_index: int | None = None) -> tuple[AdapterTarget, ...]:
+        """Every module that takes adapters, as this rank holds it, or those of one device. Touches no device.
+
+        An adapter store holds the sites of one device only; an adapter is matched with all targets and packed once for
+        each device with that device's.
+        """
 
     # -- weights -----------------------------------------------------------------------------------------------------
 

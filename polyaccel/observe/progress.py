@@ -26,7 +26,12 @@ class ProgressBar:
 
             is_bytes = self._unit == "B"
             self._bar = tqdm(
-                total=total, desc=self._label, unit=self._unit, unit_scale=is_bytes, unit_divisor=1024 if is_bytes else 1000, leave=False
+                total=total,
+                desc=self._label,
+                unit=self._unit,
+                unit_scale=is_bytes,
+                unit_divisor=1024 if is_bytes else 1000,
+                leave=False,
             )
         self._bar.update(done - self._bar.n)
 

@@ -66,5 +66,6 @@ class WorkerProcess:
 
 
 def _import_path() -> dict[str, str]:
-    # The parent may have found the package through sys.path (a checkout, a notebook's folder) rather than by installation.
+    # The parent may have found the package through sys.path (a checkout, a notebook's folder) rather than by
+    # installation.
     return {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

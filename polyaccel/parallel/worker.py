@@ -1,8 +1,9 @@
 """The program of a worker process: ``python -m polyaccel.parallel.worker CONNECTION_FD LIFELINE_FD``.
 
-Starting workers as a module of their own, rather than by forking or re-importing the caller's script, makes an unguarded
-script, a prompt and a notebook work alike. The worker runs what its first message names and ends with its parent: the
-lifeline is a pipe that nobody writes to, and its end of file means that the parent is gone, however it went.
+Starting workers as a module of their own, rather than by forking or re-importing the caller's script, makes an
+unguarded script, a prompt and a notebook work alike. The worker runs what its first message names and ends with its
+parent: the lifeline is a pipe that nobody writes to, and its end of file means that the parent is gone, however it
+went.
 """
 
 from __future__ import annotations

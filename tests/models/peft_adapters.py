@@ -97,13 +97,14 @@ def mixed(
 
 
 def write_all(driver: StepDriver, adapters: Sequence[Adapter]) -> None:
-    """Adapter i into slot i of every store of the driver."""
+    """Adapter i into slot i of every device's store."""
     first = 0
     for slot, adapter in enumerate(adapters):
         matched = match_adapter(AdapterFile.open(adapter.folder), driver.model.targets())
         driver.plan.extend(matched.max_rank)
-        packed = pack_adapter(matched.pairs, dtype=driver.model.options.dtype)
         where = SlotRange(slot=slot, first_rank_row=first, rank_rows=adapter.rank)
-        for store in driver.stores():
-            store.write(where, packed)
+        for index, store in driver.stores().items():
+            here = {target.module for target in driver.model.targets(index)}
+            pairs = [pair for pair in matched.pairs if pair[0].module in here]
+            store.write(where, pack_adapter(pairs, dtype=driver.model.options.dtype))
         first += adapter.rank

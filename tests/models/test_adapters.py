@@ -85,7 +85,7 @@ def test_emptying_a_slot_brings_the_base_model_back(tmp_path: Path) -> None:
     model = build(checkpoint, rank_rows=sum(adapter.rank for adapter in adapters))
     driver = StepDriver(model, SingleRank(), slots=2)
     write_all(driver, adapters)
-    for store in driver.stores():
+    for store in driver.stores().values():
         store.clear(0)
     logits = drive(driver, tokens, {0: ((0, 1.0),)})
     base = drive(StepDriver(build(checkpoint), SingleRank()), tokens)

@@ -56,8 +56,9 @@ class StepDriver:
             weights, rank_rows=self.model.options.rank_rows, slots=slots, device=device
         )
 
-    def stores(self) -> list[AdapterStore]:
-        return [state.adapters for state in self.states.values() if state.adapters is not None]
+    def stores(self) -> dict[int, AdapterStore]:
+        """The adapter stores by device index."""
+        return {index: state.adapters for index, state in self.states.items() if state.adapters is not None}
 
     def step(
         self, chunks: Mapping[int, Sequence[int]], *, last_only: bool = False, mixes: Mapping[int, Mix] | None = None

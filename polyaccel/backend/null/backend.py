@@ -83,7 +83,9 @@ class NullBackend(Backend):
 
     def operators(self) -> Mapping[str, Implementations]:
         shapes: dict[str, Callable[..., object]] = {
-            "embedding": lambda weight, step, vocabulary_start: _empty(weight.spec.dtype, step.input.tokens, weight.spec.k),
+            "embedding": lambda weight, step, vocabulary_start: _empty(
+                weight.spec.dtype, step.input.tokens, weight.spec.k
+            ),
             "linear": lambda x, weight: _empty(x.dtype, x.shape[0], weight.spec.n),
             "rms_norm": lambda x, weight, eps, residual=None: x if residual is None else (x, residual),
             "layer_norm": lambda x, weight, bias, eps: x,
@@ -156,4 +158,3 @@ def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 def _route(logits: torch.Tensor, top_k: int, *rest: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
     rows = logits.shape[0]
     return _empty(torch.float32, rows, top_k), _empty(torch.int32, rows, top_k)
-
