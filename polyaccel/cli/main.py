@@ -26,12 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"polyaccel: {error}", file=sys.stderr)
         return EXIT_USAGE
     except PolyaccelError as error:
-        print(f"polyaccel: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"polyaccel: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
+    except UnicodeDecodeError as error:
+        print(f"polyaccel: standard input is not {error.encoding} text: {error.reason}", file=sys.stderr)
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
+
+
+def _one_line(error: PolyaccelError) -> str:
+    """The message without a worker's traceback, its lines joined."""
+    message = str(error).partition("\n--- traceback")[0]
+    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from polyaccel.backend.plan import Policy
@@ -85,7 +86,7 @@ def open_llm(options: argparse.Namespace, **overrides: Any) -> LLM:
             "prefix_caching": not options.no_prefix_caching,
             "adapter_slots": options.adapter_slots,
             "adapter_rank_rows": options.adapter_rank_rows,
-            "adapters": dict(_named_folder(text) for text in options.load_adapter),
+            "adapters": _named_folders(options.load_adapter),
             "load_progress": bar,
         }
         return LLM(options.model, **{**settings, **overrides})
@@ -112,6 +113,8 @@ def adapter_mix(text: str | None) -> dict[str, float] | None:
     mix: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
+        if name in mix:
+            raise UsageError(f"--adapter {text!r} names {name!r} twice; add its weights")
         try:
             mix[name] = float(weight) if weight else 1.0
         except ValueError:
@@ -119,8 +122,13 @@ def adapter_mix(text: str | None) -> dict[str, float] | None:
     return mix
 
 
-def _named_folder(text: str) -> tuple[str, str]:
-    name, separator, folder = text.partition("=")
-    if not separator or not name or not folder:
-        raise UsageError(f"--load-adapter {text!r} is not of the form NAME=FOLDER")
-    return name, folder
+def _named_folders(texts: Sequence[str]) -> dict[str, str]:
+    folders: dict[str, str] = {}
+    for text in texts:
+        name, separator, folder = text.partition("=")
+        if not separator or not name or not folder:
+            raise UsageError(f"--load-adapter {text!r} is not of the form NAME=FOLDER")
+        if name in folders:
+            raise UsageError(f"--load-adapter names {name!r} twice")
+        folders[name] = folder
+    return folders

@@ -140,12 +140,15 @@ class AdapterManager:
         """Free the slot once nobody uses it; False while somebody does."""
         slots = self._require_slots()
         entry = self._get(name)
-        if entry.waiting or (name in slots and slots.get(name).users):
+        prepared = entry.prepared
+        if entry.waiting or (name in slots and slots.get(name).users) or (prepared is not None and not prepared.done()):
             return False
         if name in slots:
             if entry.pinned:
                 slots.unpin(name)
             self._executor.clear_adapter(slots.free(name).slot)
+        if prepared is not None and prepared.exception() is None:
+            self._executor.discard_adapter(prepared.result())
         del self._registered[name]
         return True
 
@@ -208,7 +211,8 @@ class AdapterManager:
         self._on_change()
 
     def close(self) -> None:
-        self._background.shutdown(wait=False, cancel_futures=True)
+        """Stop the background thread, once the executor is closed and gives its last answer. Idempotent."""
+        self._background.shutdown(wait=True, cancel_futures=True)
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 

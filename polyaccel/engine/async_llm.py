@@ -11,10 +11,11 @@ from typing import Any, Self
 from polyaccel.engine.adapters import Adapters
 from polyaccel.engine.engine import Message, Prompt
 from polyaccel.engine.explanation import Explanation, Health
-from polyaccel.engine.llm import LLM, next_delta
+from polyaccel.engine.llm import LLM
 from polyaccel.engine.loop import Event, NewRequest, Sink
 from polyaccel.engine.outputs import Completion, Delta
 from polyaccel.engine.sampling_params import SamplingParams
+from polyaccel.engine.stream import next_delta
 from polyaccel.lora.mix import AdapterArgument
 
 
@@ -119,7 +120,7 @@ class AsyncLLM:
                     remaining -= 1
                 yield delta
         finally:
-            if remaining and engine.loop.dead is None:
+            if remaining:
                 engine.loop.abort(request.request_id)
 
     async def _submit(self, request: NewRequest) -> None:
@@ -134,7 +135,7 @@ class AsyncLLM:
 
     def _taking_back(self, request: NewRequest) -> Callable[[asyncio.Future[None]], None]:
         def take_back(submitted: asyncio.Future[None]) -> None:
-            if submitted.exception() is None and self._llm.engine.loop.dead is None:
+            if not submitted.cancelled() and submitted.exception() is None:
                 self._llm.engine.loop.abort(request.request_id)
 
         return take_back

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from polyaccel.backend.errors import ConfigurationError, EngineDead, RequestRejected, RequestTooLong
+from polyaccel.backend.errors import ConfigurationError, EngineDead, RequestRejected
 from polyaccel.backend.sampling import SamplingRow
 from polyaccel.engine.adapter_table import AdapterTable, NoAdapters
 from polyaccel.engine.batch_state import BatchState
 from polyaccel.engine.events import FinishEvent, StepEvents
 from polyaccel.engine.executor import Executor
+from polyaccel.engine.intake import Intake, PromptIds
 from polyaccel.engine.messages import StepMessage, StepResult
 from polyaccel.engine.outputs import FinishReason
-from polyaccel.engine.prefix_cache import PrefixCache
+from polyaccel.engine.prefix_cache import PrefixCache, enter_filled_blocks
 from polyaccel.engine.request import Request, Sequence
 from polyaccel.engine.results import finish_event, token_event
 from polyaccel.engine.sampling_params import SamplingParams
@@ -73,31 +74,36 @@ class EngineCore:
         if min(capacity.kv_blocks, capacity.kv_block_size, capacity.request_slots, capacity.max_model_len) < 1:
             raise ConfigurationError(f"the workers have no room for a single request: {capacity}")
         self._executor = executor
-        self._vocabulary = capacity.vocabulary
-        self.max_tokens = min(capacity.max_model_len, capacity.kv_blocks * capacity.kv_block_size)
-        """Tokens of the longest sequence that can be served, prompt included."""
-        self._eos = tuple(dict.fromkeys(eos_token_ids))
+        self._intake = Intake(
+            vocabulary=capacity.vocabulary,
+            max_tokens=min(capacity.max_model_len, capacity.kv_blocks * capacity.kv_block_size),
+            eos_token_ids=eos_token_ids,
+            seed=seed,
+        )
         self._depth = 1 if overlap else 0
         self._clock = clock
         self._state = BatchState(capacity)
         self._cache = PrefixCache(capacity.kv_blocks, capacity.kv_block_size, enabled=prefix_caching)
         self._scheduler = Scheduler(capacity, self._state, self._cache, adapters or NoAdapters(), max_batched_tokens)
         self._builder = StepBuilder(self._state)
-        self._seeds = np.random.default_rng(seed)
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[tuple[int, BuiltStep]] = deque()
-        self._serial = 0
         self._steps = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
         self._error: EngineDead | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest sequence that can be served, prompt included."""
+        return self._intake.max_tokens
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def add_request(
         self,
         request_id: str,
-        prompt_ids: Items[int] | npt.NDArray[np.integer],
+        prompt_ids: PromptIds,
         params: SamplingParams,
         mix: AdapterMix = (),
         *,
@@ -119,30 +125,9 @@ class EngineCore:
             raise self._error
         if request_id in self._requests:
             raise RequestRejected(f"request id {request_id!r} is in use; give every request its own")
-        prompt = self._checked_prompt(prompt_ids)
-        limit = self._limit(len(prompt), params)
-        stop_ids = () if params.ignore_eos else self._eos
-        stop_ids += params.stop_ids
-        self._check_ids("stop_token_ids", params.stop_ids)
-        self._check_ids("logit_bias", tuple(params.logit_bias or ()))
-        self._check_ids("allowed_token_ids", tuple(params.allowed_token_ids or ()))
-        drawn = int(self._seeds.integers(2**64, dtype=np.uint64)) if params.seed is None else params.seed
-        request = Request(
-            id=request_id,
-            prompt=prompt,
-            params=params,
-            mix=mix,
-            priority=priority,
-            serial=self._serial,
-            limit=limit,
-            stop_ids=np.array(tuple(dict.fromkeys(stop_ids)), dtype=np.int64),
-            seed=drawn,
-            watched=watched,
-            arrived=self._clock(),
-            open=params.n,
+        request = self._intake.request(
+            request_id, prompt_ids, params, mix, priority=priority, watched=watched, now=self._clock()
         )
-        request.sequences = [Sequence(request=request, choice=choice, tokens=prompt) for choice in range(params.n)]
-        self._serial += params.n
         self._requests[request_id] = request
         # The other choices follow once the first one's prompt is in the prefix cache.
         self._scheduler.queue.push(request.sequences[0])
@@ -266,7 +251,7 @@ class EngineCore:
         known = index + 1
         state.tokens[slots, index] = ids
         state.known[slots] = known
-        self._hash_blocks(built.slots, built.computed)
+        enter_filled_blocks(self._cache, state, built.slots, built.computed)
         stopped = (state.stop_ids[slots] == ids[:, None]).any(axis=1) & (known > state.min_length[slots])
         ended = stopped | (known >= state.max_length[slots])
         first = index == state.prompt_length[slots]
@@ -281,22 +266,6 @@ class EngineCore:
             self._finish_rows(events, slots, ids, stopped, ended)
         events.slots = np.concatenate((events.slots, slots)) if len(events.slots) else slots
         events.ids = np.concatenate((events.ids, ids)) if len(events.ids) else ids
-
-    def _hash_blocks(self, slots: npt.NDArray[np.int64], computed: npt.NDArray[np.int64]) -> None:
-        """Enter the blocks that a completed step has filled into the prefix cache."""
-        if not self._cache.enabled:
-            return
-        state, size = self._state, self._state.block_size
-        due = (computed >= (state.hashed[slots] + 1) * size) & state.live[slots]
-        if not due.any():
-            return
-        for slot, full in zip(slots[due].tolist(), (computed[due] // size).tolist(), strict=True):
-            key = state.sequence(slot).request.cache_key
-            for block in range(int(state.hashed[slot]), full):
-                tokens = state.tokens[slot, block * size : (block + 1) * size]
-                place = int(state.block_tables[slot, block])
-                state.digests[slot] = self._cache.insert(key, state.digests[slot], tokens, place)
-            state.hashed[slot] = full
 
     def _note_first_tokens(self, slots: npt.NDArray[np.int64]) -> None:
         now = self._clock()
@@ -339,9 +308,8 @@ class EngineCore:
             if not stopped[row]:
                 events.finished.append(self._finish(sequence, "length", None))
                 continue
-            token = int(ids[row])
-            is_eos = token in self._eos and not sequence.request.params.ignore_eos
-            events.finished.append(self._finish(sequence, "stop", None if is_eos else token))
+            stop_reason = self._intake.stop_reason(sequence.request, int(ids[row]))
+            events.finished.append(self._finish(sequence, "stop", stop_reason))
 
     def _finish_all(self, request: Request, reason: FinishReason, error: Exception | None = None) -> list[FinishEvent]:
         return [self._finish(sequence, reason, None, error) for sequence in request.sequences if not sequence.finished]
@@ -378,32 +346,3 @@ class EngineCore:
         for step_id, _ in self._in_flight:
             self._scheduler.completed(step_id)
         self._in_flight.clear()
-
-    def _checked_prompt(self, prompt_ids: Items[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-        try:
-            prompt = np.asarray(prompt_ids)
-        except ValueError as error:
-            raise RequestRejected(f"the prompt must be a flat sequence of token ids: {error}") from None
-        if prompt.size == 0:
-            raise RequestRejected("the prompt is empty: give at least one token")
-        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
-            raise RequestRejected(f"the prompt must be a flat sequence of token ids, not {prompt.dtype} {prompt.shape}")
-        if prompt.min() < 0 or prompt.max() >= self._vocabulary:
-            bad = int(prompt[(prompt < 0) | (prompt >= self._vocabulary)][0])
-            raise RequestRejected(f"prompt id {bad} is outside the vocabulary 0..{self._vocabulary - 1}")
-        return prompt.astype(np.int32)
-
-    def _limit(self, prompt: int, params: SamplingParams) -> int:
-        wanted = prompt + (1 if params.max_tokens is None else params.max_tokens)
-        if wanted > self.max_tokens:
-            asked = "at least one new token" if params.max_tokens is None else f"max_tokens={params.max_tokens}"
-            raise RequestTooLong(
-                f"a prompt of {prompt} tokens and {asked} make {wanted}, and a sequence may hold {self.max_tokens}; "
-                "shorten the prompt, lower max_tokens, or raise max_model_len or the memory for KV blocks"
-            )
-        return self.max_tokens if params.max_tokens is None else wanted
-
-    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
-        wrong = [token for token in ids if token >= self._vocabulary]
-        if wrong:
-            raise RequestRejected(f"{name} has id {wrong[0]}, outside the vocabulary 0..{self._vocabulary - 1}")

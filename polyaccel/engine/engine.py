@@ -23,6 +23,7 @@ from polyaccel.engine.process_executor import ProcessExecutor
 from polyaccel.engine.sampling_params import SamplingParams
 from polyaccel.lora.mix import AdapterArgument, normalise_mix
 from polyaccel.models.config import ModelConfig
+from polyaccel.parallel.cut import head_cut
 from polyaccel.weights.checkpoint import open_checkpoint
 from polyaccel.weights.locate import ModelFiles, locate_model
 
@@ -54,6 +55,7 @@ class Engine:
             raise ConfigurationError(
                 "a Backend instance runs inline with one rank; pass the backend's name for several"
             )
+        head_cut(self.model_config.num_heads, self.model_config.num_kv_heads, config.tensor_parallel_size, 0)
         self.executor, self.config = _start(config, backend, load_progress)
         try:
             self.adapter_manager = AdapterManager(self.executor, on_change=lambda: self.core.clear_prefix_cache())
@@ -116,7 +118,7 @@ class Engine:
             if self.tokenizer is None:
                 raise RequestRejected(f"model {self.config.model!r} has no tokenizer; pass token ids")
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        elif _are_ids(prompt):
             ids = [int(i) for i in prompt]
         else:
             raise RequestRejected(f"a prompt is a string or a sequence of token ids, not {type(prompt).__name__}")
@@ -143,10 +145,10 @@ class Engine:
         return Health.of(self.loop, self.executor)
 
     def close(self) -> None:
-        """Abort what is left, stop the thread and the workers. Idempotent."""
+        """Abort what is left, stop the threads and the workers. Idempotent."""
         self.loop.close()
-        self.adapter_manager.close()
         self.executor.close()
+        self.adapter_manager.close()
 
 
 def _start(
@@ -166,6 +168,12 @@ def _start(
 
         torch.set_num_threads(config.threads)
     return InlineExecutor(config, chosen, progress), config
+
+
+def _are_ids(prompt: object) -> bool:
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        return False
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in prompt)
 
 
 def _tokenizer(files: ModelFiles) -> Tokenizer | None:

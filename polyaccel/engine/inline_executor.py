@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 
@@ -24,8 +25,12 @@ class InlineExecutor(Executor):
         self._runner = Runner(config, RankAddress(rank=0, world_size=1, init_method=""), backend)
         self._pending: deque[PendingStep] = deque()
         self._prepared: dict[int, PreparedAdapter] = {}
-        self._next_token = 0
-        self.capacity = self._runner.load(progress)
+        self._tokens = itertools.count(1)
+        try:
+            self.capacity = self._runner.load(progress)
+        except BaseException:
+            self._runner.close()
+            raise
 
     def submit(self, message: StepMessage) -> None:
         try:
@@ -43,8 +48,7 @@ class InlineExecutor(Executor):
         self, path: str, *, allow_unmatched: bool = False, allow_no_effect: bool = False
     ) -> PreparedHandle:
         prepared = self._runner.prepare_adapter(path, allow_unmatched=allow_unmatched, allow_no_effect=allow_no_effect)
-        self._next_token += 1
-        handle = PreparedHandle(token=self._next_token, max_rank=prepared.matched.max_rank)
+        handle = PreparedHandle(token=next(self._tokens), max_rank=prepared.matched.max_rank)
         self._prepared[handle.token] = prepared
         return handle
 

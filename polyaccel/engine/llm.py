@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -12,14 +12,14 @@ from polyaccel.backend.backend import Backend
 from polyaccel.backend.errors import ConfigurationError, RequestRejected
 from polyaccel.backend.plan import Policy
 from polyaccel.engine.adapters import Adapters
-from polyaccel.engine.assembler import ChoiceAssembler
 from polyaccel.engine.config import DType, EngineConfig, ExecutorKind
 from polyaccel.engine.engine import Engine, LoadProgress, Message, Prompt
 from polyaccel.engine.events import FinishEvent
 from polyaccel.engine.explanation import Explanation, Health
 from polyaccel.engine.loop import Event, NewRequest
-from polyaccel.engine.outputs import Completion, Delta
+from polyaccel.engine.outputs import Completion
 from polyaccel.engine.sampling_params import SamplingParams
+from polyaccel.engine.stream import DeltaStream, advance, raise_if_failed
 from polyaccel.lora.mix import AdapterArgument
 
 Prompts = Prompt | Sequence[Prompt]
@@ -141,7 +141,7 @@ class LLM:
             self.engine.new_request(prompt, p, a, streams=False, sink=events.put)
             for prompt, p, a in zip(
                 batch,
-                _per_prompt("params", params, len(batch)),
+                _per_prompt("params", list(params) if isinstance(params, tuple) else params, len(batch)),
                 _per_prompt("adapter", adapter, len(batch)),
                 strict=True,
             )
@@ -153,20 +153,20 @@ class LLM:
             return self._collect(requests, events, progress)
         except BaseException:
             for request in requests:
-                self._abort_quietly(request)
+                self.engine.loop.abort(request.request_id)
             raise
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: AdapterArgument = None
-    ) -> Iterator[Delta]:
-        """Answer one prompt piece by piece. Closing the iterator aborts the request.
+    ) -> DeltaStream:
+        """Answer one prompt piece by piece. Closing the iterator, or dropping it, aborts the request.
 
         The request is validated and queued before this returns. The last delta of each choice carries its completion.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         request = self.engine.new_request(prompt, params, adapter, streams=True, sink=events.put)
         self.engine.loop.submit([request])
-        return self._deltas(request, events)
+        return DeltaStream(self.engine, request, events)
 
     def chat(
         self,
@@ -194,7 +194,7 @@ class LLM:
         adapter: AdapterArgument = None,
         tools: Sequence[Message] | None = None,
         **template_variables: object,
-    ) -> Iterator[Delta]:
+    ) -> DeltaStream:
         """:meth:`stream` on a conversation through the model's chat template."""
         prompt = self.engine.chat_prompt(messages, tools=tools, **template_variables)
         return self.stream(self._encode_chat(prompt), params, adapter=adapter)
@@ -245,50 +245,6 @@ class LLM:
                 continue
             advance(self.engine, assembler, event)
         return [done[index] for index in range(len(order))]
-
-    def _deltas(self, request: NewRequest, events: queue.SimpleQueue[Event]) -> Iterator[Delta]:
-        assemblers = [self.engine.assembler(request, choice) for choice in range(request.params.n)]
-        remaining = len(assemblers)
-        try:
-            while remaining:
-                event = events.get()
-                delta = next_delta(self.engine, assemblers[event.choice], event)
-                if delta is None:
-                    continue
-                if delta.completion is not None:
-                    remaining -= 1
-                yield delta
-        finally:
-            if remaining:
-                self._abort_quietly(request)
-
-    def _abort_quietly(self, request: NewRequest) -> None:
-        if self.engine.loop.dead is None:
-            self.engine.loop.abort(request.request_id)
-
-
-def next_delta(engine: Engine, assembler: ChoiceAssembler, event: Event) -> Delta | None:
-    """What an event adds to a stream: None once a stop string has matched and the end is awaited."""
-    if isinstance(event, FinishEvent):
-        raise_if_failed(event)
-        text, completion = assembler.finish(event)
-        return Delta(text=text, token_ids=(), index=event.choice, completion=completion)
-    return advance(engine, assembler, event)
-
-
-def advance(engine: Engine, assembler: ChoiceAssembler, event: Event) -> Delta | None:
-    """Push a token; the first match of a stop string ends the choice in the engine."""
-    assert not isinstance(event, FinishEvent)
-    before = assembler.matched
-    delta = assembler.push(event)
-    if before is None and assembler.matched is not None and engine.loop.dead is None:
-        engine.loop.stop_choice(event.request_id, event.choice, assembler.matched)
-    return delta
-
-
-def raise_if_failed(event: FinishEvent) -> None:
-    if event.error is not None:
-        raise event.error
 
 
 def _as_batch(prompts: Prompts) -> list[Prompt]:

@@ -5,6 +5,7 @@ Callers get their events through a sink of their own, so that a slow reader dela
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -13,10 +14,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from polyaccel.backend.errors import EngineDead
 from polyaccel.engine.adapter_manager import AdapterManager
 from polyaccel.engine.core import CoreStats, EngineCore
 from polyaccel.engine.events import FinishEvent, StepEvents, TokenEvent
+from polyaccel.engine.outputs import Timing
 from polyaccel.engine.sampling_params import SamplingParams
 from polyaccel.lora.mix import AdapterMix
 
@@ -51,7 +55,8 @@ class EngineLoop:
         self._sinks: dict[str, tuple[Sink, int, AdapterMix]] = {}
         self._paused = 0
         self._held: list[Callable[[], None]] = []
-        self._gate = threading.Lock()
+        # Reentrant: a stream that is collected as garbage aborts its request from wherever the collector runs.
+        self._gate = threading.RLock()
         self._closing = False
         self._dead: EngineDead | None = None
         self._thread = threading.Thread(target=self._run, name="polyaccel-engine", daemon=True)
@@ -69,12 +74,15 @@ class EngineLoop:
         self._call(lambda: self._add(requests), waits_for_resume=True)
 
     def abort(self, request_id: str) -> None:
-        """End a request; its remaining choices finish with reason ``abort``. Unknown or finished ids are ignored."""
-        self._post(lambda: self._deliver_finishes(self._core.abort(request_id)))
+        """End a request; its remaining choices finish with reason ``abort``. Unknown or finished ids are ignored, and
+        so is everything once the engine is closed."""
+        with contextlib.suppress(EngineDead):
+            self._post(lambda: self._deliver_finishes(self._core.abort(request_id)))
 
     def stop_choice(self, request_id: str, choice: int, stop_reason: str) -> None:
-        """The caller has matched a stop string: end this choice."""
-        self._post(lambda: self._deliver_finish(self._core.finish(request_id, choice, stop_reason)))
+        """The caller has matched a stop string: end this choice. Ignored as in :meth:`abort`."""
+        with contextlib.suppress(EngineDead):
+            self._post(lambda: self._deliver_finish(self._core.finish(request_id, choice, stop_reason)))
 
     def call(self, function: Callable[[], R]) -> R:
         """Run a function on the engine's thread between two steps and return its result, or raise its error."""
@@ -162,15 +170,20 @@ class EngineLoop:
             self._release_held()
 
     def _run(self) -> None:
-        while self._handle_commands(wait=not self._core.has_work):
-            events = self._core.step()
-            self._deliver(events)
-            if self._core.error is not None and self._dead is None:
-                self._dead = self._core.error
-                logger.error("the engine stopped: %s", self._dead)
-            if events.idle and self._core.has_work:
-                # Everything waits for an adapter to be read.
-                threading.Event().wait(IDLE_SECONDS)
+        try:
+            while self._handle_commands(wait=not self._core.has_work):
+                events = self._core.step()
+                self._deliver(events)
+                if self._core.error is not None and self._dead is None:
+                    self._dead = self._core.error
+                    logger.error("the engine stopped: %s", str(self._dead).partition("\n")[0])
+                if events.idle and self._core.has_work:
+                    # Everything waits for an adapter to be read.
+                    threading.Event().wait(IDLE_SECONDS)
+        except Exception as error:
+            logger.exception("the engine's thread failed")
+            self._dead = EngineDead(f"the engine failed: {type(error).__name__}: {error}")
+            self._dead.__cause__ = error
         self._end()
 
     def _handle_commands(self, *, wait: bool) -> bool:
@@ -189,7 +202,7 @@ class EngineLoop:
         for token in events.tokens:
             entry = self._sinks.get(token.request_id)
             if entry is not None:
-                entry[0](token)
+                _hand_over(entry[0], token)
         self._deliver_finishes(events.finished)
 
     def _deliver_finishes(self, finishes: Sequence[FinishEvent]) -> None:
@@ -205,13 +218,19 @@ class EngineLoop:
             self._adapters.expect(mix, -1)
         else:
             self._sinks[finish.request_id] = (sink, open_choices - 1, mix)
-        sink(finish)
+        _hand_over(sink, finish)
 
     def _end(self) -> None:
+        """Leave nobody waiting: every request gets its end, every call an answer."""
+        with self._gate:
+            self._closing = True
         if self._dead is None:
             self._dead = EngineDead("the engine is closed")
-        for request_id in list(self._sinks):
-            self._deliver_finishes(self._core.abort(request_id))
+            for request_id in list(self._sinks):
+                self._deliver_finishes(self._core.abort(request_id))
+        for request_id, (sink, _, mix) in self._sinks.items():
+            _hand_over(sink, _failed(request_id, mix, self._dead))
+        self._sinks.clear()
         self._release_held()
         while True:
             try:
@@ -225,3 +244,28 @@ class EngineLoop:
         held, self._held = self._held, []
         for command in held:
             command()
+
+
+def _hand_over(sink: Sink, event: Event) -> None:
+    # A receiver that is gone, such as a closed event loop, is no other request's problem.
+    try:
+        sink(event)
+    except Exception:
+        logger.exception("an event of %s could not be handed over", event.request_id)
+
+
+def _failed(request_id: str, mix: AdapterMix, error: EngineDead | None) -> FinishEvent:
+    """The end of a request that the core can give none to."""
+    return FinishEvent(
+        request_id=request_id,
+        choice=0,
+        reason="error",
+        stop_reason=None,
+        token_ids=np.zeros(0, dtype=np.int64),
+        logprobs=None,
+        prompt_tokens=0,
+        cached_tokens=0,
+        adapter=mix,
+        timing=Timing(queue=0.0, prefill=0.0, first_token=0.0, decode=0.0),
+        error=error,
+    )

@@ -43,7 +43,8 @@ class Merger:
                 start = base.spec.starts[target.slice]
                 stop = start + target.out_rows.size if target.kind == "linear" else start + target.in_cols.size
                 part = dense[start:stop] if target.expert is None else dense[target.expert, start:stop]
-                part += _delta(target, pair) * weight
+                delta = _delta(target, pair)
+                part[:, : delta.shape[1]] += delta * weight
                 base.write(target.slice, part, expert=target.expert)
             base.seal()
 

@@ -8,6 +8,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from polyaccel.engine.batch_state import BatchState
 from polyaccel.engine.block_pool import BlockPool
 
 BlockKey = tuple[Hashable, bytes, bytes]
@@ -77,3 +78,24 @@ class PrefixCache:
         if entry is not None:
             del self._blocks[entry]
             self._keys[block] = None
+
+
+def enter_filled_blocks(
+    cache: PrefixCache, state: BatchState, slots: npt.NDArray[np.int64], computed: npt.NDArray[np.int64]
+) -> None:
+    """Enter the blocks that a completed step has filled: ``slots`` now have ``computed`` tokens in the KV cache."""
+    if not cache.enabled:
+        return
+    size = cache.block_size
+    # Tokens of a sequence that was ended from outside may never become known.
+    full_blocks = np.minimum(computed, state.known[slots]) // size
+    due = full_blocks > state.hashed[slots]
+    if not due.any():
+        return
+    for slot, full in zip(slots[due].tolist(), full_blocks[due].tolist(), strict=True):
+        key = state.sequence(slot).request.cache_key
+        for block in range(int(state.hashed[slot]), full):
+            tokens = state.tokens[slot, block * size : (block + 1) * size]
+            place = int(state.block_tables[slot, block])
+            state.digests[slot] = cache.insert(key, state.digests[slot], tokens, place)
+        state.hashed[slot] = full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -22,12 +23,17 @@ from polyaccel.lora.receipt import AdapterReceipt
 from polyaccel.parallel.process import WorkerProcess
 
 CLOSE_SECONDS = 5.0
+# Importing torch and reading metadata report nothing, however small the engine's own timeout is.
+START_SECONDS = 120.0
+# A dead rank breaks the others' collectives, and their reports may arrive before the news of its death.
+BLAME_SECONDS = 1.0
 
 
 class ProcessExecutor(Executor):
     """Starts the workers, sends every step to all of them and compares what they report.
 
-    A thread receives all answers, so that a worker's death is noticed at once, whoever is waiting.
+    A thread receives all answers, so that a worker's death is noticed at once, whoever is waiting. The first death ends
+    the group: the other workers are killed, as they may hang in a collective.
 
     Args:
         config: ``backend`` is already chosen; workers never choose.
@@ -42,11 +48,16 @@ class ProcessExecutor(Executor):
         self._world = config.tensor_parallel_size
         self._folder = tempfile.mkdtemp(prefix="polyaccel-ranks-")
         self._condition = threading.Condition()
+        self._sending = threading.Lock()
         self._results: list[deque[tuple[StepResult | None, int]]] = [deque() for _ in range(self._world)]
         self._replies: dict[tuple[int, int], Future[object]] = {}
         self._next_token = 0
         self._dead: EngineDead | None = None
         self._closing = False
+        self._reported: dict[int, None] = {}
+        self._suspect: tuple[WorkerError, float] | None = None
+        self._heard = time.monotonic()
+        self._receiver: threading.Thread | None = None
         self._progress_callback = progress
         self._progress: list[tuple[int, int]] = [(0, 0)] * self._world
         self._capacities: list[Capacity | None] = [None] * self._world
@@ -61,7 +72,13 @@ class ProcessExecutor(Executor):
                 arguments = (config, address, threads)
                 environment = {"OMP_NUM_THREADS": str(threads)}
                 self._workers.append(
-                    WorkerProcess("polyaccel.engine.worker_loop", "serve", arguments, environment=environment)
+                    WorkerProcess(
+                        "polyaccel.engine.worker_loop",
+                        "serve",
+                        arguments,
+                        environment=environment,
+                        send_timeout=config.timeout,
+                    )
                 )
             self._receiver = threading.Thread(target=self._receive, name="polyaccel-receiver", daemon=True)
             self._receiver.start()
@@ -158,18 +175,25 @@ class ProcessExecutor(Executor):
             if self._closing:
                 return
             self._closing = True
+            outstanding = list(self._replies.values())
+            self._replies.clear()
+            ready = self._dead is None and all(self._capacities)
+            self._condition.notify_all()
+        for future in outstanding:
+            future.set_exception(EngineDead("the engine is closed"))
+        if ready:
+            with self._sending:
+                for worker in self._workers:
+                    with contextlib.suppress(OSError):
+                        worker.connection.send(("close", 0))
+        # Workers that load, or whose group is broken, do not listen.
+        deadline = time.monotonic() + (CLOSE_SECONDS if ready else 0.0)
         for worker in self._workers:
-            try:
-                if self._dead is None:
-                    worker.connection.send(("close", 0))
-            except OSError:
-                continue
-        # A dead group may hang in a collective: its survivors are not waited for.
-        grace = CLOSE_SECONDS if self._dead is None else 0.0
+            worker.stop(max(0.0, deadline - time.monotonic()))
+        if self._receiver is not None:
+            self._receiver.join()
         for worker in self._workers:
-            worker.stop(grace)
-        if hasattr(self, "_receiver"):
-            self._receiver.join(CLOSE_SECONDS)
+            worker.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -184,7 +208,7 @@ class ProcessExecutor(Executor):
                 future: Future[object] = Future()
                 self._replies[rank, token] = future
                 futures.append(future)
-            self._send_all((kind, token, *arguments))
+        self._send_all((kind, token, *arguments))
         return token, futures
 
     def _results_of(self, futures: list[Future[object]]) -> list[object]:
@@ -205,24 +229,38 @@ class ProcessExecutor(Executor):
         return values
 
     def _send_all(self, message: tuple[object, ...]) -> None:
+        # One sender at a time: large messages are written in several pieces.
+        with self._sending:
+            self._raise_if_dead()
+            for rank, worker in enumerate(self._workers):
+                try:
+                    worker.connection.send(message)
+                except OSError as error:
+                    self._raise_once_dead(rank, error)
+
+    def _raise_once_dead(self, rank: int, error: OSError) -> None:
+        """Raise what the receiver finds out about a worker that takes no messages: it knows more than a broken pipe."""
+        patience = 0.0 if isinstance(error, BlockingIOError) else 2 * BLAME_SECONDS
+        with self._condition:
+            self._condition.wait_for(lambda: self._dead is not None or self._closing, patience)
+        self._die(WorkerError(rank, self._workers[rank].exit_text(0.0), "(it left none)"))
         self._raise_if_dead()
-        for rank, worker in enumerate(self._workers):
-            try:
-                worker.connection.send(message)
-            except OSError:
-                self._die(WorkerError(rank, worker.exit_text(), ""))
-                self._raise_if_dead()
 
     def _wait_until_ready(self) -> Capacity:
-        with self._condition:
-            while not all(self._capacities):
+        patience = max(self._config.timeout, START_SECONDS)
+        while True:
+            with self._condition:
                 self._raise_if_dead()
-                self._condition.wait(0.1)
-                self._report_progress()
+                if not all(self._capacities):
+                    self._condition.wait(0.1)
+                waiting = [rank for rank, capacity in enumerate(self._capacities) if capacity is None]
+                silence = time.monotonic() - self._heard
             self._report_progress()
-        capacity = self._capacities[0]
-        assert capacity is not None
-        return capacity
+            capacity = self._capacities[0]
+            if not waiting and capacity is not None:
+                return capacity
+            if silence > patience:
+                self._die(CommunicationError(f"ranks {waiting} reported nothing for {patience:g} s while loading"))
 
     def _report_progress(self) -> None:
         if self._progress_callback is not None and all(total for _, total in self._progress):
@@ -234,21 +272,33 @@ class ProcessExecutor(Executor):
     def _receive(self) -> None:
         connections: dict[Connection, int] = {worker.connection: rank for rank, worker in enumerate(self._workers)}
         while connections and not self._closing:
-            for ready in wait(list(connections), timeout=0.5):
+            for ready in wait(list(connections), timeout=0.2):
                 assert isinstance(ready, Connection)
                 rank = connections[ready]
                 try:
                     message = ready.recv()
-                except (EOFError, OSError):
+                except Exception as error:
                     del connections[ready]
-                    if not self._closing:
-                        self._die(WorkerError(rank, self._workers[rank].exit_text(), "(it left none)"))
+                    self._lost(rank, error)
                     continue
                 self._file(rank, message)
+            if self._suspect is not None and time.monotonic() > self._suspect[1]:
+                self._die(self._suspect[0])
+        if self._suspect is not None and not self._closing:
+            self._die(self._suspect[0])
+
+    def _lost(self, rank: int, error: Exception) -> None:
+        """A worker's connection has ended, or what it sent cannot be read."""
+        if self._closing or self._dead is not None or rank in self._reported:
+            return
+        ended = isinstance(error, (EOFError, OSError))
+        summary = self._workers[rank].exit_text() if ended else f"sent what cannot be read: {error!r:.200}"
+        self._die(WorkerError(rank, summary, "(it left none)"))
 
     def _file(self, rank: int, message: tuple[object, ...]) -> None:
         kind = message[0]
         with self._condition:
+            self._heard = time.monotonic()
             if kind == "result":
                 result, state_hash = message[1], message[2]
                 assert result is None or isinstance(result, StepResult)
@@ -266,16 +316,26 @@ class ProcessExecutor(Executor):
                 self._capacities[rank] = message[2]
             self._condition.notify_all()
         if kind == "died":
-            cause = WorkerError(rank, str(message[1]), str(message[2]))
-            original = message[3]
-            if isinstance(original, BaseException):
-                cause.__cause__ = original
-            self._die(cause)
+            self._died(rank, message)
+
+    def _died(self, rank: int, message: tuple[object, ...]) -> None:
+        self._reported[rank] = None
+        cause = WorkerError(rank, str(message[1]), str(message[2]))
+        original = message[3]
+        if isinstance(original, BaseException):
+            cause.__cause__ = original
+        if isinstance(original, CommunicationError) and len(self._reported) < self._world:
+            if self._suspect is None:
+                self._suspect = cause, time.monotonic() + BLAME_SECONDS
+            return
+        self._die(cause if self._suspect is None or not isinstance(original, CommunicationError) else self._suspect[0])
 
     def _file_reply(self, rank: int, message: tuple[object, ...]) -> None:
         _, token, succeeded, value, trace = message
         assert isinstance(token, int)
-        future = self._replies.pop((rank, token))
+        future = self._replies.pop((rank, token), None)
+        if future is None:
+            return
         if succeeded:
             future.set_result(value)
         else:
@@ -283,13 +343,17 @@ class ProcessExecutor(Executor):
 
     def _die(self, cause: Exception) -> None:
         with self._condition:
-            if self._dead is None:
+            first = self._dead is None and not self._closing
+            if first:
                 self._dead = EngineDead(f"the engine cannot go on: {cause}")
                 self._dead.__cause__ = cause
                 for future in self._replies.values():
                     future.set_exception(self._dead)
                 self._replies.clear()
             self._condition.notify_all()
+        if first:
+            for worker in self._workers:
+                worker.kill()
 
     def _raise_if_dead(self) -> None:
         if self._dead is not None:

@@ -55,7 +55,6 @@ class Scheduler:
         self._budget = max_batched_tokens
         self._block_size = capacity.kv_block_size
         self._reserve = int(capacity.kv_blocks * RESERVE)
-        self._max_running = min(capacity.request_slots, max_batched_tokens)
         self._free_slots = list(range(capacity.request_slots - 1, -1, -1))
         self._running = 0
         self._prefilling: list[int] = []
@@ -86,9 +85,8 @@ class Scheduler:
                 continue
             plan = Plan(decode)
             budget = self._budget - len(decode)
-            budget, short = self._continue_prefill(plan, budget)
-            if not short:
-                self._admit(plan, budget)
+            budget = self._continue_prefill(plan, budget)
+            self._admit(plan, budget)
             if len(plan.decode) or plan.chunks:
                 return plan
             if in_flight or not self._prefilling:
@@ -96,6 +94,7 @@ class Scheduler:
             self._preempt_youngest()
 
     def _decode_slots(self) -> Slots:
+        # Never more than the budget: each of them had a token in the step before.
         if self._decode_changed:
             state = self._state
             slots = np.flatnonzero(state.role == Role.DECODE)
@@ -116,19 +115,17 @@ class Scheduler:
         state.block_counts[slots[due]] += 1
         return True
 
-    def _continue_prefill(self, plan: Plan, budget: int) -> tuple[int, bool]:
-        """Next chunks of admitted prompts, oldest first; whether any of them was short of blocks."""
-        short = False
+    def _continue_prefill(self, plan: Plan, budget: int) -> int:
+        """Next chunks of admitted prompts, oldest first; what is left of the budget."""
         for slot in self._prefilling:
             if budget == 0:
                 break
             wanted = min(int(self._state.length[slot] - self._state.computed[slot]), budget)
             given = self._allocate_chunk(slot, wanted)
-            short = short or given < wanted
             if given > 0:
                 plan.chunks.append((slot, given))
                 budget -= given
-        return budget, short
+        return budget
 
     def _allocate_chunk(self, slot: int, wanted: int) -> int:
         """Blocks for up to ``wanted`` more tokens of a slot; how many tokens they allow."""
@@ -147,7 +144,7 @@ class Scheduler:
         if budget == 0 or not self._free_slots or not len(self.queue):
             return
         self._retry_parked()
-        while budget > 0 and self._free_slots and self._running < self._max_running:
+        while budget > 0 and self._free_slots:
             sequence = self.queue.peek()
             if sequence is None:
                 return

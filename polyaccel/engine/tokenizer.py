@@ -92,6 +92,7 @@ class Tokenizer:
         for name, token in tokens.items():
             if token is None:
                 raise ModelLoadError(f"{file.path}: {name} is id {ids[name]}, which is not in the vocabulary")
+        _add_special(backend, [token for token in tokens.values() if token is not None])
         template = file.text("tokenizer.chat_template", "") or None
         before = [ids["bos_token"]] if adds_bos(file) and "bos_token" in ids else []
         after = [ids["eos_token"]] if file.flag("tokenizer.ggml.add_eos_token", False) and "eos_token" in ids else []
@@ -217,9 +218,7 @@ def _load_folder(files: ModelFiles) -> Tokenizer:
     special = _special_tokens({**_json(files, "special_tokens_map.json"), **config})
     with _translated(f"{files.path}: its special tokens cannot be added", ModelLoadError):
         backend.add_tokens(_listed_tokens(config, backend))
-        backend.add_special_tokens(
-            [tokenizers.AddedToken(text, special=True, normalized=False) for text in special.values()]
-        )
+        _add_special(backend, list(special.values()))
     affixes = None
     if any(isinstance(config.get(key), bool) for key in ("add_bos_token", "add_eos_token")):
         sides = []
@@ -235,6 +234,13 @@ def _load_folder(files: ModelFiles) -> Tokenizer:
         chat_template=_template_source(files, config),
         affixes=affixes,
     )
+
+
+def _add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
+    """Make the named tokens special, as transformers does, whatever the vocabulary says of them."""
+    import tokenizers
+
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens])
 
 
 def _json(files: ModelFiles, name: str) -> dict[str, object]:

@@ -62,6 +62,7 @@ class DecoderModel(Model):
         tied = config.tie_embeddings and devices[0].index == devices[-1].index
         self._head = LMHead(self.shard, devices[-1], tied=tied)
         self._weights: dict[str, Weight] | None = None
+        self._sealed = False
 
     @abstractmethod
     def build_feed_forward(self, layer: int, device: Device, next_norm: str) -> FeedForward:
@@ -93,11 +94,15 @@ class DecoderModel(Model):
         matrices = sum(share(checkpoint, source) for source in sources)
         meter = Meter(matrices + sum(share(checkpoint, vector) for vector in vectors), progress)
         weights = self.weights()
+        if self._sealed:
+            for weight in weights.values():
+                weight.reopen()
         for site, of_site in by_site(sources).items():
-            weights[site].reopen()
             write(checkpoint, weights[site], of_site, meter)
+        # Tied weights have no source of their own and are packed once their values are there.
         for weight in weights.values():
             weight.seal()
+        self._sealed = True
         ropes = {
             device.index: rope_table(self.options.config.rope, self.options.max_positions, device)
             for device in self._devices

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -19,6 +20,8 @@ def main(connection_fd: int, lifeline_fd: int) -> None:
     """Serve one parent. The first message is ``(module, function, arguments)``; it is called as
     ``function(connection, *arguments)``."""
     threading.Thread(target=_end_with_parent, args=(lifeline_fd,), name="lifeline", daemon=True).start()
+    # Ctrl-C reaches the whole process group of a terminal; what it means is the parent's to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(connection_fd)
     try:
         module, function, arguments = connection.recv()

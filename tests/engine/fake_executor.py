@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -96,6 +96,7 @@ class FakeExecutor:
         self.capacity = capacity
         self.lazy = lazy
         self.adapters: dict[int, str] = {}
+        self.honours_min_tokens = True
         self.messages: list[StepMessage] = []
         self.in_flight: deque[tuple[StepMessage, StepResult | None, dict[int, Owner]]] = deque()
         self.fail_submit: Exception | None = None
@@ -202,9 +203,7 @@ class FakeExecutor:
     def _check_exclusive(self, step: StepInput) -> None:
         size = self.capacity.kv_block_size
         written = {
-            slot: set(
-                (step.kv_slots[step.query_starts[place] : step.query_starts[place + 1]] // size).tolist()
-            )
+            slot: set((step.kv_slots[step.query_starts[place] : step.query_starts[place + 1]] // size).tolist())
             for place, slot in enumerate(step.request_slots.tolist())
         }
         in_flight = [owner for _, _, owners in self.in_flight for owner in owners.values()]
@@ -217,9 +216,9 @@ class FakeExecutor:
         tokens = self._by_row(step.rows("tokens"))
         logits = self._by_row(step.rows("logits"))
         assert all(0 <= row < step.tokens for row in tokens)
-        assert logits == {
-            place: tokens[row] for place, row in enumerate(step.logits_rows.tolist()) if row in tokens
-        }, "logits rows must carry the adapters of their tokens"
+        assert logits == {place: tokens[row] for place, row in enumerate(step.logits_rows.tolist()) if row in tokens}, (
+            "logits rows must carry the adapters of their tokens"
+        )
         first = [min((slot for slot, _ in tokens.get(row, ())), default=-1) for row in range(step.tokens)]
         assert first == sorted(first), "rows must be ordered by adapter slot"
 
@@ -256,8 +255,11 @@ class FakeExecutor:
             places = np.arange(int(step.context_lengths[place]))
             values = self._cache[table[places // size] * size + places % size]
             contexts[slot] = int((values * (places + 1).astype(np.uint64)).sum(dtype=np.uint64))
+        rows = {slot: owner.row for slot, owner in owners.items()}
+        if not self.honours_min_tokens:
+            rows = {slot: replace(row, forbidden_ids=None) for slot, row in rows.items()}
         ids = [
-            choose(contexts[slot], float(uniform), owners[slot].history, owners[slot].row, self.capacity.vocabulary)
+            choose(contexts[slot], float(uniform), owners[slot].history, rows[slot], self.capacity.vocabulary)
             for slot, uniform in zip(step.sample_slots.tolist(), step.uniforms.tolist(), strict=True)
         ]
         for slot, token in zip(step.sample_slots.tolist(), ids, strict=True):

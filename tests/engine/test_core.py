@@ -62,6 +62,21 @@ def test_min_tokens_holds_every_ending_id_back(overlap: bool) -> None:
     assert any(event.reason == "stop" for event in engine.finished.values())
 
 
+def test_an_ending_id_before_min_tokens_does_not_end_the_output_even_if_the_device_samples_one() -> None:
+    engine = Engine()
+    engine.executor.honours_min_tokens = False
+    engine.add("free", prompt_of(6), max_tokens=30, ignore_eos=True)
+    engine.run()
+    free = engine.output("free")
+    first = free.index(free[4])
+    for minimum, length in ((first, first + 1), (first + 1, 30)):
+        name = f"minimum {minimum}"
+        engine.add(name, prompt_of(6), max_tokens=30, ignore_eos=True, stop_token_ids=[free[4]], min_tokens=minimum)
+        engine.run()
+        again = [place for place, token in enumerate(free) if token == free[4] and place >= minimum]
+        assert len(engine.output(name)) == (again[0] + 1 if again else length)
+
+
 def test_without_max_tokens_a_request_goes_on_to_the_end_of_the_context() -> None:
     engine = Engine(room=capacity(max_model_len=40))
     engine.add("r", prompt_of(7), ignore_eos=True)
@@ -203,6 +218,12 @@ def test_a_prompt_that_is_not_token_ids_is_refused(prompt: list[int], message: s
     with pytest.raises(RequestRejected, match=message):
         engine.add("r", prompt)
     assert not engine.core.has_work
+
+
+@pytest.mark.parametrize("priority", [1.5, True, 2**31, None])
+def test_a_priority_that_is_no_small_integer_is_refused(priority: int) -> None:
+    with pytest.raises(RequestRejected, match="priority="):
+        Engine().add("r", [1], priority=priority)
 
 
 @pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids", "allowed_token_ids"])

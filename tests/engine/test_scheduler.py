@@ -108,6 +108,35 @@ def test_ten_thousand_requests_pass_through_a_small_cache(overlap: bool) -> None
     engine.check_nothing_is_held()
 
 
+def test_admission_leaves_a_reserve_to_those_who_run() -> None:
+    engine = Engine(room=capacity(kv_blocks=128, max_model_len=512), budget=512)
+    engine.add("first", prompt_of(4), max_tokens=100, ignore_eos=True)
+    engine.add("fits", prompt_of(4 * 124, 1), max_tokens=1)
+    engine.step()
+    assert engine.core.stats().running == 2
+    engine = Engine(room=capacity(kv_blocks=128, max_model_len=512), budget=512)
+    engine.add("first", prompt_of(4), max_tokens=100, ignore_eos=True)
+    engine.add("does not", prompt_of(4 * 126, 1), max_tokens=1)
+    engine.step()
+    assert engine.core.stats().running == 1
+    engine.run()
+    engine.check_answers()
+
+
+def test_a_blocked_head_is_looked_up_once_however_many_steps_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(room=capacity(kv_blocks=16, max_model_len=64), overlap=False)
+    lookups = []
+    lookup = engine.core._cache.lookup
+    monkeypatch.setattr(engine.core._cache, "lookup", lambda *args: lookups.append(args) or lookup(*args))
+    engine.add("first", prompt_of(12), max_tokens=50, ignore_eos=True)
+    engine.add("big", prompt_of(60, 1), max_tokens=1)
+    for _ in range(40):
+        engine.step()
+    assert len(lookups) == 2
+    engine.run()
+    engine.check_answers()
+
+
 # -- slots and blocks under overlap ------------------------------------------------------------------------------------
 
 
@@ -167,6 +196,18 @@ def test_a_prompt_is_shared_only_once_its_step_has_completed(overlap: bool) -> N
     engine.add("c", prompt_of(16), max_tokens=4)
     engine.run()
     assert [engine.finished[name, 0].cached_tokens for name in "abc"] == [0, 0, 12]
+    engine.check_answers()
+
+
+def test_the_prompt_of_an_aborted_request_is_shared() -> None:
+    engine = Engine()
+    engine.add("r", prompt_of(16), max_tokens=4)
+    engine.step()
+    engine.abort("r")
+    engine.run()
+    engine.add("again", prompt_of(16), max_tokens=4)
+    engine.run()
+    assert engine.finished["again", 0].cached_tokens == 12
     engine.check_answers()
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 import transformers
@@ -22,11 +23,11 @@ SEED = 20
 LAYERS = 3
 MAX_POSITIONS = 64
 
-_COMMON: Mapping[str, object] = MappingProxyType({"num_hidden_layers": LAYERS, "max_position_embeddings": MAX_POSITIONS})
+_COMMON: Mapping[str, Any] = MappingProxyType({"num_hidden_layers": LAYERS, "max_position_embeddings": MAX_POSITIONS})
 
 
 def _llama(**changes: object) -> transformers.PreTrainedModel:
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         **_COMMON,
         "vocab_size": 50,
         "hidden_size": 72,
@@ -134,8 +135,9 @@ FAMILIES: Mapping[str, Callable[[], transformers.PreTrainedModel]] = MappingProx
 
 
 def random_reference(family: str) -> transformers.PreTrainedModel:
-    """The transformers model with every parameter random: norms around 1, and biases, which would start as zero, too."""
-    model = FAMILIES[family]().eval()
+    """The transformers model with every parameter random: norms around 1, biases (which start as zero) too."""
+    model = FAMILIES[family]()
+    model.train(False)
     if family == "mixtral":
         # The default wants widths in multiples of 16 bytes.
         model.set_experts_implementation("eager")
@@ -161,7 +163,7 @@ def save(model: transformers.PreTrainedModel, folder: Path) -> Path:
 @torch.no_grad()
 def reference_logits(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     """``[tokens, vocabulary]``: one uncached pass over the whole sequence."""
-    return model(torch.tensor([tokens]), use_cache=False).logits[0]
+    return cast(torch.Tensor, model(torch.tensor([tokens]), use_cache=False).logits[0])
 
 
 class CompositeBackend(TableBackend):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast
 
 import peft
 import torch
@@ -22,7 +23,7 @@ from tests.support.driver import StepDriver
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 # Two adapters a family: one on everything, one on a part; ranks that are no power of two, above a KV head's width.
-CONFIGS: Mapping[str, Sequence[Mapping[str, object]]] = MappingProxyType(
+CONFIGS: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType(
     {
         "llama": (
             {"r": 7, "lora_alpha": 16, "target_modules": [*LINEARS, "embed_tokens", "lm_head"]},
@@ -68,7 +69,7 @@ def make(reference: transformers.PreTrainedModel, family: str, folder: Path) -> 
     ]
 
 
-def _make(reference: transformers.PreTrainedModel, config: dict[str, object], folder: Path, seed: int) -> Adapter:
+def _make(reference: transformers.PreTrainedModel, config: dict[str, Any], folder: Path, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -76,8 +77,8 @@ def _make(reference: transformers.PreTrainedModel, config: dict[str, object], fo
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5 * 0.5)
-        wrapped.save_pretrained(folder)
-        merged = wrapped.merge_and_unload().eval()
+        wrapped.save_pretrained(str(folder))
+        merged = cast(transformers.PreTrainedModel, wrapped.merge_and_unload())
     largest = max(pair.numbers.true_rank for pair in AdapterFile.open(folder).pairs.values())
     return Adapter(folder=folder, merged=merged, rank=largest)
 

@@ -20,9 +20,9 @@ STEPS: tuple[Mapping[int, int], ...] = (
 )
 LENGTHS = {number: sum(step.get(number, 0) for step in STEPS) for number in (0, 1, 2)}
 
-# Both sides compute in float32, but add in other orders (paged and tiled attention, sums over ranks, float64 angles here and
-# float32 ones there). Sums of up to 100 products differ by some 1e-6 relative to their largest term, and a few layers with
-# residuals of growing size amplify that by less than ten; a wrong head, row, position or scale changes the first digit.
+# Both sides compute in float32, but add in other orders (paged and tiled attention, sums over ranks) and with other
+# angles (float64 here, float32 there). Sums of up to 100 products differ by some 1e-6 relative to their largest term,
+# and a few layers amplify that by some ten; a wrong head, row, position or scale changes the first digit.
 RELATIVE = 5e-5
 
 
@@ -41,7 +41,7 @@ def drive(
     for step in STEPS:
         chunks = {number: tokens[number][done[number] : done[number] + count] for number, count in step.items()}
         logits = driver.step(chunks, mixes=mixes).clone()
-        for (number, count), rows in zip(step.items(), logits.split(list(step.values())), strict=True):
+        for (number, count), rows in zip(step.items(), torch.split(logits, list(step.values())), strict=True):
             parts[number].append(rows)
             done[number] += count
     return {number: torch.cat(rows) for number, rows in parts.items()}

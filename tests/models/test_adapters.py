@@ -30,12 +30,16 @@ def test_each_sequence_gets_its_own_adapters_as_if_merged_at_every_world_size(tm
     both = mixed(reference, adapters, WEIGHTS)
     first, second = (adapter.merged for adapter in adapters)
     expected = {
-        "one each": {number: reference_logits(m, tokens[number]) for number, m in enumerate((first, reference, second))},
+        "one each": {
+            number: reference_logits(m, tokens[number]) for number, m in enumerate((first, reference, second))
+        },
         "mixed": {number: reference_logits(m, tokens[number]) for number, m in enumerate((both, reference, first))},
     }
     largest = max(float(logits.abs().max()) for logits in expected["one each"].values())
     for merged in (first, second, both):
-        assert (reference_logits(merged, tokens[0]) - reference_logits(reference, tokens[0])).abs().max() > 0.02 * largest
+        assert (
+            reference_logits(merged, tokens[0]) - reference_logits(reference, tokens[0])
+        ).abs().max() > 0.02 * largest
     rank_rows = sum(adapter.rank for adapter in adapters)
     for world in (1, 2, 3, 4):
         for equal in (False, True) if world > 1 else (False,):
@@ -67,9 +71,11 @@ def test_adapters_add_no_collective_and_no_byte_to_one(tmp_path: Path, family: s
         model = build(checkpoint, rank=comm.rank, world_size=2, rank_rows=rank_rows)
         driver = StepDriver(model, comm, slots=len(adapters))
         write_all(driver, adapters)
-        comm.trace = base = []
+        base: list[Collective] = []
+        adapted: list[Collective] = []
+        comm.trace = base
         driver.step({0: [1, 2], 1: [3, 4], 2: [5]})
-        comm.trace = adapted = []
+        comm.trace = adapted
         driver.step({0: [1, 2], 1: [3, 4], 2: [5]}, mixes=ONE_EACH)
         return base, adapted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -188,11 +189,12 @@ def test_the_size_of_the_pieces_read_changes_no_bit(
 
 
 def test_a_half_precision_checkpoint_is_widened_exactly(tmp_path: Path) -> None:
-    reference = random_reference("llama").to(torch.bfloat16)
-    model = build(open_checkpoint(save(reference, tmp_path)))
+    reference = random_reference("llama")
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    model = build(open_checkpoint(save(copy.deepcopy(reference).bfloat16(), tmp_path)))
     tokens = random_tokens(model.vocabulary)
     logits = drive(StepDriver(model, SingleRank()), tokens)
-    reference = reference.float()
     for number, ids in tokens.items():
         assert_close(logits[number], reference_logits(reference, ids), f"sequence {number}")
 
@@ -247,6 +249,15 @@ def test_a_reloaded_site_is_sealed_again(tmp_path: Path) -> None:
     for weight in model.weights().values():
         with pytest.raises(OperatorError, match="sealed"):
             weight.write(0, torch.zeros(1, 1))
+
+
+def test_a_model_can_be_loaded_twice(tmp_path: Path) -> None:
+    _, checkpoint = open_saved("llama3", tmp_path)
+    model = build(checkpoint)
+    before = _values(model.weights())
+    _spoil(model, "embedding")
+    model.load(checkpoint)
+    assert _equal(_values(model.weights()), before)
 
 
 def test_reloading_an_unknown_site_names_those_that_exist(tmp_path: Path) -> None:

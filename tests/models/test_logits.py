@@ -32,7 +32,8 @@ def test_the_sliding_window_matters_in_this_comparison(tmp_path: Path, family: s
     windowed = reference_logits(reference, tokens)
     reference.config.sliding_window = 1000
     reference.config.layer_types = ["full_attention"] * reference.config.num_hidden_layers
-    other = type(reference)(reference.config).eval()
+    other = type(reference)(reference.config)
+    other.train(False)
     other.load_state_dict(reference.state_dict())
     assert (reference_logits(other, tokens) - windowed).abs().max() > 0.01
 

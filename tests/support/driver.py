@@ -63,7 +63,7 @@ class StepDriver:
     def step(
         self, chunks: Mapping[int, Sequence[int]], *, last_only: bool = False, mixes: Mapping[int, Mix] | None = None
     ) -> torch.Tensor:
-        """Append the tokens of each sequence; logits of every token, or of each sequence's last, in the order of chunks."""
+        """Append tokens to each sequence; logits of every token, or of each sequence's last, in the order of chunks."""
         inputs = self.inputs(chunks, last_only=last_only, mixes=mixes or {})
         steps = {
             device.index: self.backend.begin_step(inputs, self.states[device.index], device)
@@ -71,18 +71,22 @@ class StepDriver:
         }
         return self.model.forward(steps)
 
-    def inputs(
-        self, chunks: Mapping[int, Sequence[int]], *, last_only: bool, mixes: Mapping[int, Mix]
-    ) -> StepInput:
-        ids, positions, kv_slots, logits_rows = [], [], [], []
-        starts, contexts, tables = [0], [], []
+    def inputs(self, chunks: Mapping[int, Sequence[int]], *, last_only: bool, mixes: Mapping[int, Mix]) -> StepInput:
+        ids: list[int] = []
+        positions: list[int] = []
+        kv_slots: list[int] = []
+        logits_rows: list[int] = []
+        starts, contexts = [0], []
+        tables: list[list[int]] = []
         triples: list[tuple[int, int, float]] = []
         for number, tokens in chunks.items():
             sequence = self._sequences.setdefault(number, CachedSequence())
             where = range(sequence.length, sequence.length + len(tokens))
             while len(sequence.blocks) * BLOCK_SIZE < where.stop:
                 sequence.blocks.append(self._free.pop())
-            triples += [(len(ids) + i, slot, weight) for i in range(len(tokens)) for slot, weight in mixes.get(number, ())]
+            triples += [
+                (len(ids) + i, slot, weight) for i in range(len(tokens)) for slot, weight in mixes.get(number, ())
+            ]
             logits_rows += [len(ids) + i for i in range(len(tokens)) if not last_only or i == len(tokens) - 1]
             ids += list(tokens)
             positions += list(where)

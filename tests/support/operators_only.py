@@ -20,15 +20,15 @@ class Violation(AssertionError):
     """A dispatched call that the contract forbids."""
 
 
-class OperatorsOnly(TorchDispatchMode):
+class OperatorsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses compute outside of operator calls, and readbacks and copies to the host everywhere.
 
-    ``host`` is the device type that counts as the host; None where tensors live there anyway. ``outside`` counts what ran
-    outside of operators, by name.
+    ``host`` is the device type that counts as the host; None where tensors live there anyway. ``outside`` counts what
+    ran outside of operators, by name.
     """
 
     def __init__(self, ledger: Ledger, *, host: str | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ledger = ledger
         self._host = host
         self.inside = 0

@@ -23,7 +23,7 @@ class ThreadGroup:
         self._board: list[object] = [None] * world_size
 
     def exchange(self, rank: int, value: T) -> list[T]:
-        """Every rank's value, in rank order. All ranks must call it; values are not to be changed before they return."""
+        """Every rank's value, in rank order. Nobody may change a value before all are done with it."""
         self._board[rank] = value
         self._barrier.wait()
         values = list(self._board)
@@ -73,7 +73,7 @@ class ThreadCommunicator(Communicator):
         return total.chunk(self.world_size)[self.rank].clone()
 
     def _all_to_all(self, x: torch.Tensor, send_rows: list[int], receive_rows: list[int]) -> torch.Tensor:
-        sent = self._group.exchange(self.rank, x.split(send_rows))
+        sent = self._group.exchange(self.rank, torch.split(x, send_rows))
         received = torch.cat([parts[self.rank] for parts in sent])
         self._group.wait()
         assert received.shape[0] == sum(receive_rows)

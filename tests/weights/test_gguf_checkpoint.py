@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -272,3 +273,16 @@ def test_smollm2_reads_as_the_gguf_package_reads_it(smollm2_path: Path) -> None:
         rows = torch.from_numpy(gguf.dequantize(embedding.data[1000:1010], embedding.tensor_type))
         assert torch.equal(checkpoint.read("model.embed_tokens.weight", slice(1000, 1010)), rows)
         assert checkpoint.fingerprint() == GGUFCheckpoint(smollm2_path).fingerprint()
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_tensors_equal_those_that_transformers_reads(smollm2_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    )
+    theirs = model.state_dict()
+    with open_checkpoint(smollm2_path) as checkpoint:
+        assert set(theirs) - set(checkpoint.names()) == {"lm_head.weight"}
+        different = [name for name in checkpoint.names() if not torch.equal(checkpoint.read(name), theirs[name])]
+    assert different == []

@@ -29,7 +29,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "big-endian": (gguf_bytes(version=3 << 24), "big-endian"),
     "huge tensor count": (gguf_bytes(tensor_count=HUGE), "do not fit"),
     "huge key count": (gguf_bytes(key_count=HUGE), "do not fit"),
-    "more keys than there are": (gguf_bytes([gguf_key("a", UINT32, bytes(4))], key_count=2, data=bytes(32)), "key is empty"),
+    "more keys than there are": (
+        gguf_bytes([gguf_key("a", UINT32, bytes(4))], key_count=2, data=bytes(32)),
+        "key is empty",
+    ),
     "string beyond the file": (
         gguf_bytes([gguf_string("k") + struct.pack("<IQ", STRING, 1 << 20)], data=bytes(64)),
         "'k' takes 1048576 bytes",

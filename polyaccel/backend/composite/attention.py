@@ -166,14 +166,15 @@ def _attend(q: torch.Tensor, tiles: Iterator[KeysAndValues], scale: float) -> to
         kv_heads, group = k.shape[2], heads // k.shape[2]
         # The query heads of one key head are rows of one product.
         rows = q.view(batch, queries, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        scores = rows @ k.permute(0, 2, 3, 1).float() * scale
-        scores = scores.view(batch, kv_heads, group, queries, -1)
+        # Contiguous, or the product of a batch of one would take another path with other rounding.
+        keys, values = (t.transpose(1, 2).float().contiguous() for t in (k, v))
+        scores = (rows @ keys.transpose(2, 3) * scale).view(batch, kv_heads, group, queries, -1)
         if visible is not None:
             scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         p = torch.exp(scores - higher)
         fade = torch.exp(top - higher)
-        summed = (p.flatten(2, 3) @ v.transpose(1, 2).float()).view(batch, kv_heads, group, queries, -1)
+        summed = (p.flatten(2, 3) @ values).view(batch, kv_heads, group, queries, -1)
         weight = weight * fade + p.sum(-1, keepdim=True)
         total = summed if total is None else total * fade + summed
         top = higher

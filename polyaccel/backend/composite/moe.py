@@ -77,7 +77,7 @@ def _restrict(choice: torch.Tensor, groups: int, topk_groups: int, top_k: int) -
         raise OperatorError(
             "moe_route", f"top_k {top_k} of {topk_groups} out of {groups} groups does not fit {experts} experts"
         )
-    grouped = choice.view(*choice.shape[:-1], groups, -1)
+    grouped = choice.view(*choice.shape[:-1], groups, experts // groups)
     best = _largest(grouped, min(2, experts // groups))[0].sum(-1)
     kept = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, _largest(best, topk_groups)[1], True)
     return torch.where(kept.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
@@ -112,11 +112,11 @@ def moe_experts(
         blocks = _blocks(local.flatten(), experts)
         pairs = torch.arange(tokens * top_k, dtype=torch.int64, device=x.device)
         h = _product(x, torch.div(pairs, top_k, rounding_mode="floor"), gate_up, blocks, x.dtype, dequantize)
-        h = _adapt(h.view(tokens, top_k, -1), x.unsqueeze(1), gate_up, local, step)
+        h = _adapt(h.view(tokens, top_k, gate_up.spec.n), x.unsqueeze(1), gate_up, local, step)
         gate, up = h.float().chunk(2, dim=-1)
         inner = torch.nn.functional.silu(gate) * up
         y = _product(inner.flatten(0, 1), pairs, down, blocks, torch.float32, dequantize)
-        y = _adapt(y.view(tokens, top_k, -1), inner, down, local, step)
+        y = _adapt(y.view(tokens, top_k, down.spec.n), inner, down, local, step)
         held = (local >= 0).unsqueeze(-1)
         out = torch.where(held, y * weights.float().unsqueeze(-1), 0.0).sum(1)
     return out.to(x.dtype)
@@ -187,7 +187,7 @@ def _product(
     """``[pairs, n]``: row ``rows[pair]`` of x times the matrix of the pair's expert; zero for pairs of other ranks."""
     spec = weight.spec
     take, bias = _experts_of(weight, dequantize)
-    packed = x.index_select(0, rows.index_select(0, blocks.source)).to(dtype).view(blocks.count, blocks.size, -1)
+    packed = x.index_select(0, rows.index_select(0, blocks.source)).to(dtype).view(blocks.count, blocks.size, spec.k)
     # One row more, for the pairs of other ranks.
     out = torch.zeros((blocks.count * blocks.size + 1, spec.n), dtype=dtype, device=x.device)
     for i in range(blocks.count):

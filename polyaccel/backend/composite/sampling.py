@@ -57,6 +57,7 @@ def _adjust(
     scores: torch.Tensor, state: TensorSamplingState, parameters: torch.Tensor, rows: torch.Tensor, needs: StepNeeds
 ) -> torch.Tensor:
     """Penalties, bias and mask; each leaves rows with neutral values exactly as they are."""
+    lowest = scores <= LOWEST
     if needs.penalties and state.output_counts is not None and state.prompt_mask is not None:
         counts = state.output_counts.index_select(0, rows)
         produced = counts > 0
@@ -68,7 +69,8 @@ def _adjust(
         scores = scores - _column(parameters, "frequency_penalty").unsqueeze(1) * counts.float()
     if needs.bias and state.bias is not None:
         scores = scores + state.bias.index_select(0, rows)
-    scores = scores.clamp(LOWEST, HIGHEST)
+    # What stands for minus infinity stays so whatever a penalty or a bias made of it.
+    scores = torch.where(lowest, LOWEST, scores.clamp(LOWEST, HIGHEST))
     if needs.mask and state.allowed is not None:
         scores = torch.where(state.allowed.index_select(0, rows), scores, -torch.inf)
     return scores

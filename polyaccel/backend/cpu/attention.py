@@ -1,0 +1,153 @@
+"""Attention over the paged cache: batched products over blocks for decode in float32, torch's flash kernel for the rest."""
+
+from __future__ import annotations
+
+import torch
+
+from polyaccel.backend.cpu.attention_plan import AttentionPlan, DecodeBatch, Edges, PaddedBatch, Prefill
+from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
+
+# Bounds the mask and lets a tile skip the keys that none of its queries sees.
+QUERY_TILE = 512
+
+
+def paged_attention(
+    q: torch.Tensor, kv: HeadMajorKVCache, layer: int, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """Attention of ``q: [T, heads, head_dim]`` (rows dense); returns the same shape, contiguous.
+
+    Tokens of no sequence and queries that see no key give zeros.
+    """
+    pieces: list[tuple[int, int, torch.Tensor]] = []
+    if q.dtype == torch.float32:
+        pieces += [(b.begin, b.end, _decode(q, kv, layer, b, scale)) for b in plan.decode_batches]
+    else:
+        pieces += [(b.begin, b.end, _decode_padded(q, kv, layer, b, scale)) for b in plan.padded_batches]
+    pieces += [(p.begin, p.end, _prefill(q, kv, layer, plan, p, scale)) for p in plan.prefills]
+    if plan.covered and len(pieces) == 1:
+        return pieces[0][2]
+    out = torch.empty(q.shape, dtype=q.dtype) if plan.covered else torch.zeros(q.shape, dtype=q.dtype)
+    for begin, end, piece in pieces:
+        out[begin:end] = piece
+    return out
+
+
+def _decode(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: DecodeBatch, scale: float) -> torch.Tensor:
+    """One query of each sequence, ``[sequences, heads, head_dim]``, by products over all blocks at once."""
+    spec, (_, heads, head_dim), blocks = kv.spec, q.shape, batch.blocks
+    keys, values = kv.keys(layer), kv.values(layer)
+    if batch.first is not None:
+        k, v = keys[batch.first : batch.first + blocks], values[batch.first : batch.first + blocks]
+    else:
+        assert batch.gather is not None
+        k, v = keys.index_select(0, batch.gather), values.index_select(0, batch.gather)
+    matrices = (blocks * spec.kv_heads, spec.block_size, head_dim)
+    rows = q[batch.begin : batch.end] * scale
+    rows = rows.expand(blocks, -1, -1) if batch.owner is None else rows.index_select(0, batch.owner)
+    # The query heads of one key head are rows of one product.
+    scores = torch.bmm(rows.reshape(matrices[0], -1, head_dim), k.view(matrices).transpose(1, 2))
+    if batch.edges is not None:
+        scores.view(-1).index_fill_(0, batch.edges.scores, -torch.inf)
+    by_block = scores.view(blocks, heads, spec.block_size)
+    top = by_block.amax(-1)
+    if batch.owner is None:
+        by_block.sub_(top.amax(0).unsqueeze(-1))
+    else:
+        highest = _by_sequence(top, batch).amax(1)
+        by_block.sub_(highest.index_select(0, batch.owner).unsqueeze(-1))
+    p = scores.exp_()
+    summed = torch.bmm(p, v.view(matrices))
+    if batch.edges is not None:
+        _repair_edges(summed, p, values, batch.edges, spec.block_size)
+    weights = by_block.sum(-1).unsqueeze(-1)
+    summed = summed.view(blocks, heads, head_dim)
+    if batch.owner is None:
+        return summed.sum(0, keepdim=True).div_(weights.sum(0))
+    return _sum_blocks(summed, batch).div_(_sum_blocks(weights, batch))
+
+
+def _repair_edges(summed: torch.Tensor, p: torch.Tensor, values: torch.Tensor, edges: Edges, size: int) -> None:
+    """Sum partly visible blocks again over visible values only: a hidden infinity times 0 would be NaN."""
+    head_dim = values.shape[-1]
+    v = values.view(-1, head_dim).index_select(0, edges.value_rows).view(-1, size, head_dim)
+    summed.index_copy_(0, edges.blocks, torch.bmm(p.index_select(0, edges.blocks), v))
+
+
+def _by_sequence(x: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
+    """``[blocks, ...]`` as ``[sequences, most, ...]``; padding repeats a block of the sequence."""
+    if batch.places is not None:
+        x = x.index_select(0, batch.places)
+    return x.view(batch.sequences, batch.most, *x.shape[1:])
+
+
+def _sum_blocks(x: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
+    """``[blocks, ...]`` summed over each sequence's blocks."""
+    if batch.places is not None:
+        x = x.index_select(0, batch.places)
+        if batch.padding is not None:
+            x.index_fill_(0, batch.padding, 0.0)
+    return x.view(batch.sequences, batch.most, *x.shape[1:]).sum(1)
+
+
+def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: PaddedBatch, scale: float) -> torch.Tensor:
+    """The same by the flash kernel, which keeps scores in float32 for narrower dtypes."""
+    spec, sequences = kv.spec, batch.end - batch.begin
+    shape = (sequences, spec.kv_heads, batch.keys, spec.head_dim)
+    k, v = (_gather(cache, batch.chunks, spec.head_dim) for cache in (kv.keys(layer), kv.values(layer)))
+    for copied in (k, v):
+        copied.index_fill_(0, batch.hidden, 0.0)
+    rows = q[batch.begin : batch.end].reshape(sequences, spec.kv_heads, -1, spec.head_dim)
+    out = _flash(rows, k.view(shape), v.view(shape), scale, mask=batch.mask.to(q.dtype))
+    return out.reshape(sequences, -1, spec.head_dim)
+
+
+def _prefill(
+    q: torch.Tensor, kv: HeadMajorKVCache, layer: int, plan: AttentionPlan, piece: Prefill, scale: float
+) -> torch.Tensor:
+    """A run of queries of one sequence, ``[queries, heads, head_dim]``."""
+    spec, head_dim = kv.spec, kv.spec.head_dim
+    k, v = (
+        _gather(cache, piece.chunks, head_dim).view(spec.kv_heads, 1, -1, head_dim)
+        for cache in (kv.keys(layer), kv.values(layer))
+    )
+    queries, keys = piece.end - piece.begin, piece.context - piece.skipped
+    group = q.shape[1] // spec.kv_heads
+    k, v = (x.expand(-1, group, -1, -1) for x in (k, v))
+    rows = q[piece.begin : piece.end].view(queries, spec.kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    whole = queries == keys and (plan.window is None or plan.window >= keys)
+    if whole:
+        return _to_rows(_flash(rows, k[:, :, :keys], v[:, :, :keys], scale, causal=True))
+    mask = plan.mask(min(QUERY_TILE, max(p.end - p.begin for p in plan.prefills)), q.dtype)
+    parts = []
+    for begin in range(0, queries, QUERY_TILE):
+        end = min(begin + QUERY_TILE, queries)
+        # Keys up to the tile's last query; with a window, from the first one that its first query sees.
+        high = keys - queries + end
+        low = 0 if plan.window is None else max(0, keys - queries + begin + 1 - plan.window)
+        own = mask[mask.shape[0] - (end - begin) :, mask.shape[1] - (high - low) :]
+        parts.append(_to_rows(_flash(rows[:, :, begin:end], k[:, :, low:high], v[:, :, low:high], scale, mask=own)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _gather(cache: torch.Tensor, chunks: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Copies ``[chunks * block_size, head_dim]`` of (block, head) matrices."""
+    return cache.view(-1, cache.shape[2] * head_dim).index_select(0, chunks).view(-1, head_dim)
+
+
+def _to_rows(out: torch.Tensor) -> torch.Tensor:
+    """``[kv_heads, group, queries, head_dim]`` as ``[queries, heads, head_dim]``."""
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    out: torch.Tensor = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
+    return out

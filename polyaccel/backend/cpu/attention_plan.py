@@ -1,0 +1,277 @@
+"""Which cache blocks a step's queries read, worked out on the host once for all layers.
+
+Sequences with one query each are decoded together, block by block: a block is one matrix a head, so the scores of all blocks
+of all sequences are one batched product, and so are the sums over values. Blocks that lie together in the cache are
+multiplied where they are; scattered or shared ones are gathered first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from polyaccel.backend.kv_cache import KVSpec
+from polyaccel.backend.step import StepInput
+
+# Blocks of others that may lie between a batch's own before copying its own is cheaper: a share of them.
+IDLE_SHARE = 0.25
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Edges:
+    """Blocks that are only partly visible. Their hidden slots may hold anything, also infinities.
+
+    Attributes:
+        scores: flat indices int64 of hidden scores.
+        blocks: ``[edges * kv_heads]`` int64, which (block, head) products are affected.
+        value_rows: ``[edges * kv_heads * block_size]`` int64 rows of the cache's values, hidden slots replaced by visible.
+    """
+
+    scores: torch.Tensor
+    blocks: torch.Tensor
+    value_rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecodeBatch:
+    """Queries ``begin:end``, one of each of ``sequences`` sequences, over ``blocks`` cache blocks.
+
+    Attributes:
+        first: the first of consecutive cache blocks, or None where ``gather: [blocks]`` int64 lists them.
+        owner: ``[blocks]`` int64, the sequence that a block belongs to; None for a single sequence.
+        places: ``[sequences * most]`` int64, each sequence's blocks, the last one repeated as padding; None where the
+            blocks are in order of sequence and equally many.
+        padding: places that are padding, int64; None if there are none.
+        most: the largest number of blocks of a sequence.
+        edges: partly visible blocks, None if there are none.
+    """
+
+    begin: int
+    end: int
+    blocks: int
+    first: int | None
+    gather: torch.Tensor | None
+    owner: torch.Tensor | None
+    places: torch.Tensor | None
+    padding: torch.Tensor | None
+    most: int
+    edges: Edges | None
+
+    @property
+    def sequences(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PaddedBatch:
+    """The same queries over copies ``[sequences, kv_heads, keys]`` of their blocks, padded to equal length.
+
+    Attributes:
+        keys: padded length.
+        chunks: ``[sequences * kv_heads * blocks]`` int64, which (block, head) matrices to copy.
+        hidden: flat rows ``(sequence, head, key)`` int64 that must not be read; mask: ``[sequences, 1, 1, keys]`` float32.
+    """
+
+    begin: int
+    end: int
+    keys: int
+    chunks: torch.Tensor
+    hidden: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prefill:
+    """Queries ``begin:end``, the last ones of a sequence of ``context`` keys, of which the first ``skipped`` are not read.
+
+    ``chunks``: ``[kv_heads * blocks]`` int64, the (block, head) matrices of the keys from ``skipped`` on.
+    """
+
+    begin: int
+    end: int
+    context: int
+    skipped: int
+    chunks: torch.Tensor
+
+
+class AttentionPlan:
+    """The pieces of one ragged attention call.
+
+    Attributes:
+        tokens: rows of q.
+        covered: no row is left out of the pieces.
+    """
+
+    def __init__(self, tokens: int, kv: KVSpec, heads: int, window: int | None) -> None:
+        self.tokens = tokens
+        self.window = window
+        self.prefills: list[Prefill] = []
+        self._decodes: list[tuple[int, int, Ints, npt.NDArray[np.int32]]] = []
+        self._kv = kv
+        self._group = heads // max(1, kv.kv_heads)
+        self._batches: tuple[DecodeBatch, ...] | None = None
+        self._padded: tuple[PaddedBatch, ...] | None = None
+        self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self.covered = False
+
+    @classmethod
+    def of(cls, inputs: StepInput, kv: KVSpec, heads: int, window: int | None) -> AttentionPlan:
+        plan = cls(inputs.tokens, kv, heads, window)
+        starts, contexts = inputs.query_starts.tolist(), inputs.context_lengths.tolist()
+        covered = 0
+        for first, last in _runs(starts, contexts):
+            begin, end = starts[first], starts[last]
+            if contexts[first] == 0:
+                continue
+            if end - begin == last - first:
+                lengths = inputs.context_lengths[first:last].astype(np.int64)
+                plan._decodes.append((begin, end, lengths, inputs.block_tables[first:last]))
+                covered += end - begin
+            elif end > begin:
+                plan._add_prefill(begin, end, contexts[first], inputs.block_tables[first])
+                covered += min(end - begin, contexts[first])
+        plan.covered = covered == inputs.tokens
+        return plan
+
+    @property
+    def decode_batches(self) -> tuple[DecodeBatch, ...]:
+        """The sequences of one query each, for products in place."""
+        if self._batches is None:
+            self._batches = tuple(self._decode_batch(*decode) for decode in self._decodes)
+        return self._batches
+
+    @property
+    def padded_batches(self) -> tuple[PaddedBatch, ...]:
+        """The same ones as padded copies."""
+        if self._padded is None:
+            self._padded = tuple(self._padded_batch(*decode) for decode in self._decodes)
+        return self._padded
+
+    def mask(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """``[rows, keys]``, 0 where a query sees a key and minus infinity elsewhere.
+
+        The last query is at the last key; for fewer queries or keys take the last ones.
+        """
+        key = (rows, dtype)
+        found = self._masks.get(key)
+        if found is None:
+            keys = max(piece.context - piece.skipped for piece in self.prefills)
+            distance = torch.arange(rows).unsqueeze(1) - torch.arange(keys) + (keys - rows)
+            hidden = distance < 0
+            if self.window is not None:
+                hidden |= distance >= self.window
+            found = self._masks[key] = torch.zeros((rows, keys), dtype=dtype).masked_fill_(hidden, -torch.inf)
+        return found
+
+    def _add_prefill(self, begin: int, end: int, context: int, table: npt.NDArray[np.int32]) -> None:
+        size, kv_heads = self._kv.block_size, self._kv.kv_heads
+        # Queries beyond the context see nothing.
+        begin += max(0, end - begin - context)
+        lowest = 0 if self.window is None else max(0, context - (end - begin) + 1 - self.window)
+        low, high = lowest // size, -(-context // size)
+        chunks = np.arange(kv_heads)[:, None] + table[low:high].astype(np.int64)[None, :] * kv_heads
+        piece = Prefill(begin=begin, end=end, context=context, skipped=low * size, chunks=_tensor(chunks))
+        self.prefills.append(piece)
+
+    def _visible(self, lengths: Ints) -> tuple[Ints, Ints, Ints]:
+        """First visible key, first block and end of the blocks of each sequence."""
+        low = np.zeros_like(lengths) if self.window is None else np.maximum(lengths - self.window, 0)
+        return low, low // self._kv.block_size, -(-lengths // self._kv.block_size)
+
+    def _decode_batch(self, begin: int, end: int, lengths: Ints, tables: npt.NDArray[np.int32]) -> DecodeBatch:
+        size, sequences = self._kv.block_size, len(lengths)
+        low, first, last = self._visible(lengths)
+        counts = last - first
+        owner = np.repeat(np.arange(sequences), counts)
+        nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        index = first[owner] + nth
+        blocks = tables[owner, index].astype(np.int64)
+        lowest, span = int(blocks.min()), int(blocks.max() - blocks.min()) + 1
+        in_place = span <= len(blocks) * (1 + IDLE_SHARE) + 1 and len(np.unique(blocks)) == len(blocks)
+        most = int(counts.max())
+        place = blocks - lowest if in_place else np.arange(len(blocks))
+        total = span if in_place else len(blocks)
+        owners = np.zeros(total, dtype=np.int64)
+        owners[place] = owner
+        columns = np.minimum(np.arange(most), counts[:, None] - 1)
+        places = place[(np.cumsum(counts) - counts)[:, None] + columns]
+        padding = np.flatnonzero(np.arange(most) >= counts[:, None])
+        natural = bool(np.array_equal(places.reshape(-1), np.arange(total)))
+        start = np.maximum(low[owner] - index * size, 0)
+        stop = np.minimum(lengths[owner] - index * size, size)
+        return DecodeBatch(
+            begin=begin,
+            end=end,
+            blocks=total,
+            first=lowest if in_place else None,
+            gather=None if in_place else _tensor(blocks),
+            owner=None if sequences == 1 else _tensor(owners),
+            places=None if natural else _tensor(places),
+            padding=_tensor(padding) if len(padding) else None,
+            most=most,
+            edges=self._edges(place, blocks, start, stop),
+        )
+
+    def _edges(self, place: Ints, blocks: Ints, start: Ints, stop: Ints) -> Edges | None:
+        size, kv_heads = self._kv.block_size, self._kv.kv_heads
+        partly = np.flatnonzero((start > 0) | (stop < size))
+        if not len(partly):
+            return None
+        place, blocks, start, stop = place[partly], blocks[partly], start[partly], stop[partly]
+        offsets, heads = np.arange(size), np.arange(kv_heads)
+        edge, offset = np.nonzero((offsets < start[:, None]) | (offsets >= stop[:, None]))
+        rows = place[edge][:, None] * (kv_heads * self._group) + np.arange(kv_heads * self._group)
+        visible = np.clip(offsets[None, :], start[:, None], stop[:, None] - 1)
+        return Edges(
+            scores=_tensor(rows * size + offset[:, None]),
+            blocks=_tensor(place[:, None] * kv_heads + heads),
+            value_rows=_tensor((blocks[:, None, None] * kv_heads + heads[:, None]) * size + visible[:, None, :]),
+        )
+
+    def _padded_batch(self, begin: int, end: int, lengths: Ints, tables: npt.NDArray[np.int32]) -> PaddedBatch:
+        size, kv_heads, sequences = self._kv.block_size, self._kv.kv_heads, len(lengths)
+        low, first, last = self._visible(lengths)
+        most = int((last - first).max())
+        index = np.minimum(first[:, None] + np.arange(most), (last - 1)[:, None])
+        blocks = tables[np.arange(sequences)[:, None], index].astype(np.int64)
+        chunks = blocks[:, None, :] * kv_heads + np.arange(kv_heads)[None, :, None]
+        keys = most * size
+        position = first[:, None] * size + np.arange(keys)
+        hidden = (position < low[:, None]) | (position >= lengths[:, None])
+        sequence, key = np.nonzero(hidden)
+        rows = (sequence[:, None] * kv_heads + np.arange(kv_heads)) * keys + key[:, None]
+        mask = np.where(hidden, -np.inf, 0.0).astype(np.float32)
+        return PaddedBatch(
+            begin=begin,
+            end=end,
+            keys=keys,
+            chunks=_tensor(chunks),
+            hidden=_tensor(rows),
+            mask=torch.from_numpy(mask)[:, None, None, :],
+        )
+
+
+def _runs(starts: list[int], contexts: list[int]) -> Iterator[tuple[int, int]]:
+    """Sequences ``first:last``: maximal runs of one token each and some context, all others alone."""
+    first, count = 0, len(starts) - 1
+
+    def single(i: int) -> bool:
+        return starts[i + 1] - starts[i] == 1 and contexts[i] > 0
+
+    while first < count:
+        last = first + 1
+        if single(first):
+            while last < count and single(last):
+                last += 1
+        yield first, last
+        first = last
+
+
+def _tensor(array: Ints) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.reshape(-1), dtype=np.int64))

@@ -1,0 +1,46 @@
+"""Norms, rotary embedding and activations in few passes. Statistics and narrower dtypes are computed in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import silu
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x: [..., hidden]``; a new tensor."""
+    wide = x if x.dtype == torch.float32 else x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = length.square_().div_(max(1, x.shape[-1])).add_(eps).rsqrt_()
+    if x.dtype == torch.float32:
+        return torch.mul(wide, scale).mul_(weight)
+    return wide.mul_(scale).mul_(weight.float()).to(x.dtype)
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> None:
+    """Rotate the first ``cos.shape[-1]`` dimensions of ``x: [T, heads, head_dim]`` in place.
+
+    ``cos, sin: [T, 1, rotary_dim]`` float32, the partner's sign in ``sin`` (:meth:`CpuStep.rope_rows`).
+    """
+    width = cos.shape[-1]
+    turned = x if width == x.shape[-1] else x[..., :width]
+    if x.dtype == torch.float32:
+        partner = _partner(turned, style)
+        turned.mul_(cos).addcmul_(partner, sin)
+    else:
+        wide = turned.float()
+        turned.copy_((wide * cos).addcmul_(_partner(wide, style), sin))
+
+
+def _partner(x: torch.Tensor, style: str) -> torch.Tensor:
+    """A copy with the members of each pair swapped."""
+    if style == "half":
+        return x.roll(x.shape[-1] // 2, -1)
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``silu(x[..., :n]) * x[..., n:]`` for ``x: [..., 2 n]``; a new tensor."""
+    gate, up = x.chunk(2, dim=-1)
+    if x.dtype == torch.float32:
+        return silu(gate).mul_(up)
+    return silu(gate.float()).mul_(up).to(x.dtype)

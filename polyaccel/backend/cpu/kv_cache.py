@@ -1,0 +1,78 @@
+"""The paged KV cache in the order in which attention multiplies: the keys of one head of one block are one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from polyaccel.backend.device import Device
+from polyaccel.backend.errors import OperatorError
+from polyaccel.backend.kv_cache import KVCache, KVSpec
+
+
+class HeadMajorKVCache(KVCache):
+    """``[layers, 2 (key, value), blocks + 1, kv_heads, block_size, head_dim]``, zero at first.
+
+    Block b is the cache's block b; the last one takes the tokens that are not to be stored (slot -1).
+    """
+
+    def __init__(self, spec: KVSpec, device: Device) -> None:
+        self.spec = spec
+        self._device = device
+        shape = (2, spec.blocks + 1, spec.kv_heads, spec.block_size, spec.head_dim)
+        with device.scope():
+            self._blocks = device.zeros((spec.layers, *shape), spec.dtype)
+        self._rows = [layer.view(-1, spec.head_dim) for layer in self._blocks]
+        self._keys = [layer[0] for layer in self._blocks]
+        self._values = [layer[1] for layer in self._blocks]
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """View ``[blocks + 1, kv_heads, block_size, head_dim]``."""
+        return self._keys[layer]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """View ``[blocks + 1, kv_heads, block_size, head_dim]``."""
+        return self._values[layer]
+
+    def store(self, layer: int, rows: torch.Tensor, kv: torch.Tensor) -> None:
+        """Write ``kv: [T, 2 kv_heads, head_dim]``, a token's keys and then its values, at ``rows`` (:meth:`rows_of`)."""
+        self._rows[layer].index_put_((rows,), kv)
+
+    def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """``[T, 2 kv_heads]`` int64: for each of the ``slots: [T]`` int64 the rows of its keys, then of its values."""
+        spec = self.spec
+        last = spec.blocks * spec.block_size
+        slots = torch.where(slots < 0, last, slots).unsqueeze(1)
+        heads = torch.arange(spec.kv_heads, dtype=torch.int64).unsqueeze(0)
+        blocks = torch.div(slots, spec.block_size, rounding_mode="floor")
+        keys = (blocks * spec.kv_heads + heads) * spec.block_size + slots % spec.block_size
+        return torch.cat((keys, keys + (spec.blocks + 1) * spec.kv_heads * spec.block_size), dim=1)
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.store(layer, self.rows_of(slots), torch.cat((k, v), dim=1).to(self.spec.dtype))
+
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.rows_of(slots)
+        found = self._rows[layer].index_select(0, rows.flatten()).view(*rows.shape, self.spec.head_dim)
+        k, v = found.split(self.spec.kv_heads, dim=1)
+        return k, v
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """All sources are read before any destination is written.
+
+        Raises:
+            OperatorError: the lists differ in length or name a block that does not exist.
+        """
+        if len(sources) != len(destinations):
+            raise OperatorError("KVCache.copy_blocks", f"{len(sources)} sources for {len(destinations)} destinations")
+        for block in (*sources, *destinations):
+            if not 0 <= block < self.spec.blocks:
+                raise OperatorError("KVCache.copy_blocks", f"block {block} of {self.spec.blocks}")
+        if sources:
+            copies = self._blocks.index_select(2, torch.tensor(list(sources), dtype=torch.int64))
+            self._blocks.index_copy_(2, torch.tensor(list(destinations), dtype=torch.int64), copies)
+
+    @property
+    def nbytes(self) -> int:
+        return self._blocks.numel() * self._blocks.element_size()

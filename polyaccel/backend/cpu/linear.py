@@ -1,0 +1,53 @@
+"""``linear`` and ``dequantize`` on packed weights."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear as plain_linear
+
+from polyaccel.backend.composite.linear import dequantize as plain_dequantize
+from polyaccel.backend.composite.linear import linear as composite_linear
+from polyaccel.backend.cpu.weight import PackedWeight
+from polyaccel.backend.errors import OperatorError
+from polyaccel.backend.weight import Weight
+
+
+def check_rows(operator: str, x: torch.Tensor, weight: Weight) -> PackedWeight:
+    """The weight as this backend's own, once ``x: [T, k]`` is known to fit it.
+
+    Raises:
+        OperatorError: another weight class, a weight with experts, another dtype or width.
+    """
+    if not isinstance(weight, PackedWeight):
+        raise OperatorError(operator, f"takes weights of the cpu backend, not {type(weight).__name__} of {weight.spec.site!r}")
+    spec = weight.spec
+    if spec.experts is not None:
+        raise OperatorError(operator, f"weight {spec.site!r} has {spec.experts} experts; use moe_experts")
+    if x.dim() != 2 or x.dtype != spec.dtype or x.shape[1] != spec.k:
+        raise OperatorError.describe(operator, f"weight {spec.site!r} takes {spec.dtype} rows of {spec.k}", {"x": x})
+    return weight
+
+
+def multiply(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """``x @ W.T + bias`` for contiguous ``x: [T, k]``; returns a new ``[T, n]``."""
+    packed = weight.packed
+    if packed is not None:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, weight.bias, "none", [], "")
+        return y
+    if weight.quantised is not None:
+        return composite_linear(x, weight)
+    return plain_linear(x, weight.tensor, weight.bias)
+
+
+def multiply_add(x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor) -> torch.Tensor:
+    """``x @ W.T + bias + residual``, rounded once; ``residual: [T, n]`` is contiguous and left as it is."""
+    packed = weight.packed
+    if packed is not None and x.shape[0]:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, weight.bias, "add")
+        return y
+    return multiply(x, weight).add_(residual)
+
+
+def dequantize(weight: Weight) -> torch.Tensor:
+    """The weight as a plain tensor ``[n, k]``: a copy where it is packed, its storage otherwise."""
+    return plain_dequantize(weight)

@@ -1,0 +1,81 @@
+"""How a call is issued: what it takes is checked, its kernel is queued through the guarded launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from polyaccel.backend import Communicator, KVCache, Launcher, OperatorError, RowSet, Step
+
+from . import kernels
+from .adapter_store import FoldedAdapterStore
+from .communicator import FoldedCommunicator
+from .device import FoldedDevice
+from .kv_cache import FoldedKVCache
+from .step import FoldedStep
+from .weight import FoldedWeight
+
+
+class Issuer:
+    """Issues kernels on one device. Outputs are allocated, and poisoned, at once; nothing else happens at once."""
+
+    def __init__(self, device: FoldedDevice, launcher: Launcher) -> None:
+        self._device, self._launcher = device, launcher
+
+    def _launch(self, kernel: str, operands: Sequence[torch.Tensor | None], run: Callable[[], object]) -> None:
+        self._launcher.launch(f"folded.{kernel}", operands, self._device.queue.put, run)
+
+
+# -- when a call is issued ---------------------------------------------------------------------------------------------
+
+
+def rank_rows_of(weight: FoldedWeight, step: FoldedStep) -> int:
+    store = store_of(step)
+    return step.rank_rows if store is not None and store.covers(weight.spec.site) else 0
+
+
+def store_of(step: FoldedStep) -> FoldedAdapterStore | None:
+    store = step.state.adapters
+    return store if isinstance(store, FoldedAdapterStore) else None
+
+
+def issued_step(step: Step) -> FoldedStep:
+    if not isinstance(step, FoldedStep):
+        raise OperatorError("begin_step", f"a step of this backend is a FoldedStep, not {type(step).__name__}")
+    return step
+
+
+def folded_cache(kv: KVCache) -> FoldedKVCache:
+    if not isinstance(kv, FoldedKVCache):
+        raise OperatorError("kv", f"takes a FoldedKVCache, not {type(kv).__name__}")
+    return kv
+
+
+def queued(comm: Communicator) -> Communicator:
+    if comm.world_size > 1 and not isinstance(comm, FoldedCommunicator):
+        raise OperatorError("all_reduce", f"{type(comm).__name__} runs at once and not in the order of the queue")
+    return comm
+
+
+# -- when its kernel runs ----------------------------------------------------------------------------------------------
+
+
+def adapted(x: torch.Tensor, weight: FoldedWeight, step: FoldedStep, row_set: RowSet) -> torch.Tensor:
+    """Linear with the step's adapters, ``[rows, n]`` float32."""
+    y, h = kernels.product(x, weight, rank_rows_of(weight, step))
+    return expanded(y, h, weight, step, row_set)
+
+
+def landed(message: torch.Tensor, weight: FoldedWeight, step: FoldedStep) -> torch.Tensor:
+    """The sum over ranks, its rank rows expanded, ``[T, n]`` float32."""
+    spec = weight.spec
+    h = message[:, spec.n :].float().reshape(message.shape[0], -1, len(spec.slices))
+    return expanded(message[:, : spec.n].float(), h, weight, step, "tokens")
+
+
+def expanded(y: torch.Tensor, h: torch.Tensor, weight: FoldedWeight, step: FoldedStep, row_set: RowSet) -> torch.Tensor:
+    store = store_of(step)
+    if store is None or h.shape[1] == 0:
+        return y
+    return kernels.expand(y, h, step.buffers.mix[row_set][: y.shape[0]], store, weight)
