@@ -11,15 +11,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyaccel import LLM
 from polyaccel.backend import TableBackend
+from polyaccel.backend.null.backend import NullBackend
 
 # As SmolLM2: 9 query and 3 KV heads. The model's vocabulary is larger than the tokenizer's.
 HEADS, KV_HEADS, HIDDEN, LAYERS, VOCABULARY, MAX_POSITIONS = 9, 3, 72, 2, 272, 512
 MERGES = ("t h", "th e", "Ġ the", "a n", "an d", "Ġ and", "i n", "in g")
 BOS, END, STOP = "<|begin|>", "<|im_end|>", "<|stop|>"
+BOS_ID, END_ID, STOP_ID = 264, 265, 266
 TEMPLATE = (
     "{% for message in messages %}{{ '<|begin|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|begin|>assistant\n' }}{% endif %}{{ suffix | default('') }}"
@@ -145,6 +148,8 @@ def make_tiny(folder: Path) -> TinyModel:
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=False,
+        bos_token_id=BOS_ID,
+        eos_token_id=END_ID,
     )
     model = transformers.LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(11)
@@ -158,8 +163,8 @@ def make_tiny(folder: Path) -> TinyModel:
         model.save_pretrained(home)
         write_tokenizer(home)
     tokens = transformers.AutoTokenizer.from_pretrained(home)
-    eos = [tokens.convert_tokens_to_ids(token) for token in (END, STOP)]
-    (home / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert tokens.convert_tokens_to_ids([BOS, END, STOP]) == [BOS_ID, END_ID, STOP_ID]
+    (home / "generation_config.json").write_text(json.dumps({"eos_token_id": [END_ID, STOP_ID]}))
     return TinyModel(folder=home, reference=model, work=folder)
 
 
@@ -176,8 +181,8 @@ def write_tokenizer(folder: Path) -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([BOS, END, STOP])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=BOS)
-    fast.add_special_tokens({"additional_special_tokens": [STOP]})
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
 
@@ -217,3 +222,17 @@ def random_prompts(count: int, *, seed: int = 1, low: int = 3, high: int = 40) -
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
     return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
+
+
+def scripted(outputs: Mapping[int, Sequence[int]], prompt_tokens: int, **options: Any) -> NullBackend:
+    """A backend that answers a request of seed s and ``prompt_tokens`` prompt tokens with ``outputs[s]``, then END."""
+
+    def script(seeds: np.ndarray, positions: np.ndarray, vocabulary: int) -> np.ndarray:
+        ids = np.full(len(seeds), END_ID, dtype=np.int64)
+        for row, (seed, position) in enumerate(zip(seeds.tolist(), positions.tolist(), strict=True)):
+            output = outputs.get(seed, ())
+            if 0 <= position - prompt_tokens < len(output):
+                ids[row] = output[position - prompt_tokens]
+        return ids
+
+    return NullBackend(script=script, **options)

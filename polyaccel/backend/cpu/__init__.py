@@ -1,1 +1,1 @@
-"""The CPU backend: native operators and stations from torch's own CPU kernels (oneDNN, MKL, aten); nothing is compiled."""
+"""The CPU backend: operators and stations from torch's own CPU kernels (oneDNN, MKL, aten); nothing is compiled."""

@@ -22,8 +22,8 @@ Signature = tuple[bytes, bytes, bytes]
 class RankMajorAdapterStore(TensorAdapterStore):
     """A of all slices of a rank row lies together (``[rank_rows, slices, k]``), so that a slot is one run of rows.
 
-    Plans are kept from step to step: as long as the same rows use the same slots they stay the same. Loading or clearing
-    any slot drops them.
+    Plans are kept from step to step: as long as the same rows use the same slots they stay the same. Loading or
+    clearing any slot drops them.
     """
 
     def __init__(self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device) -> None:
@@ -55,7 +55,7 @@ class RankMajorAdapterStore(TensorAdapterStore):
         return found
 
     def segment_ranks(self, site: str, slots: list[int]) -> list[SegmentRanks]:
-        """First rank row, largest true rank and the ranks by slice of each slot at a site; rank 0 where it is untouched."""
+        """Where each slot's rank rows begin at a site and how many it uses; rank 0 where it is untouched."""
         slices = len(self._specs[site].slices)
         found = []
         for slot in slots:

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: batched products over blocks for decode in float32, torch's flash kernel for the rest."""
+"""Attention over the paged cache: products over all blocks at once for float32 decode, else torch's flash kernel."""
 
 from __future__ import annotations
 

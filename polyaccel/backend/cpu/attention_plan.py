@@ -1,8 +1,8 @@
 """Which cache blocks a step's queries read, worked out on the host once for all layers.
 
-Sequences with one query each are decoded together, block by block: a block is one matrix a head, so the scores of all blocks
-of all sequences are one batched product, and so are the sums over values. Blocks that lie together in the cache are
-multiplied where they are; scattered or shared ones are gathered first.
+Sequences with one query each are decoded together, block by block: a block is one matrix a head, so the scores of all
+blocks of all sequences are one batched product, and so are the sums over values. Blocks that lie together in the cache
+are multiplied where they are; scattered or shared ones are gathered first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Edges:
     Attributes:
         scores: flat indices int64 of hidden scores.
         blocks: ``[edges * kv_heads]`` int64, which (block, head) products are affected.
-        value_rows: ``[edges * kv_heads * block_size]`` int64 rows of the cache's values, hidden slots replaced by visible.
+        value_rows: ``[edges * kv_heads * block_size]`` int64 rows of the cache's values, a visible one for each hidden.
     """
 
     scores: torch.Tensor
@@ -75,7 +75,8 @@ class PaddedBatch:
     Attributes:
         keys: padded length.
         chunks: ``[sequences * kv_heads * blocks]`` int64, which (block, head) matrices to copy.
-        hidden: flat rows ``(sequence, head, key)`` int64 that must not be read; mask: ``[sequences, 1, 1, keys]`` float32.
+        hidden: flat rows ``(sequence, head, key)`` int64 that must not be read.
+        mask: ``[sequences, 1, 1, keys]`` float32, minus infinity on hidden keys.
     """
 
     begin: int
@@ -88,7 +89,7 @@ class PaddedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prefill:
-    """Queries ``begin:end``, the last ones of a sequence of ``context`` keys, of which the first ``skipped`` are not read.
+    """Queries ``begin:end``, the last of a sequence of ``context`` keys, of which the first ``skipped`` are not read.
 
     ``chunks``: ``[kv_heads * blocks]`` int64, the (block, head) matrices of the keys from ``skipped`` on.
     """

@@ -6,29 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from polyaccel.backend.backend import Availability, Backend, Implementations
-from polyaccel.backend.cpu.linear import dequantize
-from polyaccel.backend.cpu.support import STATION_SUPPORTS, evidence
-from polyaccel.backend.device import Device, TorchDevice
-from polyaccel.backend.kv_cache import KVCache, KVSpec
-from polyaccel.backend.ledger import Ledger
-from polyaccel.backend.step import DeviceState, Step, StepInput
-from polyaccel.backend.support import Entry
-from polyaccel.backend.weight import Weight, WeightSpec
 from polyaccel.backend.adapter_store import AdapterStore
+from polyaccel.backend.backend import Availability, Backend, Implementations
+from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.cpu.adapter_store import RankMajorAdapterStore
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 from polyaccel.backend.cpu.operators import CpuOperators
 from polyaccel.backend.cpu.stations import CpuStations
 from polyaccel.backend.cpu.step import CpuStep
+from polyaccel.backend.cpu.support import evidence, supports
 from polyaccel.backend.cpu.weight import PackedWeight
+from polyaccel.backend.device import Device, TorchDevice
+from polyaccel.backend.kv_cache import KVCache, KVSpec
+from polyaccel.backend.step import DeviceState, Step, StepInput
+from polyaccel.backend.support import Entry
+from polyaccel.backend.weight import Weight, WeightSpec
 
 KV_BLOCK_SIZE = 32
 
 
 class CpuBackend(Backend):
-    """Runs anywhere torch does. Every operator counts as native here: where it has no form of its own, the plain-torch one
-    is what a CPU would run anyway.
+    """Runs anywhere torch does. Every operator counts as native here: where it has no form of its own, the plain-torch
+    one is what a CPU would run anyway.
     """
 
     name = "cpu"
@@ -47,12 +46,27 @@ class CpuBackend(Backend):
     def operators(self) -> Mapping[str, Implementations]:
         operators = CpuOperators(self.launcher)
         stations = CpuStations(self.launcher, operators)
-        own: dict[str, Callable[..., object]] = {**operators.table(), **stations.table(), "dequantize": self._dequantize}
-        plain = {name: self._counted(name, fn) for name, fn in self.composites().items() if name not in own}
-        return {
-            name: Entry(fn, supports=STATION_SUPPORTS.get(name, _always), evidence=evidence(name))
-            for name, fn in {**own, **plain}.items()
+        own: dict[str, Callable[..., object]] = {
+            **operators.table(),
+            **stations.table(),
+            "dequantize": self._launched("dequantize", dequantize),
         }
+        plain = {name: self._launched(name, fn) for name, fn in self.composites().items() if name not in own}
+        return {
+            name: Entry(fn, supports=supports(name), evidence=evidence(name)) for name, fn in {**own, **plain}.items()
+        }
+
+    def _launched(self, operator: str, fn: Callable[..., object]) -> Callable[..., object]:
+        kernel, launcher = f"cpu.{operator}", self.launcher
+
+        def plain(*args: object, **kwargs: object) -> object:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            if tensors:
+                return launcher.launch(kernel, tensors, fn, *args, **kwargs)
+            launcher.ledger.record(kernel)
+            return fn(*args, **kwargs)
+
+        return plain
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

@@ -29,14 +29,16 @@ class HeadMajorKVCache(KVCache):
 
     def keys(self, layer: int) -> torch.Tensor:
         """View ``[blocks + 1, kv_heads, block_size, head_dim]``."""
-        return self._keys[layer]
+        keys: torch.Tensor = self._keys[layer]
+        return keys
 
     def values(self, layer: int) -> torch.Tensor:
         """View ``[blocks + 1, kv_heads, block_size, head_dim]``."""
-        return self._values[layer]
+        values: torch.Tensor = self._values[layer]
+        return values
 
     def store(self, layer: int, rows: torch.Tensor, kv: torch.Tensor) -> None:
-        """Write ``kv: [T, 2 kv_heads, head_dim]``, a token's keys and then its values, at ``rows`` (:meth:`rows_of`)."""
+        """Write ``kv: [T, 2 kv_heads, head_dim]``, keys and then values, at ``rows`` of :meth:`rows_of`."""
         self._rows[layer].index_put_((rows,), kv)
 
     def rows_of(self, slots: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""``linear`` and ``dequantize`` on packed weights."""
+"""Products with packed weights."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import linear as plain_linear
 
-from polyaccel.backend.composite.linear import dequantize as plain_dequantize
 from polyaccel.backend.composite.linear import linear as composite_linear
 from polyaccel.backend.cpu.weight import PackedWeight
 from polyaccel.backend.errors import OperatorError
@@ -19,7 +18,8 @@ def check_rows(operator: str, x: torch.Tensor, weight: Weight) -> PackedWeight:
         OperatorError: another weight class, a weight with experts, another dtype or width.
     """
     if not isinstance(weight, PackedWeight):
-        raise OperatorError(operator, f"takes weights of the cpu backend, not {type(weight).__name__} of {weight.spec.site!r}")
+        found = type(weight).__name__
+        raise OperatorError(operator, f"takes weights of the cpu backend, not {found} of {weight.spec.site!r}")
     spec = weight.spec
     if spec.experts is not None:
         raise OperatorError(operator, f"weight {spec.site!r} has {spec.experts} experts; use moe_experts")
@@ -46,8 +46,3 @@ def multiply_add(x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor) 
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, weight.bias, "add")
         return y
     return multiply(x, weight).add_(residual)
-
-
-def dequantize(weight: Weight) -> torch.Tensor:
-    """The weight as a plain tensor ``[n, k]``: a copy where it is packed, its storage otherwise."""
-    return plain_dequantize(weight)

@@ -12,8 +12,8 @@ from polyaccel.backend.cpu.lora_plan import Batch, Expand
 def add_adapters(y: torch.Tensor, x: torch.Tensor, batches: Sequence[Batch]) -> torch.Tensor:
     """Add every batch's delta to ``y: [T, n]`` (rows dense), in place; ``x: [T, k]`` contiguous. Returns y.
 
-    Products accumulate in float32 and h is kept in x's dtype. y is rounded once a row, given that no row of a narrower y
-    has several adapters or a mix weight (:attr:`AdapterPlan.single`).
+    Products accumulate in float32 and h is kept in x's dtype. y is rounded once a row, given that no row of a narrower
+    y has several adapters or a mix weight (:attr:`AdapterPlan.single`).
     """
     for batch in batches:
         h = _shrink(x, batch)
@@ -30,7 +30,9 @@ def _shrink(x: torch.Tensor, batch: Batch) -> torch.Tensor:
     if batch.a is not None:
         h = torch.bmm(rows, batch.a)
     else:
-        assert batch.gather is not None and batch.a_rows is not None and batch.keep is not None
+        assert batch.gather is not None
+        assert batch.a_rows is not None
+        assert batch.keep is not None
         gathered = batch.a_rows.index_select(0, batch.gather)
         h = torch.bmm(rows, gathered.view(batch.segments, batch.rank * batch.slices, -1).transpose(1, 2))
         h.view(batch.segments, batch.rank, batch.slices).mul_(batch.keep.transpose(1, 2))

@@ -1,8 +1,8 @@
 """How a row set's adapters are applied: which rows go together through which batch of A and B matrices.
 
-Segments (runs of triples of one slot) whose rows, ranks and distances between first rank rows are equal form one batch, so
-that eight requests on eight adapters of one rank are one batched product a projection: each adapter's A and B are read
-once, in place, and no row multiplies by another's. Where ranks are mixed, single rows are gathered into such a batch.
+Segments (runs of triples of one slot) whose rows, ranks and distances between first rank rows are equal form one batch,
+so that eight requests on eight adapters of one rank are one batched product a projection: each adapter's A and B are
+read once, in place, and no row multiplies by another's. Where ranks are mixed, single rows are gathered into a batch.
 """
 
 from __future__ import annotations

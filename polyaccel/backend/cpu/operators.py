@@ -1,5 +1,7 @@
-"""The CPU backend's operators with the contract's signatures: operands are checked and brought into layout here, and every
-kernel is launched through the guard under its own name."""
+"""The CPU backend's operators with the contract's signatures.
+
+Operands are checked and brought into layout here, and every kernel is launched through the guard under its own name.
+"""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ WIDTHS = (256, 128, 64, 32)
 def sample(logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutput:
     """As the composite, with the same results bit for bit."""
     slots = step.input.sample_slots
-    if not isinstance(state, TensorSamplingState) or logits.shape != (len(slots), state.spec.vocabulary) or not len(slots):
+    if not isinstance(state, TensorSamplingState) or logits.shape != (len(slots), state.spec.vocabulary):
         return sample_in_full(logits, state, step)
     needs = state.needs(slots)
-    if any(needs):
+    if any(needs) or not len(slots):
         return sample_in_full(logits, state, step)
     ids = argmax(logits)
     state.advance(slots, step.tensor("sample_slots").to(torch.int64), ids, needs)
@@ -28,7 +28,7 @@ def sample(logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutp
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Lowest id of the largest value of each row of ``[R, vocabulary]``; NaN counts as minus infinity. int64 ``[R]``."""
+    """Lowest id of the largest value of each row of ``[R, vocabulary]``, NaN last; int64 ``[R]``."""
     rows, vocabulary = logits.shape
     scores = logits.float().nan_to_num(nan=LOWEST, posinf=HIGHEST, neginf=LOWEST)
     width = next((width for width in WIDTHS if vocabulary % width == 0), 0)

@@ -137,7 +137,7 @@ def rope_cache(
     layer: int,
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """Norm and rotate q and k in place in ``x: [T, q heads + 2 kv_heads, head_dim]``, store k and v; returns q, a view."""
+    """Norm and rotate q and k in place in ``x: [T, q heads + 2 kv_heads, head_dim]``, store k and v; returns q."""
     q, stored = x[:, :q_heads], x[:, q_heads:]
     kv_heads = kv.spec.kv_heads
     if q_norm is not None:

@@ -1,14 +1,14 @@
-"""A step whose derived metadata (cache rows, rotary rows, attention and adapter plans) is worked out once for all layers."""
+"""A step whose derived metadata (cache and rotary rows, attention and adapter plans) is found once for all layers."""
 
 from __future__ import annotations
 
 import torch
 
 from polyaccel.backend.composite.step import TensorStep
+from polyaccel.backend.cpu.adapter_store import RankMajorAdapterStore
 from polyaccel.backend.cpu.attention_plan import AttentionPlan
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 from polyaccel.backend.cpu.lora_plan import AdapterPlan
-from polyaccel.backend.cpu.adapter_store import RankMajorAdapterStore
 from polyaccel.backend.device import Device
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.kv_cache import KVCache, KVSpec

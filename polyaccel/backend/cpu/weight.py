@@ -11,7 +11,7 @@ from polyaccel.backend.weight import Weight, WeightSpec
 
 def packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies packed weights of this dtype on this machine."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -23,9 +23,9 @@ def packs(dtype: torch.dtype) -> bool:
 class PackedWeight(TensorWeight):
     """Plain while it is written; sealed, float matrices are kept in oneDNN's blocked layout and nowhere else.
 
-    Embedding tables, experts, quantised weights and dtypes that oneDNN does not take stay as they are. A weight tied to an
-    embedding table has a packed copy of its own, since rows of the packed layout cannot be looked up; tied to anything
-    else it shares the packed form.
+    Embedding tables, experts, quantised weights and dtypes that oneDNN does not take stay as they are. A weight tied to
+    an embedding table has a packed copy of its own, since rows of the packed layout cannot be looked up; tied to
+    anything else it shares the packed form.
     """
 
     def __init__(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> None:
