@@ -66,37 +66,20 @@ def installed() -> list[InstalledBackend]:
     Raises:
         BackendUnavailable: two distributions register the same name; it lists both.
     """
-    ranges = {(e.name, _distribution(e)[0]): e.value for e in metadata.entry_points(group=API_GROUP)}
-    found: dict[str, InstalledBackend] = {}
-    for entry in metadata.entry_points(group=BACKENDS_GROUP):
-        distribution, version = _distribution(entry)
-        backend = InstalledBackend(
-            name=entry.name,
-            target=entry.value,
-            distribution=distribution,
-            version=version,
-            api=ranges.get((entry.name, distribution)),
-        )
-        other = found.get(entry.name)
-        if other is not None and other != backend:
-            raise BackendUnavailable(
-                f"two distributions register backend {entry.name!r}: {other.origin} and {backend.origin}; uninstall one"
-            )
-        found[entry.name] = backend
-    return [found[name] for name in sorted(found)]
+    return [_only(claims) for claims in _by_name().values()]
 
 
 def load(name: str) -> Backend:
     """Construct the backend called ``name``, importing only it.
 
     Raises:
-        BackendUnavailable: not installed, wrong API range, or its import or constructor raised; names distribution,
-            entry point and cause.
+        BackendUnavailable: not installed, registered twice, wrong API range, or its import or constructor raised; names
+            distribution, entry point and cause.
     """
-    known = {backend.name: backend for backend in installed()}
+    known = _by_name()
     if name not in known:
-        raise BackendUnavailable(f"no backend {name!r} is installed; installed are {sorted(known)}")
-    return _construct(known[name])
+        raise BackendUnavailable(f"no backend {name!r} is installed; installed are {list(known)}")
+    return _construct(_only(known[name]))
 
 
 def choose(name: str = "auto") -> Backend:
@@ -104,19 +87,19 @@ def choose(name: str = "auto") -> Backend:
 
     Raises:
         BackendUnavailable: not usable, with the reason. For ``auto`` also when a backend's hardware is present but the
-            backend
-            cannot be used, or an installed plugin is broken: starting on the CPU instead would be a silent fallback.
+            backend cannot be used, or an installed plugin is broken: starting on the CPU instead would be a silent
+            fallback.
     """
     if name != "auto":
         backend = load(name)
-        availability = backend.probe()
+        availability = _probe(backend)
         if not availability.usable:
             raise BackendUnavailable(f"backend {name!r} cannot be used here: {availability.reason}")
         return backend
     candidates = [backend for backend in map(_construct, installed()) if backend.priority is not None]
     candidates.sort(key=lambda backend: (-(backend.priority or 0), backend.name))
     for backend in candidates:
-        availability = backend.probe()
+        availability = _probe(backend)
         if availability.usable:
             return backend
         if availability.hardware:
@@ -130,21 +113,59 @@ def choose(name: str = "auto") -> Backend:
 def list_backends() -> list[BackendStatus]:
     """Every installed backend with PASS or the reason why not; never raises for a broken one."""
     rows: list[BackendStatus] = []
-    for entry in installed():
+    for claims in _by_name().values():
         try:
-            availability = _construct(entry).probe()
+            availability = _probe(_construct(_only(claims)))
         except BackendUnavailable as error:
             availability = Availability(usable=False, reason=str(error))
-        rows.append(
+        rows += [
             BackendStatus(
-                name=entry.name,
-                origin=entry.origin,
+                name=claim.name,
+                origin=claim.origin,
                 usable=availability.usable,
                 reason=availability.reason,
                 devices=availability.devices,
             )
-        )
+            for claim in claims
+        ]
     return rows
+
+
+def _by_name() -> dict[str, list[InstalledBackend]]:
+    """What is registered under each name, names in order: several where distributions collide."""
+    ranges = {(e.name, _distribution(e)[0]): e.value for e in metadata.entry_points(group=API_GROUP)}
+    found: dict[str, list[InstalledBackend]] = {}
+    for entry in metadata.entry_points(group=BACKENDS_GROUP):
+        distribution, version = _distribution(entry)
+        backend = InstalledBackend(
+            name=entry.name,
+            target=entry.value,
+            distribution=distribution,
+            version=version,
+            api=ranges.get((entry.name, distribution)),
+        )
+        claims = found.setdefault(entry.name, [])
+        if backend not in claims:
+            claims.append(backend)
+    return {name: found[name] for name in sorted(found)}
+
+
+def _only(claims: list[InstalledBackend]) -> InstalledBackend:
+    if len(claims) > 1:
+        origins = " and ".join(claim.origin for claim in claims)
+        raise BackendUnavailable(
+            f"{len(claims)} distributions register backend {claims[0].name!r}: {origins}; uninstall all but one"
+        )
+    return claims[0]
+
+
+def _probe(backend: Backend) -> Availability:
+    try:
+        return backend.probe()
+    except Exception as error:
+        raise BackendUnavailable(
+            f"backend {backend.name!r} is broken: its probe raised {type(error).__name__}: {error}. {INSTEAD}"
+        ) from error
 
 
 def _distribution(entry: metadata.EntryPoint) -> tuple[str, str]:
@@ -157,7 +178,7 @@ def _construct(entry: InstalledBackend) -> Backend:
     if refusal is not None:
         raise BackendUnavailable(f"backend {entry.name!r} is refused: {refusal}")
     try:
-        factory = _factory(entry.name)
+        factory = _factory(entry)
         backend = factory()
     except Exception as error:
         raise BackendUnavailable(
@@ -171,20 +192,21 @@ def _construct(entry: InstalledBackend) -> Backend:
     return backend
 
 
-def _factory(name: str) -> Callable[[], object]:
-    # stevedore's cache on disk can serve entry points of a distribution that was replaced within the last two minutes
-    # (the key's time stamp is a float32); the metadata read above is the truth, so a disagreement is settled by it.
+def _factory(entry: InstalledBackend) -> Callable[[], object]:
     from stevedore.driver import DriverManager
-    from stevedore.exception import NoMatches
+    from stevedore.extension import ExtensionManager
 
-    try:
-        plugin: object = DriverManager(
-            BACKENDS_GROUP, name, on_load_failure_callback=_raise, warn_on_missing_entrypoint=False
-        ).driver
-    except NoMatches:
-        plugin = next(iter(metadata.entry_points(group=BACKENDS_GROUP, name=name))).load()
+    # stevedore's cache on disk can serve entry points of a distribution that was replaced within the last two minutes
+    # (the key's time stamp is a float32). The metadata is the truth: where the two differ stevedore is not used.
+    listed = ExtensionManager.make_test_instance([], namespace=BACKENDS_GROUP).list_entry_points()
+    if [found.value for found in listed if found.name == entry.name] == [entry.target]:
+        plugin: object = DriverManager(BACKENDS_GROUP, entry.name, on_load_failure_callback=_raise).driver
+    else:
+        plugin = metadata.EntryPoint(name=entry.name, value=entry.target, group=BACKENDS_GROUP).load()
     if not callable(plugin):
-        raise TypeError(f"entry point {name!r} is {plugin!r}; expected a Backend class or a function that returns one")
+        raise TypeError(
+            f"entry point {entry.name!r} is {plugin!r}; expected a Backend class or a function that returns one"
+        )
     return plugin
 
 

@@ -1,0 +1,18 @@
+"""Another backend of the same name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from polyaccel.backend import TableBackend
+
+with Path(os.environ["POLYACCEL_IMPORT_MARKS"]).open("a", encoding="utf-8") as marks:
+    marks.write(f"{__name__}\n")
+
+
+class DuplicateBackend(TableBackend):
+    """It would work, if its name were its own."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", {})
