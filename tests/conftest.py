@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from tests.support.plugins import PluginHouse
     from tests.support.tiny_model import TinyModel
 
 settings.register_profile("fast", max_examples=30, deadline=None, derandomize=False, print_blob=True)
@@ -60,3 +61,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     from tests.support.tiny_model import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def plugin_house(tmp_path_factory: pytest.TempPathFactory) -> PluginHouse:
+    """Builds and installs the plugins that tests bring."""
+    from tests.support.plugins import PluginHouse
+
+    return PluginHouse(tmp_path_factory.mktemp("plugins"))

@@ -15,7 +15,7 @@ import torch
 from polyaccel.backend.communicator import Communicator
 from polyaccel.backend.kv_cache import KVCache
 from polyaccel.backend.rope import RopeTable
-from polyaccel.backend.spec import Argument, OperatorSpec
+from polyaccel.backend.spec import OperatorSpec
 from polyaccel.backend.step import RowSet, Step
 from polyaccel.backend.support import Query
 from polyaccel.backend.vocabulary import COMM, KV, ROW_SET, SGMV_NUMERICS, STEP, WEIGHT, attribute, kind, tensor
@@ -97,7 +97,7 @@ STATIONS: MappingProxyType[str, OperatorSpec] = MappingProxyType(
                     STEP,
                     COMM,
                     tensor("residual", "[T, n]"),
-                    Argument(name="norm_weight", shape="[n]"),
+                    tensor("norm_weight", "[n]"),
                     attribute("eps"),
                 ),
                 returns="(normed: [T, n], residual: [T, n])",

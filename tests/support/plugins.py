@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,27 +50,19 @@ class PluginHouse:
         for name, copy in copies.items():
             # Building writes into the source tree; the checkout stays clean.
             shutil.copytree(_source(name), copy, ignore=shutil.ignore_patterns("__pycache__"))
-        wheels = {name: self._folder / "wheels" / name for name in names}
-        if len(names) == 1:
-            _pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels[names[0]]), str(copies[names[0]]))
-        else:
-            together = self._folder / "wheels" / "+".join(names)
-            _pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(together), *map(str, copies.values()))
-            for name in names:
-                wheels[name].mkdir(parents=True)
-                built = together / _wheel_name(copies[name])
-                shutil.copy(built, wheels[name] / built.name)
-        self._wheels |= {name: next(folder.glob("*.whl")) for name, folder in wheels.items()}
+        wheels = self._folder / "wheels"
+        _pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), *map(str, copies.values()))
+        for name, copy in copies.items():
+            self._wheels[name] = next(wheels.glob(f"{_distribution(copy)}-*.whl"))
 
 
 def _source(name: str) -> Path:
     return next(folder / name for folder in SOURCES if (folder / name / "pyproject.toml").is_file())
 
 
-def _wheel_name(source: Path) -> str:
-    lines = (source / "pyproject.toml").read_text(encoding="utf-8").splitlines()
-    name = next(line.split('"')[1] for line in lines if line.startswith("name = "))
-    return f"{name.replace('-', '_')}-1.0.0-py3-none-any.whl"
+def _distribution(source: Path) -> str:
+    project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project["name"]).replace("-", "_")
 
 
 def _pip(command: str, *arguments: str) -> None:

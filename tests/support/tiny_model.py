@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|begin|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|begin|>assistant\n' }}{% endif %}{{ suffix | default('') }}"
 )
-PROCESS_BACKEND = "example"
+PROCESS_BACKEND = "cpu"
 BLOCK_BYTES = LAYERS * 2 * 16 * KV_HEADS * (HIDDEN // HEADS) * 4
 """Bytes of one KV block of 16 tokens in float32."""
 

@@ -93,7 +93,7 @@ def _draw(
     total = cumulative[:, -1:]
     target = step.tensor("uniforms").unsqueeze(1) * total
     drawn = (cumulative <= target).sum(-1)
-    # u * total may round up to total itself; then the last id with any mass is meant.
+    # Where u was rounded up to 1, or a running sum made in parallel is not quite monotone, the last id with any mass.
     last = torch.where(mass > 0, _ids_like(mass), 0).amax(-1)
     drawn = torch.minimum(drawn, last)
     return torch.where(total.squeeze(1) > 0, drawn, greedy)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from polyaccel.backend.adapter_store import AdapterStore
-from polyaccel.backend.backend import Availability, Backend, Implementations
+from polyaccel.backend.backend import Availability, Backend, Implementations, RankAddress
+from polyaccel.backend.communicator import Communicator
 from polyaccel.backend.device import Device
 from polyaccel.backend.graph import Graph, GraphKey, StepFunction
 from polyaccel.backend.kv_cache import KVCache, KVSpec
+from polyaccel.backend.null.communicator import NullCommunicator
 from polyaccel.backend.null.device import NullDevice
 from polyaccel.backend.null.storage import NullAdapterStore, NullKVCache, NullSamplingState, NullWeight
 from polyaccel.backend.sampling import SampleOutput, SamplingSpec, SamplingState
@@ -97,16 +100,25 @@ class NullBackend(Backend):
             "paged_attention": lambda q, kv, layer, step, scale, window: q,
             "dense_attention": lambda q, k, v, starts, scale, causal: q,
             "sgmv": lambda y, x, weight, step, row_set: y,
+            "sgmv_shrink": _shrink,
+            "sgmv_expand": lambda y, h, weight, step, row_set: y,
             "moe_route": _route,
             "moe_experts": lambda x, gate_up, down, ids, weights, step, act, expert_map=None: x,
-            "dequantize": lambda weight: _empty(weight.spec.dtype, weight.spec.n, weight.spec.k),
+            "dequantize": _dequantize,
             "sample": lambda logits, state, step: self.scripted(step),
+            "all_reduce": lambda x, comm: comm.all_reduce(x),
+            "all_gather": lambda x, comm, dim: comm.all_gather(x, dim),
+            "reduce_scatter": lambda x, comm: comm.reduce_scatter(x),
+            "all_to_all": lambda x, comm, send_rows, receive_rows: comm.all_to_all(x, send_rows, receive_rows),
+            "broadcast": lambda x, comm, source: comm.broadcast(x, source),
+            "barrier": lambda comm: comm.barrier(),
         }
         return {name: self._recorded(name, fn) for name, fn in shapes.items()}
 
     def _recorded(self, name: str, fn: Callable[..., object]) -> Callable[..., object]:
         kernel = f"null.{name}"
 
+        @functools.wraps(fn)
         def run(*args: object, **kwargs: object) -> object:
             self.ledger.record(kernel)
             return fn(*args, **kwargs)
@@ -122,6 +134,10 @@ class NullBackend(Backend):
         positions = inputs.positions[inputs.logits_rows] + 1
         self._device.busy(self._latency)
         return SampleOutput(ids=torch.from_numpy(self._script(seeds, positions, state.spec.vocabulary)))
+
+    def connect(self, address: RankAddress) -> Communicator:
+        communicator = super().connect(address)
+        return communicator if address.world_size == 1 else NullCommunicator(communicator)
 
     # -- storage and stepping ------------------------------------------------------------------------------------------
 
@@ -155,6 +171,24 @@ def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _route(logits: torch.Tensor, top_k: int, *rest: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+def _dequantize(weight: Weight) -> torch.Tensor:
+    spec = weight.spec
+    return _empty(spec.dtype, *(() if spec.experts is None else (spec.experts,)), spec.n, spec.k)
+
+
+def _shrink(x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
+    return _empty(x.dtype, len(step.input.rows(row_set)), len(weight.spec.slices), 0)
+
+
+def _route(
+    logits: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    renormalise: bool,
+    bias: torch.Tensor | None = None,
+    groups: int = 1,
+    topk_groups: int = 1,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = logits.shape[0]
     return _empty(torch.float32, rows, top_k), _empty(torch.int32, rows, top_k)

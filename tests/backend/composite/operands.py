@@ -88,6 +88,7 @@ def operands_on(device: TorchDevice, *, adapted: bool) -> dict[str, dict[str, An
         return draw.tensor(*shape).to(device.torch_device)
 
     x, q, k, v = values(TOKENS, 8), values(TOKENS, 2, 4), values(TOKENS, 1, 4), values(TOKENS, 1, 4)
+    h = Draw(4).tensor(len(triples), 3, 3).to(device.torch_device)
     ids = torch.tensor([[0, 2], [1, 0], [2, 1], [1, 2], [0, 1], [2, 0]], dtype=torch.int32).to(device.torch_device)
     rope = RopeTable(cos=values(9, 2), sin=values(9, 2), rotary_dim=4, style="interleaved")
     routed = {"x": x, "down": weights["down"], "ids": ids, "weights": values(TOKENS, 2), "step": step, "act": "silu"}
@@ -105,7 +106,7 @@ def operands_on(device: TorchDevice, *, adapted: bool) -> dict[str, dict[str, An
         "dense_attention": {"q": q, "k": k, "v": v, "starts": [0, 2, 6], "scale": 1.0, "causal": True},
         "sgmv": {"y": values(TOKENS, 16), "x": x, **rows},
         "sgmv_shrink": {"x": x, **rows},
-        "sgmv_expand": {"y": values(TOKENS, 16), "h": values(len(triples), 3, 3), **rows},
+        "sgmv_expand": {"y": values(TOKENS, 16), "h": h, **rows},
         "moe_route": {
             "logits": values(TOKENS, 8),
             "top_k": 2,

@@ -91,8 +91,14 @@ def ragged(draw: st.DrawFn) -> list[tuple[int, int]]:
     lengths = []
     for _ in range(draw(st.integers(1, 5))):
         context = draw(st.integers(0, 13))
-        kind = draw(st.sampled_from(["decode", "prefill", "chunk", "none"]))
-        queries = {"decode": 1, "prefill": context, "chunk": draw(st.integers(0, context)), "none": 0}[kind]
+        kinds = {
+            "decode": 1,
+            "prefill": context,
+            "chunk": draw(st.integers(0, context)),
+            "none": 0,
+            "more": context + 2,
+        }
+        queries = kinds[draw(st.sampled_from(list(kinds)))]
         lengths.append((queries, context))
     return lengths
 
@@ -150,6 +156,15 @@ def test_a_decoding_row_has_the_same_bits_in_any_batch(window: int | None) -> No
     for i, context in enumerate(contexts):
         alone = step_of(step_input([(1, context)], block_tables=paged.tables[i : i + 1]))
         assert torch.equal(attention.paged_attention(q[i : i + 1], paged.cache, 1, alone, 0.25, window)[0], together[i])
+
+
+def test_queries_before_the_context_see_nothing_and_give_zeros() -> None:
+    draw = Draw(24)
+    paged = Paged([2], 1, 4, torch.float32, draw)
+    q = draw.tensor(5, 2, 4)
+    out = attention.paged_attention(q, paged.cache, 1, step_of(paged.inputs([(5, 2)])), 0.5)
+    assert not out[:3].any()
+    check(q, out, paged, [(5, 2)], 0.5, None)
 
 
 def test_large_scores_select_the_hot_keys_exactly() -> None:

@@ -57,7 +57,7 @@ def test_embedding_adds_the_adapters_columns_for_ids_of_this_rank(dtype: torch.d
     draw = Draw(11)
     weight = filled_weight(spec_of("embed", [6], 4, dtype, lookup=True, rank_rows=8), draw)
     adapters = filled_store({"embed": weight}, {0: [Module("embed", 0, 3)], 2: [Module("embed", 0, 1)], 3: []}, draw)
-    ids, start = [4, 9, 2, 10, 5, 4], 4
+    ids, start = [4, 9, 2, 7, 5, 10], 4
     triples = [(0, 0, 0.5), (1, 0, 1.0), (2, 0, 1.0), (3, 2, 1.0), (5, 3, 1.0), (0, 2, 2.0), (4, 4, 1.0)]
     inputs = step_input([(6, 6)], token_ids=ids, adapters={"tokens": triples})
     step = step_of(inputs, adapters=adapters.store)

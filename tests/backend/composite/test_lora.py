@@ -123,6 +123,17 @@ def test_a_row_in_many_mixes_is_rounded_once() -> None:
     assert_within(lora.sgmv(y, x, weight, step), expected, magnitude, depth=20)
 
 
+def test_a_row_named_twice_by_a_slot_gets_both_deltas() -> None:
+    draw = Draw(6)
+    weight = filled_weight(spec_of("w", [3], 4, rank_rows=16), draw)
+    adapters = filled_store({"w": weight}, {0: [Module("w", 0, 2)]}, draw)
+    triples: list[Triple] = [(0, 0, 1.0), (0, 0, 0.5), (2, 0, 1.0)]
+    step = step_of(step_input(adapters={"tokens": triples}), adapters=adapters.store)
+    x, y = draw.tensor(3, 4), draw.tensor(3, 3)
+    expected, magnitude = reference(y, x, adapters, [3], triples)
+    assert_within(lora.sgmv(y, x, weight, step), expected, magnitude, depth=9)
+
+
 def test_a_nan_row_or_slot_stays_where_it_is_used() -> None:
     draw = Draw(3)
     weight = filled_weight(spec_of("w", [3], 4, rank_rows=16), draw)

@@ -327,6 +327,22 @@ def test_a_bad_token_or_expert_spoils_only_what_is_routed_to_it() -> None:
     assert out[2:].isfinite().all()
 
 
+def test_the_routing_weight_of_another_ranks_expert_is_not_used() -> None:
+    draw = Draw(10)
+    gate_up = filled_weight(spec_of("gate_up", [2, 2], 3, experts=1), draw)
+    down = filled_weight(spec_of("down", [3], 2, experts=1), draw)
+    ids, expert_map = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([0, -1], dtype=torch.int32)
+    step, x = step_of(step_input([(1, 1)])), draw.tensor(1, 3)
+    out = [
+        moe.moe_experts(
+            x, gate_up, down, ids, torch.tensor([[w, 1.0]]), step, "silu", expert_map, dequantize=dequantize
+        )
+        for w in (torch.nan, 0.0)
+    ]
+    assert out[0].isfinite().all()
+    assert torch.equal(out[0], out[1])
+
+
 def test_a_bias_is_added_in_each_expert() -> None:
     draw = Draw(8)
     weights = {

@@ -194,6 +194,11 @@ def test_equal_logits_split_the_unit_interval_exactly() -> None:
     assert out.ids.tolist() == [*range(8), *range(8)]
 
 
+def test_a_uniform_that_was_rounded_up_to_one_gives_the_last_id_with_any_mass() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.5, -torch.inf, -1000.0]])
+    assert draw_ids(logits, new_state([SamplingRow()], 5), [1.0]).ids.tolist() == [2]
+
+
 def test_ties_keep_the_lowest_ids_in_every_filter() -> None:
     last = 1.0 - 2**-24
     requests = [
