@@ -8,7 +8,7 @@ memory access on a second GPU; Triton launches have the same hole (Triton issue 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
@@ -44,7 +44,7 @@ class Launcher:
     def launch(
         self,
         kernel: str,
-        operands: Iterable[torch.Tensor | None],
+        operands: Sequence[torch.Tensor | None],
         fn: Callable[P, R],
         /,
         *args: P.args,
@@ -64,25 +64,30 @@ class Launcher:
         with self._enter(device):
             return fn(*args, **kwargs)
 
-    def common_device(self, kernel: str, operands: Iterable[torch.Tensor | None]) -> torch.device:
+    def common_device(self, kernel: str, operands: Sequence[torch.Tensor | None]) -> torch.device:
         """The device shared by all operands; a typed error naming the odd one out otherwise."""
         device: torch.device | None = None
-        for index, tensor in enumerate(operands):
+        for tensor in operands:
             if tensor is None:
                 continue
             if device is None:
                 device = tensor.device
             elif tensor.device != device:
-                named = {f"operand {i}": t for i, t in enumerate(operands) if t is not None}
-                raise OperatorError.describe(
-                    kernel,
-                    f"operand {index} is on {tensor.device} but operand 0 is on {device}; move it there first",
-                    named,
-                    self.rank,
-                )
+                raise self._mixed(kernel, operands)
         if device is None:
             raise OperatorError(kernel, "was launched without a tensor operand", (), self.rank)
         return device
+
+    def _mixed(self, kernel: str, operands: Sequence[torch.Tensor | None]) -> OperatorError:
+        named = {index: tensor for index, tensor in enumerate(operands) if tensor is not None}
+        first = next(iter(named))
+        other = next(index for index, tensor in named.items() if tensor.device != named[first].device)
+        reason = (
+            f"operand {other} is on {named[other].device} but operand {first} is on {named[first].device}; "
+            "move it there first"
+        )
+        tensors = {f"operand {index}": tensor for index, tensor in named.items()}
+        return OperatorError.describe(kernel, reason, tensors, self.rank)
 
 
 def _no_scope(device: torch.device) -> AbstractContextManager[object]:

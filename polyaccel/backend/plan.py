@@ -142,6 +142,7 @@ class Plan:
         self.sites = {name: Site(name, request.operator) for name, request in self._requests.items()}
         self._table = backend.table()
         self._composites = backend.composites()
+        self._warned: dict[str, None] = {}
         backend.ledger.strict = policy == "strict"
         self._apply(self._resolve_all(self.largest_rank))
 
@@ -254,6 +255,10 @@ class Plan:
                         text = f"{composite.operator}: {'; '.join(composite.reasons)}"
                         where = f"{site} ({token_class.value}{' with adapters' if adapters else ''})"
                         problems.setdefault(text, []).append(where)
+        if self.policy == "warn":
+            # Extending the plan asks everything again; what has been said before is not said twice.
+            problems = {text: where for text, where in problems.items() if text not in self._warned}
+            self._warned |= dict.fromkeys(problems)
         if not problems or self.policy == "allow":
             return
         lines = [f"  {text}\n    at {_shorten(where)}" for text, where in problems.items()]

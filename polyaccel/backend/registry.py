@@ -147,7 +147,7 @@ def _by_name() -> dict[str, list[InstalledBackend]]:
         claims = found.setdefault(entry.name, [])
         if backend not in claims:
             claims.append(backend)
-    return {name: found[name] for name in sorted(found)}
+    return {name: sorted(found[name], key=lambda claim: claim.origin) for name in sorted(found)}
 
 
 def _only(claims: list[InstalledBackend]) -> InstalledBackend:

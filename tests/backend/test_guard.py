@@ -79,10 +79,9 @@ def test_operands_on_two_devices_are_refused_naming_each_before_anything_runs() 
     assert ledger.counts() == {}
 
 
-def test_operands_may_come_from_an_iterator() -> None:
-    assert Launcher(Ledger()).common_device("k", iter((None, META, META))) == torch.device("meta")
-    with pytest.raises(OperatorError, match="operand 1: float32"):
-        Launcher(Ledger()).common_device("k", iter((CPU, META)))
+def test_the_operand_that_the_others_are_compared_with_is_named_by_its_own_index() -> None:
+    with pytest.raises(OperatorError, match="operand 3 is on meta but operand 1 is on cpu"):
+        Launcher(Ledger()).common_device("k", (None, CPU, CPU, META))
 
 
 def test_a_launch_without_operands_is_refused() -> None:

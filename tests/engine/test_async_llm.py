@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from polyaccel import AdapterNotFound, AsyncLLM, EngineDead, RequestRejected, SamplingParams
-from tests.support.tiny_model import END_ID, TinyModel, random_prompts, scripted
+from tests.support.tiny_model import END_ID, TinyModel, random_prompts, scripted, settings
 
 PROMPTS = random_prompts(8)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -19,10 +20,11 @@ LONG = SamplingParams(temperature=0.0, seed=0, max_tokens=400, ignore_eos=True)
 
 @contextmanager
 def opened(tiny: TinyModel, **options: object) -> Iterator[AsyncLLM]:
-    with tiny.open(**options) as llm:
-        engine = AsyncLLM.__new__(AsyncLLM)
-        engine._llm = llm
+    engine = AsyncLLM(tiny.folder, **settings(**options))
+    try:
         yield engine
+    finally:
+        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,7 @@ def test_an_event_loop_that_ends_with_open_requests_harms_nobody(tiny: TinyModel
         assert asyncio.run(is_idle_soon(llm))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_receiver_whose_loop_is_gone_does_not_stop_the_engine(tiny: TinyModel) -> None:
     with slow(tiny, 0.01) as llm:
         loop = asyncio.new_event_loop()
@@ -188,7 +191,10 @@ def test_a_receiver_whose_loop_is_gone_does_not_stop_the_engine(tiny: TinyModel)
         [completion] = asyncio.run(llm.generate([1, 2], SamplingParams(temperature=0.0, seed=0, max_tokens=3)))
         assert completion.token_ids == (40,) * 3
         assert llm.health().status == "ok"
+        assert asyncio.run(is_idle_soon(llm))
         task._log_destroy_pending = False  # type: ignore[attr-defined]
+        del task
+        gc.collect()
 
 
 def test_many_tasks_with_many_cancellations_leave_nothing_behind(tiny: TinyModel) -> None:

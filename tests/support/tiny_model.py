@@ -114,25 +114,30 @@ class TinyModel:
 
     def open(self, **options: Any) -> LLM:
         """An engine on composites in this process, small and in float32 unless told otherwise."""
-        settings: dict[str, Any] = {
-            "backend": TableBackend("cpu", {}),
-            "policy": "allow",
-            "dtype": "float32",
-            "max_num_seqs": 16,
-            "kv_cache_bytes": 256 * BLOCK_BYTES,
-        }
-        return LLM(self.folder, **(settings | options))
+        return LLM(self.folder, **settings(**options))
 
     def open_workers(self, ranks: int = 1, **options: Any) -> LLM:
         """An engine whose ranks are processes."""
-        settings: dict[str, Any] = {
+        several: dict[str, Any] = {
             "backend": PROCESS_BACKEND,
             "executor": "process",
             "tensor_parallel_size": ranks,
             "threads": 1,
             "timeout": 60.0,
         }
-        return self.open(**(settings | options))
+        return self.open(**(several | options))
+
+
+def settings(**options: Any) -> dict[str, Any]:
+    """Options of a small engine on composites, with these changes."""
+    small: dict[str, Any] = {
+        "backend": TableBackend("cpu", {}),
+        "policy": "allow",
+        "dtype": "float32",
+        "max_num_seqs": 16,
+        "kv_cache_bytes": 256 * BLOCK_BYTES,
+    }
+    return small | options
 
 
 def make_tiny(folder: Path) -> TinyModel:

@@ -44,7 +44,7 @@ class DecodeBatch:
 
     Attributes:
         first: the first of consecutive cache blocks, or None where ``gather: [blocks]`` int64 lists them.
-        owner: ``[blocks]`` int64, the sequence that a block belongs to; None for a single sequence.
+        owner: ``[blocks]`` int64, the sequence that a block belongs to; None if all are a single sequence's.
         places: ``[sequences * most]`` int64, each sequence's blocks, the last one repeated as padding; None where the
             blocks are in order of sequence and equally many.
         padding: places that are padding, int64; None if there are none.
@@ -212,7 +212,7 @@ class AttentionPlan:
             blocks=total,
             first=lowest if in_place else None,
             gather=None if in_place else _tensor(blocks),
-            owner=None if sequences == 1 else _tensor(owners),
+            owner=None if sequences == 1 and total == len(blocks) else _tensor(owners),
             places=None if natural else _tensor(places),
             padding=_tensor(padding) if len(padding) else None,
             most=most,
