@@ -10,7 +10,13 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from polyaccel.backend.errors import AdapterError, AdapterNotFound, ConfigurationError, RequestRejected
+from polyaccel.backend.errors import (
+    AdapterError,
+    AdapterNotFound,
+    ConfigurationError,
+    EngineDead,
+    RequestRejected,
+)
 from polyaccel.engine.adapter_table import AdapterSlots
 from polyaccel.engine.executor import Executor, PreparedHandle
 from polyaccel.lora.mix import AdapterMix
@@ -198,9 +204,21 @@ class AdapterManager:
         entry = self._get(name)
         if name in self._merged:
             raise AdapterError(f"adapter {name!r} is merged already")
-        self._executor.merge_adapter(entry.path, weight)
+        try:
+            self._executor.merge_adapter(entry.path, weight)
+        except EngineDead:
+            raise
+        except Exception:
+            self._restore_merged()
+            raise
         self._merged[name] = weight
         self._on_change()
+
+    def _restore_merged(self) -> None:
+        """Bring the weights back to what is merged after a merge that failed on the way, or on some ranks only."""
+        self._executor.unmerge_adapters()
+        for name, weight in self._merged.items():
+            self._executor.merge_adapter(self._get(name).path, weight)
 
     def unmerge(self) -> None:
         """Restore the base weights bit for bit."""

@@ -10,6 +10,7 @@ from polyaccel.backend.errors import AdapterError
 from polyaccel.engine.adapter_manager import AdapterInfo, AdapterManager
 from polyaccel.engine.executor import Executor
 from polyaccel.engine.loop import EngineLoop
+from polyaccel.lora.mix import normalise_mix
 from polyaccel.lora.receipt import AdapterReceipt
 
 POLL_SECONDS = 0.005
@@ -90,11 +91,15 @@ class Adapters:
     def merge(self, name: str, weight: float = 1.0) -> None:
         """Add the adapter to the base weights: every later request has it, at no cost a step.
 
-        Waits until running requests have finished; queued ones get the merged model.
+        Waits until every request submitted so far has finished; those submitted meanwhile wait for the merged model.
 
         Raises:
-            AdapterError: quantised or shared weights, merged already.
+            AdapterNotFound: not loaded.
+            AdapterError: quantised or shared weights, merged already; the weights are as before.
+            RequestRejected: a weight that is not a finite number.
         """
+        normalise_mix({name: weight})
+        self.receipt(name)
         self._loop.call_when_drained(lambda: self._manager.merge(name, weight))
 
     def unmerge(self) -> None:

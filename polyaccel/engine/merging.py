@@ -27,7 +27,10 @@ class Merger:
         Raises:
             AdapterError: a module cannot be merged into; nothing has been changed.
         """
-        matched = match_adapter(AdapterFile.open(path), self._model.targets())
+        # What was left out when the adapter was loaded, with the caller's leave, is left out here too.
+        matched = match_adapter(
+            AdapterFile.open(path), self._model.targets(), allow_unmatched=True, allow_no_effect=True
+        )
         weights = self._model.weights()
         for target, _ in matched.pairs:
             self._check(target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ from tests.backends.folded.weight import FoldedWeight
 VOCABULARY = 13
 
 
-def _weight(backend: FoldedBackend, widths: list[int], k: int, draw: Draw, **other: object) -> FoldedWeight:
+def _weight(backend: FoldedBackend, widths: list[int], k: int, draw: Draw, **other: Any) -> FoldedWeight:
     spec = spec_of("site", widths, k, **other)
     weight = backend.allocate_weight(spec, backend.device)
     assert isinstance(weight, FoldedWeight)
@@ -124,6 +126,29 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_slot_empty() -> 
     store.write(SlotRange(slot=0, first_rank_row=0, rank_rows=4), fitting)
     with pytest.raises(OperatorError, match="overlap"):
         store.write(SlotRange(slot=1, first_rank_row=3, rank_rows=3), fitting)
+
+
+def test_what_an_adapter_holds_reaches_the_rows_that_name_it_and_no_other() -> None:
+    backend, draw = FoldedBackend(), Draw(8)
+    weight = _weight(backend, [6, 4], 5, draw, rank_rows=8)
+    store = backend.allocate_adapters({"site": weight}, rank_rows=8, slots=3, device=backend.device)
+    for slot, first in ((0, 0), (1, 3)):
+        packed = _packed(weight, [2, 2], draw)
+        if slot == 0:
+            packed.buffer.fill_(torch.nan)
+        store.write(SlotRange(slot=slot, first_rank_row=first, rank_rows=3), packed)
+    inputs = step_input(tokens=4, adapters={"tokens": [(0, 0, 1.0), (2, 1, 0.5)]})
+    step = backend.begin_step(inputs, DeviceState(adapters=store), backend.device)
+    x = draw.tensor(4, 5)
+    y = backend.table()["column_linear"][0].fn(x, weight, step, "tokens")
+    assert isinstance(y, torch.Tensor)
+    backend.device.synchronize()
+    expected = x @ backend.dequantize(weight).T
+    for index, columns in ((0, slice(0, 6)), (1, slice(6, 10))):
+        entry = packed.entries[index]
+        expected[2, columns] += 0.5 * packed.b(entry) @ (packed.a(entry) @ x[2])
+    assert y[0].isnan().all()
+    assert torch.allclose(y[1:], expected[1:], atol=1e-5)
 
 
 def test_quantised_weights_hold_exactly_the_canonical_values() -> None:
@@ -254,6 +279,38 @@ def test_a_step_that_begins_before_the_one_before_it_ran_does_not_disturb_it() -
     assert first.tensor("positions").data_ptr() == second.tensor("positions").data_ptr()
     assert two.wait().tolist() == [5]
     assert one.wait().tolist() == [4]
+
+
+def test_a_sampling_row_written_between_two_steps_counts_for_the_second_alone() -> None:
+    engine = Engine()
+    device, sampling = engine.backend.device, engine.state.sampling
+    assert sampling is not None
+    one = device.download(engine.forward(engine.begin(_decode(0, 3))).ids)
+    sampling.write(0, SamplingRow(temperature=0.0, bias_ids=np.array([4]), bias_values=np.array([-9.0])))
+    two = device.download(engine.forward(engine.begin(_decode(0, 3))).ids)
+    assert (two.wait().tolist(), one.wait().tolist()) == ([0], [4])
+
+
+def test_a_slot_that_is_emptied_after_a_step_was_issued_still_serves_it() -> None:
+    backend, draw = FoldedBackend(), Draw(9)
+    weight = _weight(backend, [6], 5, draw, rank_rows=4)
+    store = backend.allocate_adapters({"site": weight}, rank_rows=4, slots=1, device=backend.device)
+    packed = _packed(weight, [3], draw)
+    store.write(SlotRange(slot=0, first_rank_row=1, rank_rows=3), packed)
+    x = draw.tensor(1, 5)
+    column_linear = backend.table()["column_linear"][0].fn
+    results = []
+    for _ in range(2):
+        inputs = step_input(tokens=1, adapters={"tokens": [(0, 0, 1.0)]})
+        step = backend.begin_step(inputs, DeviceState(adapters=store), backend.device)
+        results.append(column_linear(x, weight, step, "tokens"))
+        store.clear(0)
+    backend.device.synchronize()
+    base = x @ backend.dequantize(weight).T
+    delta = x @ packed.a(packed.entries[0]).T @ packed.b(packed.entries[0]).T
+    for result, expected in zip(results, (base + delta, base), strict=True):
+        assert isinstance(result, torch.Tensor)
+        assert torch.allclose(result, expected, atol=1e-5)
 
 
 def test_a_graph_reads_the_step_it_is_replayed_with() -> None:

@@ -1,4 +1,4 @@
-"""Every family on the folded backend, with adapters at every world size: transformers' logits, the base model's sums."""
+"""Every family on the folded backend, with adapters at every world size: transformers' logits, the base's sums."""
 
 from __future__ import annotations
 

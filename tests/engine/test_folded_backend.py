@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 FAMILIES = ("llama", "qwen3", "mixtral")
 MAX_POSITIONS = 512
-LENGTHS = (3, 124, 40, 130, 100, 7)
+LENGTHS = (3, 124, 40, 121, 130, 7)
 COUNT = 20
 GREEDY = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
 Mix = str | dict[str, float] | None
@@ -35,11 +35,10 @@ Tokens = list[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """A saved model, its two adapters of other ranks, prompts and the expected tokens of each."""
+    """A saved model, its two adapters of different ranks, prompts and the expected tokens of each."""
 
     folder: Path
     adapters: dict[str, Path]
-    ranks: dict[str, int]
     prompts: list[list[int]]
     expected: Tokens
 
@@ -80,7 +79,6 @@ def _make(family: str, folder: Path) -> Case:
     case = Case(
         folder=model,
         adapters={name: adapter.folder for name, adapter in adapters.items()},
-        ranks={name: adapter.rank for name, adapter in adapters.items()},
         prompts=prompts,
         expected=[],
     )
@@ -101,9 +99,7 @@ def _make(family: str, folder: Path) -> Case:
         pytest.param({}, id="graphs"),
         pytest.param({"overlap": False}, id="graphs, no overlap"),
         pytest.param({"max_batched_tokens": 24}, id="chunked prefill"),
-        pytest.param(
-            {"max_batched_tokens": 9, "overlap": False, "graphs": False}, id="small chunks, no overlap, eager"
-        ),
+        pytest.param({"max_batched_tokens": 9, "overlap": False, "graphs": False}, id="small chunks, plain"),
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,6 +170,16 @@ def test_ranks_answer_as_one_and_adapters_bring_no_collective(
     _assert_rows_ride(case, family, without[0], with_adapters[0])
 
 
+def test_a_worker_process_of_its_own_answers_the_same_with_graphs(cases: Callable[[str], Case], installed: str) -> None:
+    case = cases("llama")
+    with case.open(installed, executor="process", trace_collectives=True, timeout=120.0) as llm:
+        assert _answers(llm, case.prompts) == case.expected
+        graphs = llm.explain().ranks[0]["graphs"]
+        assert isinstance(graphs, dict)
+        assert graphs["replays"] > 0
+        assert _collectives(llm) == [[]]
+
+
 def _collectives(llm: LLM) -> list[list[tuple[str, int]]]:
     return llm.engine.loop.call(llm.engine.executor.collectives)
 
@@ -182,7 +188,7 @@ def _assert_rows_ride(case: Case, family: str, plain: list[tuple[str, int]], ada
     """Each step's row-parallel sums are longer by the rank rows that the step covers, all others are not."""
     per_step = 2 + 2 * LAYERS
     assert len(plain) % per_step == 0
-    riding = [0, *([1] + [int(family != "mixtral")]) * LAYERS, 0]
+    riding = [0, *[1, int(family != "mixtral")] * LAYERS, 0]
     covered: dict[int, None] = {}
     for start in range(0, len(plain), per_step):
         step = zip(plain[start : start + per_step], adapted[start : start + per_step], riding, strict=True)
@@ -204,11 +210,14 @@ def _captures(llm: LLM) -> int:
     return captures
 
 
-def test_graphs_serve_more_fewer_and_other_adapters_and_padding_rows(cases: Callable[[str], Case]) -> None:
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_graphs_serve_more_fewer_and_other_adapters_and_padding_rows(cases: Callable[[str], Case], order: str) -> None:
     case = cases("llama")
     every = list(zip(case.prompts, MIXES, case.expected, strict=True))
-    with case.open(FoldedBackend()) as llm:
-        for chosen in (every, every[1:4], every[:1], every[3:], every[1:2], every[::2], every):
+    adapters = {name: case.adapters[name] for name in order}
+    with case.open(FoldedBackend(), adapters=adapters) as llm:
+        # Loaded second, "a" has the last rank rows: a graph captured for "b" alone has to cover them.
+        for chosen in (every[5:], every[1:2], every, every[1:4], every[:1], every[3:], every[::2], every):
             prompts, mixes, expected = zip(*chosen, strict=True)
             assert _answers(llm, prompts, mixes) == list(expected)
         assert _captures(llm) < len(every) * 2

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: products over all blocks at once for float32 decode, else torch's flash kernel."""
+"""Attention over the paged cache by torch's batched products (float32 decode) and its flash kernel (all else)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def paged_attention(
     Tokens of no sequence and queries that see no key give zeros.
     """
     pieces: list[tuple[int, int, torch.Tensor]] = []
-    if q.dtype == torch.float32:
-        pieces += [(b.begin, b.end, _decode(q, kv, layer, b, scale)) for b in plan.decode_batches]
-    else:
-        pieces += [(b.begin, b.end, _decode_padded(q, kv, layer, b, scale)) for b in plan.padded_batches]
+    for batch in plan.decode_batches(q.dtype):
+        if isinstance(batch, PaddedBatch):
+            pieces.append((batch.begin, batch.end, _decode_padded(q, kv, layer, batch, scale)))
+        else:
+            pieces.append((batch.begin, batch.end, _decode_blocks(q, kv, layer, batch, scale)))
     pieces += [(p.begin, p.end, _prefill(q, kv, layer, plan, p, scale)) for p in plan.prefills]
     if plan.covered and len(pieces) == 1:
         return pieces[0][2]
@@ -32,8 +33,29 @@ def paged_attention(
     return out
 
 
-def _decode(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: DecodeBatch, scale: float) -> torch.Tensor:
-    """One query of each sequence, ``[sequences, heads, head_dim]``, by products over all blocks at once."""
+def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: PaddedBatch, scale: float) -> torch.Tensor:
+    """One query of each sequence, ``[sequences, heads, head_dim]``, over copies of their keys of equal length."""
+    spec, sequences, head_dim = kv.spec, batch.end - batch.begin, kv.spec.head_dim
+    k, v = (_gather(cache, batch.chunks, head_dim) for cache in (kv.keys(layer), kv.values(layer)))
+    rows = q[batch.begin : batch.end]
+    if batch.hidden is not None:
+        # A hidden infinity times a probability of 0 would be NaN.
+        v.index_fill_(0, batch.hidden, 0.0)
+    if q.dtype == torch.float32:
+        matrices = (sequences * spec.kv_heads, batch.keys, head_dim)
+        scores = _scores(rows.reshape(matrices[0], -1, head_dim), k.view(matrices), scale)
+        if batch.hidden_scores is not None:
+            scores.view(-1).index_fill_(0, batch.hidden_scores, -torch.inf)
+        return torch.bmm(torch.softmax(scores, -1), v.view(matrices)).view(sequences, -1, head_dim)
+    if batch.hidden is not None:
+        k.index_fill_(0, batch.hidden, 0.0)
+    shape = (sequences, spec.kv_heads, -1, head_dim)
+    out = _flash(rows.reshape(shape), k.view(shape), v.view(shape), scale, mask=batch.mask)
+    return out.reshape(sequences, -1, head_dim)
+
+
+def _decode_blocks(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: DecodeBatch, scale: float) -> torch.Tensor:
+    """The same without copies, by products over all blocks at once."""
     spec, (_, heads, head_dim), blocks = kv.spec, q.shape, batch.blocks
     keys, values = kv.keys(layer), kv.values(layer)
     if batch.first is not None:
@@ -42,28 +64,20 @@ def _decode(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: DecodeBatc
         assert batch.gather is not None
         k, v = keys.index_select(0, batch.gather), values.index_select(0, batch.gather)
     matrices = (blocks * spec.kv_heads, spec.block_size, head_dim)
-    rows = q[batch.begin : batch.end] * scale
-    rows = rows.expand(blocks, -1, -1) if batch.owner is None else rows.index_select(0, batch.owner)
+    rows = q[batch.begin : batch.end].index_select(0, batch.owner)
     # The query heads of one key head are rows of one product.
-    scores = torch.bmm(rows.reshape(matrices[0], -1, head_dim), k.view(matrices).transpose(1, 2))
+    scores = _scores(rows.view(matrices[0], -1, head_dim), k.view(matrices), scale)
     if batch.edges is not None:
         scores.view(-1).index_fill_(0, batch.edges.scores, -torch.inf)
     by_block = scores.view(blocks, heads, spec.block_size)
-    top = by_block.amax(-1)
-    if batch.owner is None:
-        by_block.sub_(top.amax(0).unsqueeze(-1))
-    else:
-        highest = _by_sequence(top, batch).amax(1)
-        by_block.sub_(highest.index_select(0, batch.owner).unsqueeze(-1))
+    highest = _by_sequence(by_block.amax(-1), batch).amax(1)
+    by_block.sub_(highest.index_select(0, batch.owner).unsqueeze(-1))
     p = scores.exp_()
     summed = torch.bmm(p, v.view(matrices))
     if batch.edges is not None:
         _repair_edges(summed, p, values, batch.edges, spec.block_size)
     weights = by_block.sum(-1).unsqueeze(-1)
-    summed = summed.view(blocks, heads, head_dim)
-    if batch.owner is None:
-        return summed.sum(0, keepdim=True).div_(weights.sum(0))
-    return _sum_blocks(summed, batch).div_(_sum_blocks(weights, batch))
+    return _sum_blocks(summed.view(blocks, heads, head_dim), batch).div_(_sum_blocks(weights, batch))
 
 
 def _repair_edges(summed: torch.Tensor, p: torch.Tensor, values: torch.Tensor, edges: Edges, size: int) -> None:
@@ -87,18 +101,6 @@ def _sum_blocks(x: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
         if batch.padding is not None:
             x.index_fill_(0, batch.padding, 0.0)
     return x.view(batch.sequences, batch.most, *x.shape[1:]).sum(1)
-
-
-def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: PaddedBatch, scale: float) -> torch.Tensor:
-    """The same by the flash kernel, which keeps scores in float32 for narrower dtypes."""
-    spec, sequences = kv.spec, batch.end - batch.begin
-    shape = (sequences, spec.kv_heads, batch.keys, spec.head_dim)
-    k, v = (_gather(cache, batch.chunks, spec.head_dim) for cache in (kv.keys(layer), kv.values(layer)))
-    for copied in (k, v):
-        copied.index_fill_(0, batch.hidden, 0.0)
-    rows = q[batch.begin : batch.end].reshape(sequences, spec.kv_heads, -1, spec.head_dim)
-    out = _flash(rows, k.view(shape), v.view(shape), scale, mask=batch.mask.to(q.dtype))
-    return out.reshape(sequences, -1, spec.head_dim)
 
 
 def _prefill(
@@ -132,6 +134,11 @@ def _prefill(
 def _gather(cache: torch.Tensor, chunks: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Copies ``[chunks * block_size, head_dim]`` of (block, head) matrices."""
     return cache.view(-1, cache.shape[2] * head_dim).index_select(0, chunks).view(-1, head_dim)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * q @ k.T`` for ``[matrices, rows, head_dim]``, one pass."""
+    return torch.baddbmm(q.new_empty((1, 1, 1)), q, k.transpose(1, 2), beta=0, alpha=scale)
 
 
 def _to_rows(out: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Which cache blocks a step's queries read, worked out on the host once for all layers.
 
-Sequences with one query each are decoded together, block by block: a block is one matrix a head, so the scores of all
-blocks of all sequences are one batched product, and so are the sums over values. Blocks that lie together in the cache
-are multiplied where they are; scattered or shared ones are gathered first.
+Sequences with one query each are decoded together. Short contexts are copied, padded to equal length. Long ones are
+multiplied block by block where they are: a block is one matrix a head, so the scores of all blocks of all sequences are
+one batched product, and so are the sums over values. Scattered or shared blocks are gathered first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 from polyaccel.backend.kv_cache import KVSpec
 from polyaccel.backend.step import StepInput
 
+# Keys and values that are copied to be padded rather than multiplied in place: fewer passes over the scores are worth
+# more as long as the copies stay in the processor's caches. Measured, see docs/cpu.md.
+COPY_BYTES = 4 << 20
 # Blocks of others that may lie between a batch's own before copying its own is cheaper: a share of them.
 IDLE_SHARE = 0.25
 
@@ -44,7 +47,7 @@ class DecodeBatch:
 
     Attributes:
         first: the first of consecutive cache blocks, or None where ``gather: [blocks]`` int64 lists them.
-        owner: ``[blocks]`` int64, the sequence that a block belongs to; None if all are a single sequence's.
+        owner: ``[blocks]`` int64, the sequence that a block belongs to.
         places: ``[sequences * most]`` int64, each sequence's blocks, the last one repeated as padding; None where the
             blocks are in order of sequence and equally many.
         padding: places that are padding, int64; None if there are none.
@@ -57,7 +60,7 @@ class DecodeBatch:
     blocks: int
     first: int | None
     gather: torch.Tensor | None
-    owner: torch.Tensor | None
+    owner: torch.Tensor
     places: torch.Tensor | None
     padding: torch.Tensor | None
     most: int
@@ -75,16 +78,18 @@ class PaddedBatch:
     Attributes:
         keys: padded length.
         chunks: ``[sequences * kv_heads * blocks]`` int64, which (block, head) matrices to copy.
-        hidden: flat rows ``(sequence, head, key)`` int64 that must not be read.
-        mask: ``[sequences, 1, 1, keys]`` float32, minus infinity on hidden keys.
+        hidden: flat rows ``(sequence, key head, key)`` int64 that must not be read; None if there are none.
+        hidden_scores: flat ``(sequence, head, key)`` int64 of the same, and mask: ``[sequences, 1, 1, keys]``, minus
+            infinity there; the one that the dtype's product needs.
     """
 
     begin: int
     end: int
     keys: int
     chunks: torch.Tensor
-    hidden: torch.Tensor
-    mask: torch.Tensor
+    hidden: torch.Tensor | None
+    hidden_scores: torch.Tensor | None
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,8 +121,7 @@ class AttentionPlan:
         self._decodes: list[tuple[int, int, Ints, npt.NDArray[np.int32]]] = []
         self._kv = kv
         self._group = heads // max(1, kv.kv_heads)
-        self._batches: tuple[DecodeBatch, ...] | None = None
-        self._padded: tuple[PaddedBatch, ...] | None = None
+        self._batches: dict[torch.dtype, tuple[DecodeBatch | PaddedBatch, ...]] = {}
         self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self.covered = False
 
@@ -140,19 +144,12 @@ class AttentionPlan:
         plan.covered = covered == inputs.tokens
         return plan
 
-    @property
-    def decode_batches(self) -> tuple[DecodeBatch, ...]:
-        """The sequences of one query each, for products in place."""
-        if self._batches is None:
-            self._batches = tuple(self._decode_batch(*decode) for decode in self._decodes)
-        return self._batches
-
-    @property
-    def padded_batches(self) -> tuple[PaddedBatch, ...]:
-        """The same ones as padded copies."""
-        if self._padded is None:
-            self._padded = tuple(self._padded_batch(*decode) for decode in self._decodes)
-        return self._padded
+    def decode_batches(self, dtype: torch.dtype) -> tuple[DecodeBatch | PaddedBatch, ...]:
+        """The sequences of one query each, as suits queries of this dtype."""
+        found = self._batches.get(dtype)
+        if found is None:
+            found = self._batches[dtype] = tuple(self._batch(dtype, *decode) for decode in self._decodes)
+        return found
 
     def mask(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """``[rows, keys]``, 0 where a query sees a key and minus infinity elsewhere.
@@ -185,6 +182,16 @@ class AttentionPlan:
         low = np.zeros_like(lengths) if self.window is None else np.maximum(lengths - self.window, 0)
         return low, low // self._kv.block_size, -(-lengths // self._kv.block_size)
 
+    def _batch(
+        self, dtype: torch.dtype, begin: int, end: int, lengths: Ints, tables: npt.NDArray[np.int32]
+    ) -> DecodeBatch | PaddedBatch:
+        keys = len(lengths) * int(lengths.max() if self.window is None else min(lengths.max(), self.window))
+        copied = 2 * keys * self._kv.kv_heads * self._kv.head_dim * dtype.itemsize
+        # Only float32 products keep scores in float32; the flash kernel does so for every dtype.
+        if dtype == torch.float32 and copied > COPY_BYTES:
+            return self._decode_batch(begin, end, lengths, tables)
+        return self._padded_batch(dtype, begin, end, lengths, tables)
+
     def _decode_batch(self, begin: int, end: int, lengths: Ints, tables: npt.NDArray[np.int32]) -> DecodeBatch:
         size, sequences = self._kv.block_size, len(lengths)
         low, first, last = self._visible(lengths)
@@ -212,7 +219,7 @@ class AttentionPlan:
             blocks=total,
             first=lowest if in_place else None,
             gather=None if in_place else _tensor(blocks),
-            owner=None if sequences == 1 and total == len(blocks) else _tensor(owners),
+            owner=_tensor(owners),
             places=None if natural else _tensor(places),
             padding=_tensor(padding) if len(padding) else None,
             most=most,
@@ -235,26 +242,35 @@ class AttentionPlan:
             value_rows=_tensor((blocks[:, None, None] * kv_heads + heads[:, None]) * size + visible[:, None, :]),
         )
 
-    def _padded_batch(self, begin: int, end: int, lengths: Ints, tables: npt.NDArray[np.int32]) -> PaddedBatch:
+    def _padded_batch(
+        self, dtype: torch.dtype, begin: int, end: int, lengths: Ints, tables: npt.NDArray[np.int32]
+    ) -> PaddedBatch:
         size, kv_heads, sequences = self._kv.block_size, self._kv.kv_heads, len(lengths)
         low, first, last = self._visible(lengths)
         most = int((last - first).max())
         index = np.minimum(first[:, None] + np.arange(most), (last - 1)[:, None])
         blocks = tables[np.arange(sequences)[:, None], index].astype(np.int64)
-        chunks = blocks[:, None, :] * kv_heads + np.arange(kv_heads)[None, :, None]
         keys = most * size
         position = first[:, None] * size + np.arange(keys)
-        hidden = (position < low[:, None]) | (position >= lengths[:, None])
-        sequence, key = np.nonzero(hidden)
-        rows = (sequence[:, None] * kv_heads + np.arange(kv_heads)) * keys + key[:, None]
-        mask = np.where(hidden, -np.inf, 0.0).astype(np.float32)
+        unseen = (position < low[:, None]) | (position >= lengths[:, None])
+        sequence, key = np.nonzero(unseen)
+        hidden = hidden_scores = mask = None
+        if len(key):
+            hidden = _tensor((sequence[:, None] * kv_heads + np.arange(kv_heads)) * keys + key[:, None])
+            if dtype == torch.float32:
+                heads = kv_heads * self._group
+                hidden_scores = _tensor((sequence[:, None] * heads + np.arange(heads)) * keys + key[:, None])
+            else:
+                mask = torch.zeros((sequences, 1, 1, keys), dtype=dtype)
+                mask.view(sequences, keys).masked_fill_(torch.from_numpy(unseen), -torch.inf)
         return PaddedBatch(
             begin=begin,
             end=end,
             keys=keys,
-            chunks=_tensor(chunks),
-            hidden=_tensor(rows),
-            mask=torch.from_numpy(mask)[:, None, None, :],
+            chunks=_tensor(blocks[:, None, :] * kv_heads + np.arange(kv_heads)[None, :, None]),
+            hidden=hidden,
+            hidden_scores=hidden_scores,
+            mask=mask,
         )
 
 

@@ -32,6 +32,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     priority = 0
+    isolate = False
 
     def __init__(self) -> None:
         super().__init__()

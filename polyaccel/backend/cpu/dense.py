@@ -6,14 +6,25 @@ import torch
 from torch.nn.functional import silu
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x: [..., hidden]``; a new tensor."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x: [..., hidden]``; a new tensor.
+
+    ``eps`` is a float32 tensor without dimensions: torch converts a Python number anew in every call.
+    """
     wide = x if x.dtype == torch.float32 else x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = length.square_().div_(max(1, x.shape[-1])).add_(eps).rsqrt_()
+    scale = torch.addcmul(eps, length, length, value=1.0 / max(1, x.shape[-1])).rsqrt_()
     if x.dtype == torch.float32:
         return torch.mul(wide, scale).mul_(weight)
     return wide.mul_(scale).mul_(weight.float()).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(:func:`rms_norm` of s, s) with ``s = x + residual``, a new tensor."""
+    s = torch.add(x, residual)
+    return rms_norm(s, weight, eps), s
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> None:

@@ -36,6 +36,7 @@ class CpuOperators:
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         self._launch = launcher.launch
+        self._scalars: dict[float, torch.Tensor] = {}
 
     def table(self) -> Mapping[str, Function]:
         """Operators that have a form of their own."""
@@ -65,6 +66,13 @@ class CpuOperators:
         """The same for kernels that take any row stride."""
         return x if x.stride(-1) == 1 else self.contiguous(operator, argument, x)
 
+    def scalar(self, value: float) -> torch.Tensor:
+        """``value`` as a float32 tensor without dimensions, the same one every time."""
+        found = self._scalars.get(value)
+        if found is None:
+            found = self._scalars[value] = torch.tensor(value, dtype=torch.float32)
+        return found
+
     # -- dense -------------------------------------------------------------------------------------------------------
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -87,9 +95,10 @@ class CpuOperators:
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
-            return self._launch("cpu.rms_norm", (x, weight), dense.rms_norm, x, weight, eps)
-        s = self._launch("cpu.add", (x, residual), torch.add, x, residual)
-        return self._launch("cpu.rms_norm", (s, weight), dense.rms_norm, s, weight, eps), s
+            return self._launch("cpu.rms_norm", (x, weight), dense.rms_norm, x, weight, self.scalar(eps))
+        return self._launch(
+            "cpu.add_rms_norm", (x, residual, weight), dense.add_rms_norm, x, residual, weight, self.scalar(eps)
+        )
 
     def rotary_embedding(
         self, q: torch.Tensor, k: torch.Tensor, rope: RopeTable, step: Step

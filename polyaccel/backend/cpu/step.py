@@ -19,10 +19,15 @@ PlanKey = tuple[int, int, int, int | None]
 
 
 class CpuStep(TensorStep):
-    """What operators of different layers share is kept here under the arguments it depends on."""
+    """What operators of different layers share is kept here under the arguments it depends on.
+
+    Attributes:
+        adapted: some row of some row set has an adapter.
+    """
 
     def __init__(self, inputs: StepInput, state: DeviceState, device: Device) -> None:
         super().__init__(inputs, state, device)
+        self.adapted = inputs.has_adapters
         self._rope: dict[int, tuple[RopeTable, torch.Tensor, torch.Tensor]] = {}
         self._kv_rows: tuple[KVSpec, torch.Tensor] | None = None
         self._attention: dict[PlanKey, AttentionPlan] = {}
