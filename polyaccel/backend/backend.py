@@ -7,6 +7,7 @@ lines.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from polyaccel.backend.errors import ConfigurationError, UnsupportedError
 from polyaccel.backend.graph import Graph, GraphKey, StepFunction
 from polyaccel.backend.guard import Launcher
 from polyaccel.backend.kv_cache import KVCache, KVSpec
-from polyaccel.backend.ledger import Ledger
+from polyaccel.backend.ledger import COMPOSITE_PREFIX, NESTED_PREFIX, Ledger
 from polyaccel.backend.sampling import SamplingSpec, SamplingState
 from polyaccel.backend.step import DeviceState, Step, StepInput
 from polyaccel.backend.support import Entry, Reason
@@ -166,10 +167,14 @@ class Backend(ABC):
         return {name: _entries(self.name, name, value) for name, value in self.operators().items()}
 
     def composites(self) -> Mapping[str, Callable[..., object]]:
-        """The plain-torch form of every operator that has one."""
+        """The plain-torch form of every operator that has one, recorded in the ledger as ``composite.<operator>``.
+
+        Calling one from inside a native implementation is a fallback that the plan does not show: an UnsupportedError
+        under policy ``strict``, counted as ``nested_composite.<operator>`` otherwise.
+        """
         from polyaccel.backend.composite.operators import CompositeOperators
 
-        return CompositeOperators(self).table()
+        return {name: _counted(name, fn, self.ledger) for name, fn in CompositeOperators(self).table().items()}
 
     def dequantize(self, weight: Weight) -> torch.Tensor:
         """Call the mandatory ``dequantize``: ``[n, k]`` or ``[experts, n, k]`` of the weight's dtype."""
@@ -192,3 +197,26 @@ def _entries(backend: str, operator: str, value: Implementations) -> tuple[Entry
             f"backend {backend!r}: operator {operator!r} maps to {value!r}, expected a callable or an Entry"
         )
     return (Entry(value),)
+
+
+def _counted(operator: str, fn: Callable[..., object], ledger: Ledger) -> Callable[..., object]:
+    name, nested = f"{COMPOSITE_PREFIX}{operator}", f"{NESTED_PREFIX}{operator}"
+
+    @functools.wraps(fn)
+    def composite(*args: object, **kwargs: object) -> object:
+        outer = ledger.native
+        if outer is not None:
+            if ledger.strict:
+                raise UnsupportedError(
+                    f"{outer} called the composite of {operator!r} while it was planned as native; "
+                    "the plan would not show it"
+                )
+            ledger.record(nested)
+        ledger.record(name)
+        ledger.enter(None)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            ledger.leave(None)
+
+    return composite

@@ -16,18 +16,23 @@ COPY_PREFIX = "copy."
 
 
 class Ledger:
-    """Counts of launches by kernel name, in order of first launch. One per worker; used by one thread at a time."""
+    """Counts of launches by kernel name, in order of first launch. One per worker; used by one thread at a time.
+
+    ``launches`` only ever grows: it tells whether anything was recorded between two moments.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._native: list[str] = []
         self._depth = 0
+        self.launches = 0
         self.strict = False
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def record(self, kernel: str, count: int = 1) -> None:
         self._counts[kernel] = self._counts.get(kernel, 0) + count
+        self.launches += count
 
     def add(self, delta: Mapping[str, int]) -> None:
         """Add a captured graph's launches, once for each replay."""

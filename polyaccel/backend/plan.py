@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from polyaccel.backend import stations
 from polyaccel.backend.errors import UnsupportedError
-from polyaccel.backend.ledger import COMPOSITE_PREFIX, NESTED_PREFIX, Ledger
+from polyaccel.backend.ledger import COMPOSITE_PREFIX, Ledger
 from polyaccel.backend.step import Step, TokenClass, plan_key
 from polyaccel.backend.support import Entry, Query, Static
 from polyaccel.backend.vocabulary import OPERATORS
@@ -244,7 +244,7 @@ class Plan:
             )
         name = f"{COMPOSITE_PREFIX}{query.operator}"
         planned = Planned(operator=query.operator, kind="composite", implementation=name, reasons=tuple(reasons))
-        return planned, _composite(query.operator, fn, self.backend.ledger)
+        return planned, fn
 
     def _enforce(self, resolved: Mapping[str, list[tuple[Planned, Call]]]) -> None:
         problems: dict[str, list[str]] = {}
@@ -283,35 +283,17 @@ def _native(name: str, entry: Entry, ledger: Ledger) -> Call:
     fn = entry.fn
 
     def native(*args: object, **kwargs: object) -> object:
+        launched = ledger.launches
         ledger.enter(name)
         try:
             return fn(*args, **kwargs)
         finally:
             ledger.leave(name)
+            if ledger.launches == launched:
+                # A plain callable that knows nothing of the launcher still shows, under the name of its entry.
+                ledger.record(name)
 
     return native
-
-
-def _composite(operator: str, fn: Call, ledger: Ledger) -> Call:
-    name, nested = f"{COMPOSITE_PREFIX}{operator}", f"{NESTED_PREFIX}{operator}"
-
-    def composite(*args: object, **kwargs: object) -> object:
-        outer = ledger.native
-        if outer is not None:
-            if ledger.strict:
-                raise UnsupportedError(
-                    f"{outer} called the composite of {operator!r} while it was planned as native; the plan would "
-                    f"not show it"
-                )
-            ledger.record(nested)
-        ledger.record(name)
-        ledger.enter(None)
-        try:
-            return fn(*args, **kwargs)
-        finally:
-            ledger.leave(None)
-
-    return composite
 
 
 def with_static(request: SiteRequest, **static: Static) -> SiteRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
-        return run(options)
+        code = run(options)
+        # Here rather than at the interpreter's exit, where a reader that has gone is an error.
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"polyaccel: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -31,10 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnicodeDecodeError as error:
         print(f"polyaccel: standard input is not {error.encoding} text: {error.reason}", file=sys.stderr)
         return EXIT_USAGE
+    except UnicodeEncodeError as error:
+        # The text is not in the message: what stdout cannot show, stderr may not show either.
+        print(
+            f"polyaccel: standard output is {error.encoding} and cannot show the answer; PYTHONUTF8=1 makes it UTF-8",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
+        _discard_stdout()
         return 0
+
+
+def _discard_stdout() -> None:
+    """Let what is still in stdout's buffer go nowhere; its reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _one_line(error: PolyaccelError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -47,7 +47,7 @@ class AsyncLLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: AdapterArgument = None
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Answer one prompt piece by piece; the last delta of each choice carries its completion."""
         return self._deltas(prompt, params, adapter, streams=True)
 
@@ -71,7 +71,7 @@ class AsyncLLM:
         adapter: AdapterArgument = None,
         tools: Sequence[Message] | None = None,
         **template_variables: object,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """:meth:`stream` on a conversation through the model's chat template."""
         return self.stream(self._chat_ids(messages, tools, template_variables), params, adapter=adapter)
 
@@ -103,7 +103,7 @@ class AsyncLLM:
 
     async def _deltas(
         self, prompt: Prompt, params: SamplingParams | None, adapter: AdapterArgument, *, streams: bool
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         engine = self._llm.engine
         events: asyncio.Queue[Event] = asyncio.Queue()
         request = engine.new_request(prompt, params, adapter, streams=streams, sink=_into(events))

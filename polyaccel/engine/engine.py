@@ -89,7 +89,9 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise RequestRejected(f"params must be a SamplingParams, not {type(params).__name__}")
         if params.stop and self.tokenizer is None:
-            raise RequestRejected(f"model {self.config.model!r} has no tokenizer, so stop strings cannot be watched for")
+            raise RequestRejected(
+                f"model {self.config.model!r} has no tokenizer, so stop strings cannot be watched for"
+            )
         return NewRequest(
             request_id=f"request-{next(self._ids)}",
             prompt=self._prompt_ids(prompt),

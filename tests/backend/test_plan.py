@@ -306,7 +306,20 @@ def test_calls_are_inside_an_operator_and_composites_are_recorded() -> None:
     plan["gelu"][WITHOUT](X, "none")
     assert inside == [(True, "table.rms_norm")]
     assert not backend.ledger.inside_operator
-    assert backend.ledger.counts() == {"composite.gelu": 1}
+    assert backend.ledger.counts() == {"table.rms_norm": 1, "composite.gelu": 1}
+
+
+def test_a_native_call_counts_once_whether_or_not_it_launches_through_the_guard() -> None:
+    backend: TableBackend
+
+    def guarded(x: torch.Tensor) -> object:
+        return backend.launcher.launch("mine.norm", (x,), torch.clone, x)
+
+    backend = TableBackend("cpu", {"rms_norm": guarded, "gelu": lambda x, approximate: x})
+    plan = Plan(backend, [NORM, GELU], policy="allow")
+    plan["norm"][WITHOUT](X)
+    plan["gelu"][WITHOUT](X, "none")
+    assert backend.ledger.counts() == {"mine.norm": 1, "table.gelu": 1}
 
 
 def test_a_call_that_raises_is_left_too() -> None:
@@ -346,3 +359,15 @@ def test_a_composite_inside_a_native_call_is_counted_otherwise(policy: str) -> N
     plan["norm"][WITHOUT](X)
     plan["norm"][WITHOUT](X)
     assert backend.ledger.composites() == {"nested_composite.gelu": 2, "composite.gelu": 2}
+
+
+def test_a_composite_taken_from_the_backend_itself_is_seen_inside_a_native_call_too() -> None:
+    backend: TableBackend
+
+    def norm(x: torch.Tensor) -> object:
+        return backend.composites()["gelu"](x, "none")
+
+    backend = TableBackend("cpu", {"rms_norm": norm})
+    plan = Plan(backend, [NORM], policy="strict")
+    with pytest.raises(UnsupportedError, match=r"table\.rms_norm called the composite of 'gelu'"):
+        plan["norm"][WITHOUT](X)

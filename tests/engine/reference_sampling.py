@@ -13,7 +13,13 @@ from tests.support.tiny_model import TinyModel
 
 
 def reference_tokens(
-    tiny: TinyModel, prompt: Sequence[int], params: SamplingParams, count: int, *, eos: Sequence[int] = (), choice: int = 0
+    tiny: TinyModel,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    count: int,
+    *,
+    eos: Sequence[int] = (),
+    choice: int = 0,
 ) -> list[int]:
     """``count`` tokens; end-of-sequence and stop ids do not end them, but are forbidden before ``min_tokens``."""
     output: list[int] = []
@@ -21,7 +27,9 @@ def reference_tokens(
         for index in range(count):
             ids = torch.tensor([[*prompt, *output]])
             logits = tiny.reference(ids, use_cache=False).logits[0, -1].double().numpy()
-            scores = adjusted(logits, prompt, output, params, (*eos, *params.stop_ids) if index < params.min_tokens else ())
+            scores = adjusted(
+                logits, prompt, output, params, (*eos, *params.stop_ids) if index < params.min_tokens else ()
+            )
             seed = np.array(params.seed or 0, dtype=np.uint64)
             place = np.array(len(prompt) + index)
             output.append(choose(scores, params, float(uniforms(seed, np.array(choice), place))))

@@ -160,7 +160,7 @@ def test_leaving_a_stream_early_aborts_it(tiny: TinyModel) -> None:
         async for delta in stream:
             assert delta.token_ids == (40,)
             break
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
         assert await is_idle_soon(llm)
 
     with slow(tiny) as llm:
@@ -169,9 +169,9 @@ def test_leaving_a_stream_early_aborts_it(tiny: TinyModel) -> None:
 
 def test_an_event_loop_that_ends_with_open_requests_harms_nobody(tiny: TinyModel) -> None:
     async def give_up(llm: AsyncLLM) -> None:
-        for _ in range(3):
-            asyncio.ensure_future(llm.generate([1, 2], LONG))
+        tasks = [asyncio.create_task(llm.generate([1, 2], LONG)) for _ in range(3)]
         await until(lambda: llm.health().running == 3)
+        assert not any(task.done() for task in tasks)
 
     with slow(tiny, 0.01) as llm:
         asyncio.run(give_up(llm))

@@ -250,7 +250,12 @@ def _tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
 
 
 def _other_model(folder: Path) -> None:
-    _tensors(folder, lambda tensors: tensors.update({n: torch.randn(2 * t.shape[0], t.shape[1]) for n, t in tensors.items() if "lora_B" in n}))
+    _tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {n: torch.randn(2 * t.shape[0], t.shape[1]) for n, t in tensors.items() if "lora_B" in n}
+        ),
+    )
 
 
 def _not_finite(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +39,9 @@ def test_the_order_is_that_of_the_prompts_whichever_ends_first(llm: LLM, tiny: T
     params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
     seen: list[tuple[int, int]] = []
     completions = llm.generate(PROMPTS, params, progress=lambda done, total: seen.append((done, total)))
-    assert [list(c.token_ids) for c in completions] == [tiny.greedy(p, n) for p, n in zip(PROMPTS, lengths, strict=True)]
+    assert [list(c.token_ids) for c in completions] == [
+        tiny.greedy(p, n) for p, n in zip(PROMPTS, lengths, strict=True)
+    ]
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
@@ -77,7 +81,7 @@ def test_each_prompt_may_have_its_own_params_and_adapter(llm: LLM, tiny: TinyMod
     assert len({c.token_ids[:5] for c in completions}) == 4
 
 
-# -- choices and seeds ---------------------------------------------------------------------------------------------------
+# -- choices and seeds -------------------------------------------------------------------------------------------------
 
 
 def test_choices_lie_side_by_side_with_their_index_and_differ(llm: LLM) -> None:
@@ -138,7 +142,7 @@ def test_sampled_tokens_are_the_inverse_cdf_of_transformers_probabilities(
         assert list(completion.token_ids) == reference_tokens(tiny, PROMPTS[2], asked, 12, choice=choice)
 
 
-# -- ends ----------------------------------------------------------------------------------------------------------------
+# -- ends --------------------------------------------------------------------------------------------------------------
 
 
 def test_without_max_tokens_the_answer_goes_on_to_the_end_of_the_context(tiny: TinyModel) -> None:
@@ -199,7 +203,7 @@ def test_before_min_tokens_no_end_can_be_sampled(llm: LLM, tiny: TinyModel) -> N
     assert len(without.token_ids) == 1
 
 
-# -- stop strings ----------------------------------------------------------------------------------------------------------
+# -- stop strings ------------------------------------------------------------------------------------------------------
 
 
 def _ids(tiny: TinyModel, text: str) -> list[int]:
@@ -225,9 +229,7 @@ def test_stop_strings_match_across_tokens_and_cut_the_text(
 ) -> None:
     ids = _ids(tiny, text)
     with tiny.open(backend=scripted({1: ids}, 3)) as engine:
-        params = SamplingParams(
-            temperature=0.0, seed=1, max_tokens=60, stop=stops, include_stop_str_in_output=include
-        )
+        params = SamplingParams(temperature=0.0, seed=1, max_tokens=60, stop=stops, include_stop_str_in_output=include)
         [completion] = engine.generate([1, 2, 3], params)
         deltas = list(engine.stream([1, 2, 3], params))
     assert completion.text == expected
@@ -251,7 +253,7 @@ def test_a_stop_string_ends_its_own_choice_only(tiny: TinyModel) -> None:
         assert engine.health().running == 0
 
 
-# -- log-probabilities -------------------------------------------------------------------------------------------------------
+# -- log-probabilities -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mix", [None, "plain"])
@@ -286,7 +288,7 @@ def test_without_being_asked_for_there_are_no_logprobs(llm: LLM) -> None:
     assert without.token_ids == with_them.token_ids
 
 
-# -- penalties and bias ------------------------------------------------------------------------------------------------------
+# -- penalties and bias ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_penalties_bias_and_masks_follow_the_written_rules(
     assert completion.token_ids != neighbour.token_ids
 
 
-# -- what comes with a completion ----------------------------------------------------------------------------------------------
+# -- what comes with a completion --------------------------------------------------------------------------------------
 
 
 def test_timings_add_up_and_cached_tokens_are_counted(tiny: TinyModel) -> None:
@@ -331,15 +333,10 @@ def test_timings_add_up_and_cached_tokens_are_counted(tiny: TinyModel) -> None:
     assert timing.decode > 0
 
 
-def test_a_model_without_a_tokenizer_answers_ids_with_ids(tiny: TinyModel, tmp_path: object) -> None:
-    import shutil
-    from pathlib import Path
-
-    folder = Path(str(tmp_path)) / "bare"
-    folder.mkdir()
+def test_a_model_without_a_tokenizer_answers_ids_with_ids(tiny: TinyModel, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(tiny.folder / name, folder)
-    with LLM(folder, backend=scripted({0: [40, 41]}, 3), kv_cache_bytes=1 << 20, max_num_seqs=4) as engine:
+        shutil.copy(tiny.folder / name, tmp_path)
+    with LLM(tmp_path, backend=scripted({0: [40, 41]}, 3), kv_cache_bytes=1 << 20, max_num_seqs=4) as engine:
         [completion] = engine.generate([1, 2, 3], SamplingParams(temperature=0.0, seed=0, max_tokens=2))
         assert (completion.token_ids, completion.text) == ((40, 41), "")
 

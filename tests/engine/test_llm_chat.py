@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -70,7 +72,16 @@ def test_a_streamed_conversation_gives_the_same_answer(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    ["hello", [], None, [[]], ["hello"], [{"content": "no role"}], [SHORT, "hello"], [{"role": "user", "content": object()}]],
+    [
+        "hello",
+        [],
+        None,
+        [[]],
+        ["hello"],
+        [{"content": "no role"}],
+        [SHORT, "hello"],
+        [{"role": "user", "content": object()}],
+    ],
     ids=repr,
 )
 def test_what_is_no_conversation_is_rejected(llm: LLM, messages: object) -> None:
@@ -79,13 +90,12 @@ def test_what_is_no_conversation_is_rejected(llm: LLM, messages: object) -> None
     assert llm.health().waiting == 0
 
 
-def test_a_model_without_a_template_says_so(tiny: TinyModel, tmp_path: object) -> None:
-    import shutil
-    from pathlib import Path
-
-    folder = Path(str(tmp_path)) / "bare"
+def test_a_model_without_a_template_says_so(tiny: TinyModel, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
     shutil.copytree(tiny.folder, folder)
     (folder / "chat_template.jinja").unlink()
-    with LLM(folder, backend=scripted({}, 1), kv_cache_bytes=1 << 20) as engine:
-        with pytest.raises(RequestRejected, match="no chat template"):
-            engine.chat(SHORT, PARAMS)
+    with (
+        LLM(folder, backend=scripted({}, 1), kv_cache_bytes=1 << 20) as engine,
+        pytest.raises(RequestRejected, match="no chat template"),
+    ):
+        engine.chat(SHORT, PARAMS)

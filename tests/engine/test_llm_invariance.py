@@ -89,9 +89,7 @@ def test_tokens_do_not_depend_on_prefix_cache_hits(tiny: TinyModel, alone: list[
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix cache", "no prefix cache"])
-def test_tokens_do_not_depend_on_preemption(
-    tiny: TinyModel, alone: list[Answer], overlap: bool, caching: bool
-) -> None:
+def test_tokens_do_not_depend_on_preemption(tiny: TinyModel, alone: list[Answer], overlap: bool, caching: bool) -> None:
     with opened(tiny, kv_cache_bytes=14 * BLOCK_BYTES, overlap=overlap, prefix_caching=caching) as llm:
         assert together(llm) == alone
         assert llm.engine.loop.stats().preemptions > 0

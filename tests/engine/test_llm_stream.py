@@ -14,7 +14,13 @@ from tests.support.tiny_model import END_ID, TinyModel, random_prompts, scripted
 
 PROMPT = random_prompts(1)[0]
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
-TEXTS = ("naïve 日本語 text 🏴‍☠️ and 👩‍👩‍👧 the end", "한국어", "\N{GRINNING FACE}", "tab\tnew\nline", "e\u0301 combining")
+TEXTS = (
+    "naïve 日本語 text 🏴‍☠️ and 👩‍👩‍👧 the end",
+    "한국어",
+    "\N{GRINNING FACE}",
+    "tab\tnew\nline",
+    "e\u0301 combining",
+)
 
 
 @pytest.fixture(scope="module")

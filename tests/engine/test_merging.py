@@ -184,9 +184,7 @@ def test_nothing_to_merge_or_unmerge_is_an_error(tiny: TinyModel) -> None:
         assert tokens(llm) == expected(tiny)
 
 
-def test_a_merge_that_fails_changes_nothing(
-    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_fails_changes_nothing(tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(tiny.adapter("plain").folder, folder)
     with tiny.open(adapters={"plain": folder, "ends": tiny.adapter("ends").folder}) as llm:
@@ -235,7 +233,9 @@ def test_an_adapter_loaded_with_dropped_tensors_merges_without_them(tiny: TinyMo
     shutil.copytree(tiny.adapter("plain").folder, folder)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {n.replace("layers.0", "layers.9"): t.clone() for n, t in tensors.items() if ".0.mlp.up" in n}, file)
+    save_file(
+        tensors | {n.replace("layers.0", "layers.9"): t.clone() for n, t in tensors.items() if ".0.mlp.up" in n}, file
+    )
     with tiny.open() as llm:
         llm.adapters.load("stray", folder, allow_unmatched=True)
         llm.adapters.merge("stray")

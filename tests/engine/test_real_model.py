@@ -1,7 +1,7 @@
-"""The real SmolLM2 with the two example adapters: tokens equal to those of transformers and PEFT, styles, ranks, chunks.
+"""The real SmolLM2 with the example adapters: the tokens of transformers and PEFT, styles, ranks, chunks.
 
-The reference runs once over prompt and output, without a cache. Its own greedy output is the same as ours exactly if its
-logits are largest at each of our tokens, which that one pass shows.
+The reference runs once over prompt and output, without a cache. Its own greedy output is ours exactly if its logits are
+largest at each of our tokens, which that one pass shows.
 """
 
 from __future__ import annotations

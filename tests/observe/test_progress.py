@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stderr
 
@@ -13,13 +14,15 @@ import pytest
 
 from polyaccel.observe.progress import ProgressBar
 
+MARK = b"<end>"
+
 
 class Terminal:
     """A pseudo-terminal in the place of stderr; :meth:`shown` is what a person would have seen since it was asked."""
 
     def __init__(self) -> None:
         self._reader, self._writer = pty.openpty()
-        os.set_blocking(self._reader, False)
+        termios.tcsetwinsize(self._writer, (24, 80))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -29,12 +32,12 @@ class Terminal:
             yield
 
     def shown(self) -> str:
-        pieces = []
-        while True:
-            try:
-                pieces.append(os.read(self._reader, 65_536))
-            except BlockingIOError:
-                return b"".join(pieces).decode()
+        # What is written to a terminal reaches its reader a little later; nothing overtakes the mark.
+        os.write(self._writer, MARK)
+        shown = b""
+        while not shown.endswith(MARK):
+            shown += os.read(self._reader, 65_536)
+        return shown.removesuffix(MARK).decode()
 
     def close(self) -> None:
         os.close(self._writer)
@@ -122,10 +125,15 @@ def test_a_bar_that_is_told_less_than_before_goes_back(terminal: Terminal) -> No
 
 
 def test_an_error_inside_closes_the_bar_and_is_passed_on(terminal: Terminal) -> None:
-    bar = None
-    with terminal.watched(), pytest.raises(RuntimeError, match="inside"), ProgressBar("loading", unit="B") as bar:
-        bar(1, 8)
-        assert bar._bar is not None
-        raise RuntimeError("inside")
-    assert bar is not None
+    with terminal.watched():
+        bar = ProgressBar("generating", unit="answers")
+
+    def fail() -> None:
+        with bar:
+            bar(1, 8)
+            assert bar._bar is not None
+            raise RuntimeError("inside")
+
+    with terminal.watched(), pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert bar._bar is None

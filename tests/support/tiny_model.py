@@ -192,7 +192,9 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def make_adapter(reference: Any, config: Mapping[str, object], folder: Path, seed: int, scale: float = 0.5) -> TinyAdapter:
+def make_adapter(
+    reference: Any, config: Mapping[str, object], folder: Path, seed: int, scale: float = 0.5
+) -> TinyAdapter:
     """A random adapter, saved and merged by PEFT; ``scale`` makes it matter."""
     import peft
 

@@ -106,29 +106,29 @@ def _sum_blocks(x: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
 def _prefill(
     q: torch.Tensor, kv: HeadMajorKVCache, layer: int, plan: AttentionPlan, piece: Prefill, scale: float
 ) -> torch.Tensor:
-    """A run of queries of one sequence, ``[queries, heads, head_dim]``."""
-    spec, head_dim = kv.spec, kv.spec.head_dim
+    """Several queries of each of some sequences, ``[sequences * queries, heads, head_dim]``."""
+    kv_heads, head_dim = kv.spec.kv_heads, kv.spec.head_dim
+    sequences, queries, keys = piece.sequences, piece.queries, piece.keys
+    group = q.shape[1] // kv_heads
+    # One matrix a sequence and key head; its query heads share it without a copy.
     k, v = (
-        _gather(cache, piece.chunks, head_dim).view(spec.kv_heads, 1, -1, head_dim)
+        _gather(cache, piece.chunks, head_dim).view(sequences * kv_heads, 1, -1, head_dim).expand(-1, group, -1, -1)
         for cache in (kv.keys(layer), kv.values(layer))
     )
-    queries, keys = piece.end - piece.begin, piece.context - piece.skipped
-    group = q.shape[1] // spec.kv_heads
-    k, v = (x.expand(-1, group, -1, -1) for x in (k, v))
-    rows = q[piece.begin : piece.end].view(queries, spec.kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    whole = queries == keys and (plan.window is None or plan.window >= keys)
-    if whole:
-        return _to_rows(_flash(rows, k[:, :, :keys], v[:, :, :keys], scale, causal=True))
-    mask = plan.mask(min(QUERY_TILE, max(p.end - p.begin for p in plan.prefills)), q.dtype)
-    parts = []
+    shape = (sequences, queries, kv_heads, group, head_dim)
+    rows = q[piece.begin : piece.end].view(shape).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    if queries == keys and (plan.window is None or plan.window >= keys):
+        return _to_rows(_flash(rows, k[:, :, :keys], v[:, :, :keys], scale, causal=True), sequences)
+    mask = plan.mask(min(QUERY_TILE, max(p.queries for p in plan.prefills)), q.dtype)
+    out = torch.empty_like(rows)
     for begin in range(0, queries, QUERY_TILE):
         end = min(begin + QUERY_TILE, queries)
         # Keys up to the tile's last query; with a window, from the first one that its first query sees.
         high = keys - queries + end
         low = 0 if plan.window is None else max(0, keys - queries + begin + 1 - plan.window)
         own = mask[mask.shape[0] - (end - begin) :, mask.shape[1] - (high - low) :]
-        parts.append(_to_rows(_flash(rows[:, :, begin:end], k[:, :, low:high], v[:, :, low:high], scale, mask=own)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        out[:, :, begin:end] = _flash(rows[:, :, begin:end], k[:, :, low:high], v[:, :, low:high], scale, mask=own)
+    return _to_rows(out, sequences)
 
 
 def _gather(cache: torch.Tensor, chunks: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -141,9 +141,11 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.baddbmm(q.new_empty((1, 1, 1)), q, k.transpose(1, 2), beta=0, alpha=scale)
 
 
-def _to_rows(out: torch.Tensor) -> torch.Tensor:
-    """``[kv_heads, group, queries, head_dim]`` as ``[queries, heads, head_dim]``."""
-    return out.permute(2, 0, 1, 3).flatten(1, 2)
+def _to_rows(out: torch.Tensor, sequences: int) -> torch.Tensor:
+    """``[sequences * kv_heads, group, queries, head_dim]`` as ``[sequences * queries, heads, head_dim]``."""
+    matrices, group, queries, head_dim = out.shape
+    shape = (sequences, matrices // sequences, group, queries, head_dim)
+    return out.view(shape).permute(0, 3, 1, 2, 4).reshape(sequences * queries, -1, head_dim)
 
 
 def _flash(

@@ -94,16 +94,36 @@ class PaddedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prefill:
-    """Queries ``begin:end``, the last of a sequence of ``context`` keys, of which the first ``skipped`` are not read.
+    """Queries ``begin:end``, equally many of each of ``sequences`` sequences: the last ones of ``keys`` keys.
 
-    ``chunks``: ``[kv_heads * blocks]`` int64, the (block, head) matrices of the keys from ``skipped`` on.
+    Blocks of keys that no query sees are left out. ``chunks``: ``[sequences * kv_heads * blocks]`` int64, the
+    (block, head) matrices of the keys.
     """
 
     begin: int
     end: int
-    context: int
-    skipped: int
+    sequences: int
+    keys: int
     chunks: torch.Tensor
+
+    @property
+    def queries(self) -> int:
+        """Of each sequence."""
+        return (self.end - self.begin) // self.sequences
+
+
+@dataclass(slots=True)
+class _Run:
+    """Consecutive sequences with equally many queries and keys."""
+
+    begin: int
+    end: int
+    context: int
+    tables: list[npt.NDArray[np.int32]]
+
+    def takes(self, begin: int, end: int, context: int) -> bool:
+        queries = (self.end - self.begin) // len(self.tables)
+        return begin == self.end and end - begin == queries and context == self.context
 
 
 class AttentionPlan:
@@ -130,17 +150,27 @@ class AttentionPlan:
         plan = cls(inputs.tokens, kv, heads, window)
         starts, contexts = inputs.query_starts.tolist(), inputs.context_lengths.tolist()
         covered = 0
+        run: _Run | None = None
         for first, last in _runs(starts, contexts):
-            begin, end = starts[first], starts[last]
-            if contexts[first] == 0:
+            begin, end, context = starts[first], starts[last], contexts[first]
+            if context == 0:
                 continue
             if end - begin == last - first:
                 lengths = inputs.context_lengths[first:last].astype(np.int64)
                 plan._decodes.append((begin, end, lengths, inputs.block_tables[first:last]))
                 covered += end - begin
             elif end > begin:
-                plan._add_prefill(begin, end, contexts[first], inputs.block_tables[first])
-                covered += min(end - begin, contexts[first])
+                # Queries before the first key see nothing.
+                begin += max(0, end - begin - context)
+                table = inputs.block_tables[first]
+                if run is not None and run.takes(begin, end, context):
+                    run.end = end
+                    run.tables.append(table)
+                else:
+                    plan._add_prefill(run)
+                    run = _Run(begin, end, context, [table])
+                covered += end - begin
+        plan._add_prefill(run)
         plan.covered = covered == inputs.tokens
         return plan
 
@@ -159,7 +189,7 @@ class AttentionPlan:
         key = (rows, dtype)
         found = self._masks.get(key)
         if found is None:
-            keys = max(piece.context - piece.skipped for piece in self.prefills)
+            keys = max(piece.keys for piece in self.prefills)
             distance = torch.arange(rows).unsqueeze(1) - torch.arange(keys) + (keys - rows)
             hidden = distance < 0
             if self.window is not None:
@@ -167,14 +197,21 @@ class AttentionPlan:
             found = self._masks[key] = torch.zeros((rows, keys), dtype=dtype).masked_fill_(hidden, -torch.inf)
         return found
 
-    def _add_prefill(self, begin: int, end: int, context: int, table: npt.NDArray[np.int32]) -> None:
-        size, kv_heads = self._kv.block_size, self._kv.kv_heads
-        # Queries beyond the context see nothing.
-        begin += max(0, end - begin - context)
-        lowest = 0 if self.window is None else max(0, context - (end - begin) + 1 - self.window)
-        low, high = lowest // size, -(-context // size)
-        chunks = np.arange(kv_heads)[:, None] + table[low:high].astype(np.int64)[None, :] * kv_heads
-        piece = Prefill(begin=begin, end=end, context=context, skipped=low * size, chunks=_tensor(chunks))
+    def _add_prefill(self, run: _Run | None) -> None:
+        if run is None:
+            return
+        size, kv_heads, sequences = self._kv.block_size, self._kv.kv_heads, len(run.tables)
+        queries = (run.end - run.begin) // sequences
+        lowest = 0 if self.window is None else max(0, run.context - queries + 1 - self.window)
+        low, high = lowest // size, -(-run.context // size)
+        blocks = np.stack([table[low:high] for table in run.tables]).astype(np.int64)
+        piece = Prefill(
+            begin=run.begin,
+            end=run.end,
+            sequences=sequences,
+            keys=run.context - low * size,
+            chunks=_tensor(blocks[:, None, :] * kv_heads + np.arange(kv_heads)[None, :, None]),
+        )
         self.prefills.append(piece)
 
     def _visible(self, lengths: Ints) -> tuple[Ints, Ints, Ints]:

@@ -9,6 +9,7 @@ import torch
 from polyaccel.backend.adapter_store import AdapterStore
 from polyaccel.backend.backend import Availability, Backend, Implementations
 from polyaccel.backend.composite.linear import dequantize
+from polyaccel.backend.composite.operators import CompositeOperators
 from polyaccel.backend.cpu.adapter_store import RankMajorAdapterStore
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 from polyaccel.backend.cpu.operators import CpuOperators
@@ -52,7 +53,9 @@ class CpuBackend(Backend):
             **stations.table(),
             "dequantize": self._launched("dequantize", dequantize),
         }
-        plain = {name: self._launched(name, fn) for name, fn in self.composites().items() if name not in own}
+        plain = {
+            name: self._launched(name, fn) for name, fn in CompositeOperators(self).table().items() if name not in own
+        }
         return {
             name: Entry(fn, supports=supports(name), evidence=evidence(name)) for name, fn in {**own, **plain}.items()
         }

@@ -37,7 +37,7 @@ from .device import FoldedDevice
 from .graph import FoldedGraph
 from .kv_cache import BLOCK_SIZE, FoldedKVCache
 from .operators import FoldedOperators
-from .queue import Queue
+from .work_queue import Queue
 from .sampling_state import FoldedSamplingState
 from .stations import FoldedStations
 from .step import FoldedStep, StepLoader

@@ -9,7 +9,7 @@ import torch
 
 from polyaccel.backend import Event, HostCopy, TorchDevice
 
-from .queue import Queue, QueueEvent
+from .work_queue import Queue, QueueEvent
 
 
 def poison_(tensor: torch.Tensor) -> torch.Tensor:

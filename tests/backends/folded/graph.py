@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from polyaccel.backend import Collective, Communicator, Graph, GraphKey, Ledger, OperatorError, SampleOutput, Step
 
-from .queue import Call, Queue
+from .work_queue import Call, Queue
 from .sampling_state import FoldedSamplingState
 from .step import FoldedStep
 
