@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,10 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
+
+
+def has_ended(pid: int) -> bool:
+    return not is_running(pid)
 
 
 def wait_until(happened: Callable[[], bool]) -> bool:
@@ -242,8 +247,8 @@ def test_a_worker_ends_when_its_parent_is_killed(function: str) -> None:
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+    assert parent.stdout is not None
     try:
-        assert parent.stdout is not None
         workers = [int(text) for text in parent.stdout.readline().split()]
         assert len(workers) == 2
         assert all(is_running(pid) for pid in workers)
@@ -252,4 +257,4 @@ def test_a_worker_ends_when_its_parent_is_killed(function: str) -> None:
         parent.wait()
         parent.stdout.close()
     for pid in workers:
-        assert wait_until(lambda pid=pid: not is_running(pid)), f"worker {pid} outlived its parent"
+        assert wait_until(partial(has_ended, pid)), f"worker {pid} outlived its parent"

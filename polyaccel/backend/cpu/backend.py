@@ -10,7 +10,7 @@ from polyaccel.backend.adapter_store import AdapterStore
 from polyaccel.backend.backend import Availability, Backend, Implementations
 from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.composite.operators import CompositeOperators
-from polyaccel.backend.cpu.adapter_store import RankMajorAdapterStore
+from polyaccel.backend.cpu.adapter_store import SlotMajorAdapterStore
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 from polyaccel.backend.cpu.operators import CpuOperators
 from polyaccel.backend.cpu.stations import CpuStations
@@ -80,7 +80,7 @@ class CpuBackend(Backend):
     def allocate_adapters(
         self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device
     ) -> AdapterStore:
-        return RankMajorAdapterStore(weights, rank_rows=rank_rows, slots=slots, device=device)
+        return SlotMajorAdapterStore(weights, rank_rows=rank_rows, slots=slots, device=device)
 
     def kv_block_size(self) -> int:
         return KV_BLOCK_SIZE

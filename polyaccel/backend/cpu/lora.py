@@ -1,4 +1,7 @@
-"""Adapters on linear layers by batches of segments (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285)."""
+"""Adapters on linear layers by batches of segments (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285).
+
+Products accumulate in float32; h is kept in x's dtype.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +9,110 @@ from collections.abc import Sequence
 
 import torch
 
-from polyaccel.backend.cpu.lora_plan import Batch, Expand
+from polyaccel.backend.cpu.lora_plan import Batch
+
+
+def delta(x: torch.Tensor, batches: Sequence[Batch]) -> torch.Tensor:
+    """What the batches, all of single rows, add to y: ``[T, n]`` for contiguous ``x: [T, k]``; a new tensor."""
+    if len(batches) == 1 and batches[0].covers(x.shape[0]):
+        return _expand_rows(x, batches[0])
+    out = x.new_zeros((x.shape[0], batches[0].matrices.n))
+    for batch in batches:
+        if batch.index is None:
+            out[batch.run].add_(_expand_rows(x, batch))
+        else:
+            # A row with several adapters appears several times.
+            out.index_add_(0, batch.index, _expand_rows(x, batch))
+    return out
 
 
 def add_adapters(y: torch.Tensor, x: torch.Tensor, batches: Sequence[Batch]) -> torch.Tensor:
     """Add every batch's delta to ``y: [T, n]`` (rows dense), in place; ``x: [T, k]`` contiguous. Returns y.
 
-    Products accumulate in float32 and h is kept in x's dtype. y is rounded once a row, given that no row of a narrower
-    y has several adapters or a mix weight (:attr:`AdapterPlan.single`).
+    y is rounded once a row, given that no row of a narrower y has several adapters (:attr:`AdapterPlan.single`).
     """
     for batch in batches:
-        h = _shrink(x, batch)
-        parts = (h,) if batch.slices == 1 else h.view(*h.shape[:2], batch.rank, batch.slices).movedim(3, 0).contiguous()
-        for expand in batch.expands:
-            _expand(y, parts[expand.slice], batch, expand)
+        if batch.rows == 1:
+            _add_rows(y, x, batch)
+        else:
+            _add_segments(y, x, batch)
     return y
 
 
-def _shrink(x: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """``h: [segments, rows, rank * slices]``, rank rows outer, mix weights applied."""
-    rows = x[batch.run] if batch.index is None else x.index_select(0, batch.index)
-    rows = rows.view(batch.segments, batch.rows, x.shape[1])
-    if batch.a is not None:
-        h = torch.bmm(rows, batch.a)
-    else:
-        assert batch.gather is not None
-        assert batch.a_rows is not None
-        assert batch.keep is not None
-        gathered = batch.a_rows.index_select(0, batch.gather)
-        h = torch.bmm(rows, gathered.view(batch.segments, batch.rank * batch.slices, -1).transpose(1, 2))
-        h.view(batch.segments, batch.rank, batch.slices).mul_(batch.keep.transpose(1, 2))
-    return h if batch.mix is None else h.mul_(batch.mix)
-
-
-def _expand(y: torch.Tensor, h: torch.Tensor, batch: Batch, expand: Expand) -> None:
-    b = expand.b
-    if batch.gather is not None:
-        b = b.index_select(0, batch.gather).view(batch.segments, batch.rank, -1)
-    exact = y.dtype == torch.float32
-    if batch.index is not None:
-        columns = y[:, expand.start : expand.end]
-        if exact:
-            # A row with several adapters appears several times.
-            columns.index_add_(0, batch.index, torch.bmm(h, b).flatten(0, 1))
+def _add_rows(y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
+    if y.dtype == torch.float32:
+        if batch.index is None:
+            y[batch.run].add_(_expand_rows(x, batch))
         else:
-            old = columns.index_select(0, batch.index).view(batch.segments, batch.rows, -1)
-            columns.index_copy_(0, batch.index, torch.baddbmm(old, h, b).flatten(0, 1))
+            y.index_add_(0, batch.index, _expand_rows(x, batch))
         return
-    target = y[batch.run, expand.start : expand.end]
+    # The sum is formed before it leaves float32.
+    h, b = _shrink_rows(x, batch)
+    old = y[batch.run] if batch.index is None else y.index_select(0, batch.index)
+    new = torch.baddbmm(old.reshape(len(b), 1, -1), h, b).view(old.shape)
+    if batch.index is None:
+        y[batch.run] = new
+    else:
+        y.index_copy_(0, batch.index, new)
+
+
+def _add_segments(y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
+    matrices, rank, width = batch.matrices, batch.rank, batch.matrices.width
+    rows = x[batch.run] if batch.index is None else x.index_select(0, batch.index)
+    h = torch.bmm(rows.view(batch.segments, batch.rows, x.shape[1]), batch.a)
+    if batch.mix is not None:
+        h.mul_(batch.mix)
+    b = batch.b.view(batch.segments, matrices.chunks, rank, width)
+    chunk = 0
+    for index in range(matrices.slices):
+        own = h[:, :, index * rank : (index + 1) * rank]
+        while chunk < matrices.starts[index + 1]:
+            _add_chunk(y[:, chunk * width : (chunk + 1) * width], own, b[:, chunk], batch)
+            chunk += 1
+
+
+def _add_chunk(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, batch: Batch) -> None:
+    """Add ``h @ b`` for ``h: [segments, rows, rank]`` and ``b: [segments, rank, width]`` to the batch's rows of y."""
+    if batch.index is not None:
+        if y.dtype == torch.float32:
+            y.index_add_(0, batch.index, torch.bmm(h, b).flatten(0, 1))
+        else:
+            old = y.index_select(0, batch.index).view(batch.segments, batch.rows, -1)
+            y.index_copy_(0, batch.index, torch.baddbmm(old, h, b).flatten(0, 1))
+        return
+    target = y[batch.run]
     if batch.segments == 1:
         target.addmm_(h[0], b[0])
-    elif exact:
-        target.add_(torch.bmm(h, b).flatten(0, 1))
     else:
-        # One rounding: the sum is formed before it leaves float32.
         grouped = target.view(batch.segments, batch.rows, -1)
         grouped.copy_(torch.baddbmm(grouped, h, b))
+
+
+def _expand_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """``[segments, n]``: the delta of each of the batch's single rows."""
+    return torch.bmm(*_shrink_rows(x, batch)).view(batch.segments, batch.matrices.n)
+
+
+def _shrink_rows(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """h, repeated for each chunk of its slice, ``[segments * chunks, 1, rank]``, and the B that goes with it."""
+    matrices, segments, rank = batch.matrices, batch.segments, batch.rank
+    if batch.index is not None:
+        x = x.index_select(0, batch.index)
+    elif not batch.covers(x.shape[0]):
+        x = x[batch.run]
+    a, b = batch.a, batch.b
+    if batch.gather is not None:
+        gather = batch.gather
+        a = matrices.a.view(-1, matrices.k).index_select(0, gather.a)
+        a = a.view(segments, matrices.slices * rank, matrices.k).transpose(1, 2)
+        b = matrices.b.view(-1, matrices.width).index_select(0, gather.b)
+        b = b.view(segments * matrices.chunks, rank, matrices.width)
+    h = torch.bmm(x.unsqueeze(1), a)
+    if batch.gather is not None:
+        h.mul_(batch.gather.keep)
+    if batch.mix is not None:
+        h.mul_(batch.mix)
+    h = h.view(segments, matrices.slices, rank)
+    if matrices.chunk_slices is not None:
+        h = h.index_select(1, matrices.chunk_slices)
+    return h.view(segments * matrices.chunks, 1, rank), b

@@ -1,44 +1,43 @@
 """How a row set's adapters are applied: which rows go together through which batch of A and B matrices.
 
-Segments (runs of triples of one slot) whose rows, ranks and distances between first rank rows are equal form one batch,
-so that eight requests on eight adapters of one rank are one batched product a projection: each adapter's A and B are
-read once, in place, and no row multiplies by another's. Where ranks are mixed, single rows are gathered into a batch.
+Segments (runs of triples of one slot) of equally many rows whose slots have equally many rank rows and lie one after the
+other form one batch. Eight requests on eight adapters of one rank are thus one batched product to shrink and one to
+expand: each adapter is read once, in place, and no row multiplies by another's. Where ranks are mixed, single rows are
+gathered into such a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from polyaccel.backend.cpu.slot_matrices import SlotMatrices
 from polyaccel.backend.step import AdapterRows
 
 if TYPE_CHECKING:
-    from polyaccel.backend.cpu.adapter_store import RankMajorAdapterStore
+    from polyaccel.backend.cpu.adapter_store import SlotMajorAdapterStore
 
-# Fixed cost of one more batch at a projection, in bytes that could be copied instead; measured, see docs/cpu.md.
+# Fixed cost of one more batch at a site, in bytes that could be copied instead; measured, see docs/cpu.md.
 BATCH_COST_BYTES = 1 << 18
 
 
-class SegmentRanks(NamedTuple):
-    """Where one slot's rank rows begin, and how many of them a site uses: at most, and by slice."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Gather:
+    """Copies instead of views: rows of the flat A and B, and which of them count.
 
-    first: int
-    rank: int
-    by_slice: tuple[int, ...]
+    Attributes:
+        a: ``[segments * slices * rank]`` int64 rows of ``[rank_rows * slices, k]``.
+        b: ``[segments * chunks * rank]`` int64 rows of ``[rank_rows * chunks, width]``.
+        keep: ``[segments, 1, slices * rank]`` of the dtype, 0 where a slot has no such rank row.
+    """
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Expand:
-    """Columns ``start:end`` of y get ``h[slice] @ b`` with ``b: [segments, rank, end - start]``."""
-
-    slice: int
-    start: int
-    end: int
+    a: torch.Tensor
     b: torch.Tensor
+    keep: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,25 +45,42 @@ class Batch:
     """Segments that go through one batched product at one site.
 
     Attributes:
-        segments: how many; rows: of each of them.
+        segments: how many; rows: of each of them; rank: rank rows of each slot.
         run: the rows of x and y where they are consecutive; index: ``[segments * rows]`` int64 otherwise.
         mix: ``[segments, rows, 1]``, or None where all weights are 1.
-        a: ``[segments, k, rank * slices]``, rank rows outer: a view of the store, or None where ``gather`` says which.
-        gather: rank rows ``[segments * rank]`` int64; keep: ``[segments, 1, rank]``, 0 on rows beyond the true rank.
+        a: ``[segments, k, slices * rank]`` and b: ``[segments * chunks, rank, width]``, views of the store, or empty
+            where ``gather`` says what to copy.
     """
 
+    matrices: SlotMatrices
     segments: int
     rows: int
     rank: int
-    slices: int
     run: slice | None
     index: torch.Tensor | None
     mix: torch.Tensor | None
-    a: torch.Tensor | None
-    expands: tuple[Expand, ...]
-    gather: torch.Tensor | None = None
-    keep: torch.Tensor | None = None
-    a_rows: torch.Tensor | None = None
+    a: torch.Tensor
+    b: torch.Tensor
+    gather: Gather | None
+
+    def covers(self, rows: int) -> bool:
+        """Whether these are all rows of x, in order."""
+        return self.run is not None and self.run.start == 0 and self.run.stop == rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Triples ``start:end`` of one slot, and its rank rows."""
+
+    start: int
+    end: int
+    slot: int
+    first: int
+    rank: int
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
 
 
 class AdapterPlan:
@@ -72,137 +88,105 @@ class AdapterPlan:
 
     Attributes:
         single: no row has two adapters and all mix weights are 1.
+        decode: every segment is a single row.
     """
 
-    def __init__(self, store: RankMajorAdapterStore, triples: AdapterRows) -> None:
+    def __init__(self, store: SlotMajorAdapterStore, triples: AdapterRows) -> None:
         self._store = store
         self._triples = triples
-        self._slots: list[int] = triples.segment_slots.tolist()
-        self._starts: list[int] = triples.starts.tolist()
+        starts, ranges = triples.starts.tolist(), store.ranges()
+        self._segments = [
+            _Segment(start, end, slot, where.first_rank_row, where.rank_rows)
+            for slot, start, end in zip(triples.segment_slots.tolist(), starts[:-1], starts[1:], strict=True)
+            if (where := ranges[slot]) is not None and where.rank_rows > 0
+        ]
         self._weighted = bool(np.any(triples.weights != 1.0))
         self.single = not self._weighted and len(np.unique(triples.rows)) == len(triples)
+        self.decode = all(segment.rows == 1 for segment in self._segments)
         self._sites: dict[str, tuple[Batch, ...]] = {}
 
     def batches(self, site: str) -> tuple[Batch, ...]:
         """The batches at a site; none where no adapter of the step touches it."""
         found = self._sites.get(site)
         if found is None:
-            found = self._sites[site] = tuple(self._build(site)) if site in self._store.sites else ()
+            matrices = self._store.linear.get(site)
+            found = self._sites[site] = () if matrices is None else tuple(self._build(site, matrices))
         return found
 
-    def _build(self, site: str) -> list[Batch]:
-        ranks = self._store.segment_ranks(site, self._slots)
-        used = [i for i, segment in enumerate(ranks) if segment.rank > 0]
-        groups = self._group(used, ranks)
-        singles = [i for i in used if self._rows(i) == 1]
-        if len(singles) > 1:
-            # Batches of single rows, each in its place, against one batch of copies.
-            in_place = [group for group in groups if self._rows(group[0]) == 1]
-            largest = max(ranks[i].rank for i in singles)
-            if (len(in_place) - 1) * BATCH_COST_BYTES > 2 * len(singles) * largest * self._row_bytes(site):
-                others = [group for group in groups if self._rows(group[0]) > 1]
-                return [*(self._strided(site, group, ranks) for group in others), self._gathered(site, singles, ranks)]
-        return [self._strided(site, group, ranks) for group in groups]
-
-    def _group(self, used: Sequence[int], ranks: Sequence[SegmentRanks]) -> list[list[int]]:
-        groups: list[list[int]] = []
-        for i in used:
-            last = groups[-1] if groups else None
-            if last is not None and self._continues(last, i, ranks):
-                last.append(i)
+    def _build(self, site: str, matrices: SlotMatrices) -> list[Batch]:
+        used = [segment for segment in self._segments if self._store.touches(site, segment.slot)]
+        groups: list[list[_Segment]] = []
+        for segment in used:
+            if groups and _continues(groups[-1][-1], segment):
+                groups[-1].append(segment)
             else:
-                groups.append([i])
-        return groups
+                groups.append([segment])
+        singles = [segment for segment in used if segment.rows == 1]
+        of_singles = [group for group in groups if group[0].rows == 1]
+        if len(of_singles) > 1:
+            row_bytes = (matrices.slices * matrices.k + matrices.n) * matrices.a.element_size()
+            copied = 2 * len(singles) * max(segment.rank for segment in singles) * row_bytes
+            if (len(of_singles) - 1) * BATCH_COST_BYTES > copied:
+                others = [group for group in groups if group[0].rows > 1]
+                return [*(self._views(matrices, group) for group in others), self._copies(matrices, singles)]
+        return [self._views(matrices, group) for group in groups]
 
-    def _continues(self, group: Sequence[int], i: int, ranks: Sequence[SegmentRanks]) -> bool:
-        previous = ranks[group[-1]]
-        if self._rows(i) != self._rows(group[0]) or ranks[i].by_slice != previous.by_slice:
-            return False
-        stride = ranks[i].first - previous.first
-        if len(group) == 1:
-            return stride > 0
-        return stride == previous.first - ranks[group[-2]].first
+    def _views(self, matrices: SlotMatrices, group: Sequence[_Segment]) -> Batch:
+        first, rank = group[0].first, group[0].rank
+        everything = len(group) * rank
+        a = matrices.a_of(first, everything).view(len(group), matrices.slices * rank, matrices.k).transpose(1, 2)
+        b = matrices.b_of(first, everything).view(len(group) * matrices.chunks, rank, matrices.width)
+        return self._batch(matrices, group, rank, a, b, None)
 
-    def _strided(self, site: str, group: Sequence[int], ranks: Sequence[SegmentRanks]) -> Batch:
-        first, rank, by_slice = ranks[group[0]]
-        stride = ranks[group[1]].first - first if len(group) > 1 else rank
-        a_rows = self._store.a_rows(site)
-        _, slices, k = a_rows.shape
-        expands = []
-        column = 0
-        for i, b in enumerate(self._store.sites[site].b):
-            if by_slice[i] and b.shape[1]:
-                view = b[first:].as_strided((len(group), rank, b.shape[1]), (stride * b.stride(0), b.stride(0), 1))
-                expands.append(Expand(i, column, column + b.shape[1], view))
-            column += b.shape[1]
-        start = a_rows[first:]
-        a = start.as_strided((len(group), rank * slices, k), (stride * a_rows.stride(0), k, 1)).transpose(1, 2)
-        return self._batch(group, rank=rank, slices=slices, a=a, expands=tuple(expands))
-
-    def _gathered(self, site: str, group: Sequence[int], ranks: Sequence[SegmentRanks]) -> Batch:
-        rank = max(ranks[i].rank for i in group)
-        own = np.array([ranks[i].rank for i in group])[:, None]
-        place = np.arange(rank)[None, :]
-        first = np.array([ranks[i].first for i in group])[:, None]
-        rows = torch.from_numpy((first + np.minimum(place, own - 1)).reshape(-1).astype(np.int64))
-        a_rows = self._store.a_rows(site)
-        keep = torch.from_numpy((place < own)[:, None, :]).to(a_rows.dtype)
-        expands = []
-        column = 0
-        for i, b in enumerate(self._store.sites[site].b):
-            if b.shape[1] and any(ranks[j].by_slice[i] for j in group):
-                expands.append(Expand(i, column, column + b.shape[1], b))
-            column += b.shape[1]
-        return self._batch(
-            group,
-            rank=rank,
-            slices=a_rows.shape[1],
-            a=None,
-            expands=tuple(expands),
-            gather=rows,
-            keep=keep,
-            a_rows=a_rows,
+    def _copies(self, matrices: SlotMatrices, group: Sequence[_Segment]) -> Batch:
+        rank = max(segment.rank for segment in group)
+        own = np.array([segment.rank for segment in group], dtype=np.int64)[:, None, None]
+        first = np.array([segment.first for segment in group], dtype=np.int64)[:, None, None]
+        place = np.arange(rank)[None, None, :]
+        inside = np.minimum(place, own - 1)
+        a = first * matrices.slices + np.arange(matrices.slices)[None, :, None] * own + inside
+        b = first * matrices.chunks + np.arange(matrices.chunks)[None, :, None] * own + inside
+        keep = np.broadcast_to(place < own, a.shape).reshape(len(group), 1, -1)
+        gather = Gather(
+            a=torch.from_numpy(a.reshape(-1)),
+            b=torch.from_numpy(b.reshape(-1)),
+            keep=torch.from_numpy(keep.copy()).to(matrices.a.dtype),
         )
+        return self._batch(matrices, group, rank, matrices.a[:0], matrices.b[:0], gather)
 
     def _batch(
         self,
-        group: Sequence[int],
-        *,
+        matrices: SlotMatrices,
+        group: Sequence[_Segment],
         rank: int,
-        slices: int,
-        a: torch.Tensor | None,
-        expands: tuple[Expand, ...],
-        gather: torch.Tensor | None = None,
-        keep: torch.Tensor | None = None,
-        a_rows: torch.Tensor | None = None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        gather: Gather | None,
     ) -> Batch:
-        triples, each = self._triples, self._rows(group[0])
-        places = np.concatenate([np.arange(self._starts[i], self._starts[i + 1]) for i in group])
-        rows = triples.rows[places].astype(np.int64)
+        each = group[0].rows
+        places = np.concatenate([np.arange(segment.start, segment.end) for segment in group])
+        rows = self._triples.rows[places].astype(np.int64)
         consecutive = bool(np.all(rows[1:] - rows[:-1] == 1))
         mix = None
         if self._weighted:
-            mix = torch.from_numpy(triples.weights[places].reshape(len(group), each, 1))
+            mix = torch.from_numpy(self._triples.weights[places].reshape(len(group), each, 1))
         return Batch(
+            matrices=matrices,
             segments=len(group),
             rows=each,
             rank=rank,
-            slices=slices,
             run=slice(int(rows[0]), int(rows[0]) + len(rows)) if consecutive else None,
             index=None if consecutive else torch.from_numpy(rows),
             mix=mix,
             a=a,
-            expands=expands,
+            b=b,
             gather=gather,
-            keep=keep,
-            a_rows=a_rows,
         )
 
-    def _rows(self, segment: int) -> int:
-        return self._starts[segment + 1] - self._starts[segment]
 
-    def _row_bytes(self, site: str) -> int:
-        """Bytes of one rank row of A and B at a site."""
-        buffers = self._store.sites[site]
-        width = self._store.a_rows(site).shape[1:].numel() + sum(b.shape[1] for b in buffers.b)
-        return width * buffers.a.element_size()
+def _continues(previous: _Segment, segment: _Segment) -> bool:
+    return (
+        segment.rows == previous.rows
+        and segment.rank == previous.rank
+        and segment.first == previous.first + previous.rank
+    )

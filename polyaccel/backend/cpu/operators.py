@@ -147,14 +147,26 @@ class CpuOperators:
     ) -> torch.Tensor:
         """Add the step's adapters at this weight to ``y``, in place, for checked, contiguous x."""
         plan = step.adapter_plan(row_set)
-        if plan is None:
-            return y
-        batches = plan.batches(weight.spec.site)
-        if not batches:
+        batches = plan.batches(weight.spec.site) if plan is not None else ()
+        if plan is None or not batches:
             return y
         if plan.single or y.dtype == torch.float32:
             return self._launch("cpu.sgmv", (y, x), lora.add_adapters, y, x, batches)
         return self._launch("cpu.sgmv_wide", (y, x), composite_sgmv, y, x, weight, step, row_set)
+
+    def delta(self, x: torch.Tensor, weight: PackedWeight, step: CpuStep, row_set: RowSet) -> torch.Tensor | None:
+        """What the step's adapters add at this weight, to be added by the product itself; None where they add nothing.
+
+        Only where :meth:`adds_by_product` says so.
+        """
+        plan = step.adapter_plan(row_set)
+        batches = plan.batches(weight.spec.site) if plan is not None else ()
+        return self._launch("cpu.sgmv", (x,), lora.delta, x, batches) if batches else None
+
+    def adds_by_product(self, x: torch.Tensor, step: CpuStep, row_set: RowSet) -> bool:
+        """Whether adapters are best added by the base product: few rows, whose deltas are one batched product."""
+        plan = step.adapter_plan(row_set)
+        return plan is None or (plan.decode and x.dtype == torch.float32)
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -15,13 +16,17 @@ from polyaccel.backend.cpu.step import CpuStep, own_cache
 from polyaccel.backend.cpu.weight import PackedWeight
 from polyaccel.backend.guard import Launcher
 from polyaccel.backend.kv_cache import KVCache
-from polyaccel.backend.rope import RopeTable
+from polyaccel.backend.rope import RopeStyle, RopeTable
 from polyaccel.backend.step import RowSet, Step
 from polyaccel.backend.weight import Weight
 
 
 class CpuStations:
-    """Stations of one backend instance. Without adapters a station is one launch; adapters come between its parts."""
+    """Stations of one backend instance.
+
+    A station is one launch. Adapters are one more before it, whose result the product adds; those of prefill, and of
+    narrower dtypes, are added between the station's parts.
+    """
 
     def __init__(self, launcher: Launcher, operators: CpuOperators) -> None:
         self._launch = launcher.launch
@@ -37,9 +42,8 @@ class CpuStations:
         }
 
     def column_linear(self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
-        own = check_rows("column_linear", x, weight)
-        x = self._operators.contiguous("column_linear", "x", x)
-        return self._adapted(x, own, CpuStep.of("column_linear", step), row_set)
+        own, x, own_step = self._operands("column_linear", x, weight, step)
+        return self._product(x, own, own_step, row_set)
 
     def qkv_rope_cache(
         self,
@@ -54,48 +58,39 @@ class CpuStations:
         layer: int,
         head_dim: int,
     ) -> torch.Tensor:
-        own, cache = check_rows("qkv_rope_cache", x, weight), own_cache("qkv_rope_cache", kv)
-        own_step = CpuStep.of("qkv_rope_cache", step)
-        x = self._operators.contiguous("qkv_rope_cache", "x", x)
+        own, x, own_step = self._operands("qkv_rope_cache", x, weight, step)
+        cache = own_cache("qkv_rope_cache", kv)
         cos, sin = own_step.rope_rows(rope)
-        q_heads = own.spec.slices[0].n // head_dim
-        place = (cache, layer, own_step.kv_rows(cache))
-        norms = (q_norm, k_norm, self._operators.scalar(eps))
-        if own_step.adapted:
-            y = self._adapted(x, own, own_step, "tokens")
-            operands = (y, cos, sin, q_norm, k_norm)
-            return self._launch(
-                "cpu.rope_cache", operands, rope_cache, y, q_heads, head_dim, cos, sin, rope.style, norms, place
-            )
-        operands = (x, cos, sin, q_norm, k_norm)
-        return self._launch(
-            "cpu.qkv_rope_cache",
-            operands,
-            qkv_rope_cache,
-            x,
-            own,
-            q_heads,
+        heads = Heads(
+            own.spec.slices[0].n // head_dim,
             head_dim,
             cos,
             sin,
             rope.style,
-            norms,
-            place,
+            q_norm,
+            k_norm,
+            self._operators.scalar(eps),
         )
+        place = (cache, layer, own_step.kv_rows(cache))
+        if own_step.adapted and not self._operators.adds_by_product(x, own_step, "tokens"):
+            y = self._product(x, own, own_step, "tokens")
+            return self._launch("cpu.rope_cache", (y, cos, sin, q_norm, k_norm), rope_cache, y, heads, place)
+        extra = self._operators.delta(x, own, own_step, "tokens") if own_step.adapted else None
+        operands = (x, cos, sin, q_norm, k_norm, extra)
+        return self._launch("cpu.qkv_rope_cache", operands, qkv_rope_cache, x, own, extra, heads, place)
 
     def gate_up_act(self, x: torch.Tensor, weight: Weight, step: Step, act: str = "silu") -> torch.Tensor:
-        own, own_step = check_rows("gate_up_act", x, weight), CpuStep.of("gate_up_act", step)
-        x = self._operators.contiguous("gate_up_act", "x", x)
-        if own_step.adapted:
-            return self._operators.silu_and_mul(self._adapted(x, own, own_step, "tokens"))
-        return self._launch("cpu.gate_up_act", (x,), gate_up_act, x, own)
+        own, x, own_step = self._operands("gate_up_act", x, weight, step)
+        if own_step.adapted and not self._operators.adds_by_product(x, own_step, "tokens"):
+            return self._operators.silu_and_mul(self._product(x, own, own_step, "tokens"))
+        extra = self._operators.delta(x, own, own_step, "tokens") if own_step.adapted else None
+        return self._launch("cpu.gate_up_act", (x, extra), gate_up_act, x, own, extra)
 
     def row_parallel_linear(
         self, x: torch.Tensor, weight: Weight, step: Step, comm: Communicator, reduce: bool = True
     ) -> torch.Tensor:
-        own = check_rows("row_parallel_linear", x, weight)
-        x = self._operators.contiguous("row_parallel_linear", "x", x)
-        y = self._adapted(x, own, CpuStep.of("row_parallel_linear", step), "tokens")
+        own, x, own_step = self._operands("row_parallel_linear", x, weight, step)
+        y = self._product(x, own, own_step, "tokens")
         if reduce and comm.world_size > 1:
             return self._launch("cpu.all_reduce", (y,), comm.all_reduce, y)
         return y
@@ -116,58 +111,74 @@ class CpuStations:
             y = self.row_parallel_linear(x, weight, step, comm)
             operands = (y, residual, norm_weight)
             return launch("cpu.add_rms_norm", operands, dense.add_rms_norm, y, residual, norm_weight, scalar)
-        own, own_step = check_rows("row_parallel_add_norm", x, weight), CpuStep.of("row_parallel_add_norm", step)
-        x = operators.contiguous("row_parallel_add_norm", "x", x)
+        own, x, own_step = self._operands("row_parallel_add_norm", x, weight, step)
         residual = operators.contiguous("row_parallel_add_norm", "residual", residual)
-        if own_step.adapted:
+        if own_step.adapted and not operators.adds_by_product(x, own_step, "tokens"):
             s = launch("cpu.linear_add", (x, residual), multiply_add, x, own, residual)
             s = operators.adapt(s, x, own, own_step, "tokens")
             return launch("cpu.rms_norm", (s, norm_weight), dense.rms_norm, s, norm_weight, scalar), s
-        operands = (x, residual, norm_weight)
-        return launch("cpu.linear_add_norm", operands, linear_add_norm, x, own, residual, norm_weight, scalar)
+        extra = operators.delta(x, own, own_step, "tokens") if own_step.adapted else None
+        fused = linear_add_norm
+        return launch(
+            "cpu.linear_add_norm",
+            (x, residual, norm_weight, extra),
+            fused,
+            x,
+            own,
+            extra,
+            residual,
+            norm_weight,
+            scalar,
+        )
 
-    def _adapted(self, x: torch.Tensor, weight: PackedWeight, step: CpuStep, row_set: RowSet) -> torch.Tensor:
+    def _operands(
+        self, station: str, x: torch.Tensor, weight: Weight, step: Step
+    ) -> tuple[PackedWeight, torch.Tensor, CpuStep]:
+        own = check_rows(station, x, weight)
+        return own, self._operators.contiguous(station, "x", x), CpuStep.of(station, step)
+
+    def _product(self, x: torch.Tensor, weight: PackedWeight, step: CpuStep, row_set: RowSet) -> torch.Tensor:
         """``x @ W.T + bias`` and the step's adapters; a new contiguous tensor."""
-        y = self._operators.project(x, weight)
-        return self._operators.adapt(y, x, weight, step, row_set) if step.adapted else y
+        operators = self._operators
+        if not step.adapted:
+            return operators.project(x, weight)
+        if not operators.adds_by_product(x, step, row_set):
+            return operators.adapt(operators.project(x, weight), x, weight, step, row_set)
+        extra = operators.delta(x, weight, step, row_set)
+        if extra is None:
+            return operators.project(x, weight)
+        return self._launch("cpu.linear_add", (x, extra), multiply_add, x, weight, extra)
 
 
-Norms = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
-"""Weights of the norms of q and k, and eps."""
+class Heads(NamedTuple):
+    """How a row falls into heads, and what happens to those of q and k."""
+
+    q_heads: int
+    head_dim: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    style: RopeStyle
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    eps: torch.Tensor
+
 
 Place = tuple[HeadMajorKVCache, int, torch.Tensor]
 """Cache, layer, and the rows that keys and values go to."""
 
 
 def qkv_rope_cache(
-    x: torch.Tensor,
-    weight: PackedWeight,
-    q_heads: int,
-    head_dim: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    style: str,
-    norms: Norms,
-    place: Place,
+    x: torch.Tensor, weight: PackedWeight, extra: torch.Tensor | None, heads: Heads, place: Place
 ) -> torch.Tensor:
-    """The product, and :func:`rope_cache` of it."""
-    return rope_cache(multiply(x, weight), q_heads, head_dim, cos, sin, style, norms, place)
+    """:func:`rope_cache` of the product and what is to be added to it."""
+    return rope_cache(multiply(x, weight) if extra is None else multiply_add(x, weight, extra), heads, place)
 
 
-def rope_cache(
-    y: torch.Tensor,
-    q_heads: int,
-    head_dim: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    style: str,
-    norms: Norms,
-    place: Place,
-) -> torch.Tensor:
+def rope_cache(y: torch.Tensor, heads: Heads, place: Place) -> torch.Tensor:
     """Norm and rotate q and k in place in ``y: [T, n]``, store k and v; returns q, ``[T, heads, head_dim]``."""
-    x = y.view(y.shape[0], y.shape[1] // head_dim, head_dim)
+    q_heads, head_dim, cos, sin, style, q_norm, k_norm, eps = heads
     kv, layer, rows = place
-    q_norm, k_norm, eps = norms
+    x = y.view(y.shape[0], y.shape[1] // head_dim, head_dim)
     end = q_heads + kv.spec.kv_heads
     if q_norm is not None:
         q = x[:, :q_heads]
@@ -181,14 +192,19 @@ def rope_cache(
     return x[:, :q_heads]
 
 
-def gate_up_act(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """``silu(gate) * up`` of the product's halves."""
-    return dense.silu_and_mul(multiply(x, weight))
+def gate_up_act(x: torch.Tensor, weight: PackedWeight, extra: torch.Tensor | None) -> torch.Tensor:
+    """``silu(gate) * up`` of the halves of the product and what is to be added to it."""
+    return dense.silu_and_mul(multiply(x, weight) if extra is None else multiply_add(x, weight, extra))
 
 
 def linear_add_norm(
-    x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor, norm_weight: torch.Tensor, eps: torch.Tensor
+    x: torch.Tensor,
+    weight: PackedWeight,
+    extra: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(:func:`~polyaccel.backend.cpu.dense.rms_norm` of s, s) with ``s = x @ W.T + bias + residual``, rounded once."""
-    s = multiply_add(x, weight, residual)
+    """(:func:`~polyaccel.backend.cpu.dense.rms_norm` of s, s) with ``s = x @ W.T + bias + residual + extra``."""
+    s = multiply_add(x, weight, residual if extra is None else extra.add_(residual))
     return dense.rms_norm(s, norm_weight, eps), s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from polyaccel.backend.composite.step import TensorStep
-from polyaccel.backend.cpu.adapter_store import RankMajorAdapterStore
+from polyaccel.backend.cpu.adapter_store import SlotMajorAdapterStore
 from polyaccel.backend.cpu.attention_plan import AttentionPlan
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 from polyaccel.backend.cpu.lora_plan import AdapterPlan
@@ -83,7 +83,7 @@ class CpuStep(TensorStep):
             plan: AdapterPlan | None = None
             if len(triples):
                 store = self.state.adapters
-                if not isinstance(store, RankMajorAdapterStore):
+                if not isinstance(store, SlotMajorAdapterStore):
                     raise OperatorError("sgmv", f"the step names adapters but its store is {type(store).__name__}")
                 plan = store.plan(triples)
             self._adapter_plans[row_set] = plan
