@@ -18,7 +18,7 @@ from polyaccel.backend import registry
 from polyaccel.backend.adapter_store import AdapterStore, PackedAdapter, SlotRange
 from polyaccel.backend.backend import Backend, RankAddress
 from polyaccel.backend.communicator import Communicator
-from polyaccel.backend.device import Device, HostCopy
+from polyaccel.backend.device import Device, HostCopy, ReadyHostCopy
 from polyaccel.backend.errors import CommunicationError, ConfigurationError, OutOfMemory
 from polyaccel.backend.kv_cache import KVCache
 from polyaccel.backend.plan import Plan, SiteRequest
@@ -54,6 +54,11 @@ class PendingStep:
     logprobs: HostCopy | None
     top_ids: HostCopy | None
     top_logprobs: HostCopy | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the device had computed it when it was queued, as devices without a queue do."""
+        return isinstance(self.ids, ReadyHostCopy)
 
     def wait(self) -> StepResult:
         return StepResult(

@@ -78,6 +78,9 @@ class _Loop:
 
     def _step(self, message: StepMessage) -> None:
         self._pending.append(self._runner.execute(message))
+        # A device that computes before it returns: the engine need not wait for the step that it has queued meanwhile.
+        while self._pending and self._pending[0].is_ready:
+            self._answer_step()
 
     def _answer_step(self) -> None:
         step = self._pending.popleft()

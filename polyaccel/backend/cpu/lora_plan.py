@@ -1,9 +1,9 @@
 """How a row set's adapters are applied: which rows go together through which batch of A and B matrices.
 
-Segments (runs of triples of one slot) of equally many rows whose slots have equally many rank rows and lie one after the
-other form one batch. Eight requests on eight adapters of one rank are thus one batched product to shrink and one to
-expand: each adapter is read once, in place, and no row multiplies by another's. Where ranks are mixed, single rows are
-gathered into such a batch.
+Segments (runs of triples of one slot) of equally many rows whose slots have equally many rank rows and lie one after
+the other form one batch. Eight requests on eight adapters of one rank are thus one batched product to shrink and one
+to expand: each adapter is read once, in place, and no row multiplies by another's. Where ranks are mixed, single rows
+are gathered into such a batch.
 """
 
 from __future__ import annotations

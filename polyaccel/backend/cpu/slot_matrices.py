@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -15,8 +16,8 @@ from polyaccel.backend.weight import WeightSpec
 class SlotMatrices:
     """A slot of R rank rows from row f on owns ``A: [slices, R, k]`` and ``B: [chunks, R, width]``, each contiguous.
 
-    ``width`` divides the width of every slice, so a row of y is ``chunks`` pieces of one width, whatever the slices are:
-    with h repeated for each chunk of its slice, the expansion of all slices of all slots is one batched product.
+    ``width`` divides the width of every slice, so a row of y is ``chunks`` pieces of one width, whatever the slices
+    are: with h repeated for each chunk of its slice, all slices of all slots are expanded by one batched product.
 
     Attributes:
         starts: first chunk of each slice, and the end.
@@ -37,7 +38,7 @@ class SlotMatrices:
     def allocate(cls, spec: WeightSpec, rank_rows: int) -> SlotMatrices:
         width = max(1, math.gcd(*(part.n for part in spec.slices)))
         starts = tuple(start // width for start in spec.starts)
-        counts = [end - start for start, end in zip(starts[:-1], starts[1:], strict=True)]
+        counts = [end - start for start, end in pairwise(starts)]
         owners = [index for index, count in enumerate(counts) for _ in range(count)]
         return cls(
             slices=len(spec.slices),
