@@ -37,11 +37,11 @@ from .device import FoldedDevice
 from .graph import FoldedGraph
 from .kv_cache import BLOCK_SIZE, FoldedKVCache
 from .operators import FoldedOperators
-from .work_queue import Queue
 from .sampling_state import FoldedSamplingState
 from .stations import FoldedStations
 from .step import FoldedStep, StepLoader
 from .weight import FoldedWeight
+from .work_queue import Queue
 
 
 class FoldedBackend(Backend):

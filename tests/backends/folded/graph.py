@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from polyaccel.backend import Collective, Communicator, Graph, GraphKey, Ledger, OperatorError, SampleOutput, Step
 
-from .work_queue import Call, Queue
 from .sampling_state import FoldedSamplingState
 from .step import FoldedStep
+from .work_queue import Call, Queue
 
 
 class FoldedGraph(Graph):
