@@ -61,6 +61,16 @@ def test_variables_reach_the_template(llm: LLM, tiny: TinyModel) -> None:
     assert list(completion.token_ids) != tiny.greedy(template_ids(tiny, SHORT), 8)
 
 
+def test_tools_reach_the_template(llm: LLM, tiny: TinyModel) -> None:
+    tools = [{"type": "function", "function": {"name": "temps", "description": "é", "parameters": {}}}]
+    ids = template_ids(tiny, SHORT, tools=tools)
+    assert len(ids) > len(template_ids(tiny, SHORT))
+    [completion] = llm.chat(SHORT, PARAMS, tools=tools)
+    assert list(completion.token_ids) == tiny.greedy(ids, 8)
+    deltas = list(llm.stream_chat(SHORT, PARAMS, tools=tools))
+    assert [token for delta in deltas for token in delta.token_ids] == tiny.greedy(ids, 8)
+
+
 def test_a_streamed_conversation_gives_the_same_answer(llm: LLM) -> None:
     [whole] = llm.chat(LONG, PARAMS, adapter="plain")
     deltas = list(llm.stream_chat(LONG, PARAMS, adapter="plain"))

@@ -150,6 +150,18 @@ def test_a_request_is_checked_and_queued_before_the_first_delta_is_asked_for(llm
     assert len(list(stream)) == 4
 
 
+def test_a_call_that_is_interrupted_aborts_all_of_its_requests(llm: LLM, tiny: TinyModel) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (2, 400, 400)]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT] * 3, params, progress=interrupt)
+    assert wait_until(lambda: is_idle(llm))
+    [completion] = llm.generate(PROMPT, params[0])
+    assert list(completion.token_ids) == tiny.greedy(PROMPT, 2)
+
+
 def test_closing_the_engine_ends_open_streams(tiny: TinyModel) -> None:
     engine = tiny.open(backend=scripted({0: [40] * 400}, len(PROMPT), latency=0.05))
     stream = engine.stream(PROMPT, SamplingParams(temperature=0.0, seed=0, max_tokens=400))

@@ -28,6 +28,7 @@ from polyaccel import (
     SamplingParams,
     WorkerError,
 )
+from polyaccel.engine import process_executor
 from tests.support.processes import children, is_running, open_files, wait_gone
 from tests.support.tiny_model import BLOCK_BYTES, PROCESS_BACKEND, TinyModel, random_prompts
 
@@ -71,19 +72,19 @@ def two(tiny: TinyModel) -> Iterator[LLM]:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_world_size_gives_the_answers_of_transformers(tiny: TinyModel, world: int) -> None:
-    sampled = SamplingParams(temperature=1.0, seed=3, top_p=0.9, max_tokens=COUNT, ignore_eos=True)
+    sampled = SamplingParams(temperature=1.0, seed=3, top_p=0.9, max_tokens=6, ignore_eos=True)
+    short = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     with tiny.open(adapters=adapters(tiny)) as alone:
         [expected] = alone.generate(PROMPTS[0], sampled, adapter="plain")
     with tiny.open_workers(world, adapters=adapters(tiny)) as llm:
         assert len(pids(llm)) == len(llm.explain().ranks) == world
         expected_tokens = [tiny.greedy(prompt, COUNT, mix) for prompt, mix in zip(PROMPTS, MIXES, strict=True)]
         assert answers(llm, adapter=MIXES) == expected_tokens
-        assert answers(llm) == [tiny.greedy(prompt, COUNT) for prompt in PROMPTS]
         assert llm.generate(PROMPTS[0], sampled, adapter="plain")[0].token_ids == expected.token_ids
-        llm.adapters.merge("plain")
-        assert answers(llm) == [tiny.greedy(prompt, COUNT, "plain") for prompt in PROMPTS]
-        llm.adapters.unmerge()
-        assert answers(llm) == [tiny.greedy(prompt, COUNT) for prompt in PROMPTS]
+        for change, mix in ((lambda: llm.adapters.merge("plain"), "plain"), (llm.adapters.unmerge, None)):
+            change()
+            completions = llm.generate(PROMPTS, short)
+            assert [list(c.token_ids) for c in completions] == [tiny.greedy(prompt, 4, mix) for prompt in PROMPTS]
 
 
 def test_adapters_add_no_collective_to_a_step(two: LLM) -> None:
@@ -236,7 +237,8 @@ def test_a_silent_worker_is_given_up_after_the_timeout(tiny: TinyModel) -> None:
     assert "ranks [0] did not finish a step within 1.5 s" in str(error)
 
 
-def test_closing_beside_a_silent_worker_kills_it(tiny: TinyModel) -> None:
+def test_closing_beside_a_silent_worker_kills_it(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_executor, "CLOSE_SECONDS", 0.2)
     llm = tiny.open_workers()
     workers = pids(llm)
     os.kill(workers[0], signal.SIGSTOP)

@@ -24,6 +24,7 @@ MERGES = ("t h", "th e", "Ġ the", "a n", "an d", "Ġ and", "i n", "in g")
 BOS, END, STOP = "<|begin|>", "<|im_end|>", "<|stop|>"
 BOS_ID, END_ID, STOP_ID = 264, 265, 266
 TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% for message in messages %}{{ '<|begin|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|begin|>assistant\n' }}{% endif %}{{ suffix | default('') }}"
 )

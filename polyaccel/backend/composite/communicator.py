@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol, TypeVar, cast
@@ -77,9 +78,12 @@ class TorchCommunicator(Communicator):
         self.world_size = address.world_size
         self.transport = transport
         self._timeout = address.timeout
-        self._group: ProcessGroup | None = None
+        self._groups: list[ProcessGroup] = []
         store = self._meet(address)
-        self._group = self._run("connect", lambda: self._open(store, address))
+        self._groups.append(self._run("connect", lambda: self._open(store, address)))
+        # A group that is still open while the interpreter shuts down may abort the process: its threads outlive what
+        # they use. Finalizers run before that.
+        weakref.finalize(self, self._groups.clear)
 
     def gather_objects(self, value: object) -> list[object]:
         payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -91,7 +95,7 @@ class TorchCommunicator(Communicator):
         return [pickle.loads(part[:n].numpy().tobytes()) for part, n in zip(parts, lengths, strict=True)]
 
     def close(self) -> None:
-        self._group = None
+        self._groups.clear()
 
     # -- collectives -------------------------------------------------------------------------------------------------
 
@@ -169,9 +173,9 @@ class TorchCommunicator(Communicator):
             x.copy_(host)
 
     def _wait(self, collective: str, issue: Callable[[ProcessGroup], Work]) -> None:
-        group = self._group
-        if group is None:
+        if not self._groups:
             raise CommunicationError(f"{collective} on rank {self.rank}: the group was closed")
+        group = self._groups[0]
         self._run(collective, lambda: issue(group).wait())
 
     def _run(self, collective: str, fn: Callable[[], Result]) -> Result:

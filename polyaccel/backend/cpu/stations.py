@@ -61,16 +61,8 @@ class CpuStations:
         own, x, own_step = self._operands("qkv_rope_cache", x, weight, step)
         cache = own_cache("qkv_rope_cache", kv)
         cos, sin = own_step.rope_rows(rope)
-        heads = Heads(
-            own.spec.slices[0].n // head_dim,
-            head_dim,
-            cos,
-            sin,
-            rope.style,
-            q_norm,
-            k_norm,
-            self._operators.scalar(eps),
-        )
+        q_heads, scalar = own.spec.slices[0].n // head_dim, self._operators.scalar(eps)
+        heads = Heads(q_heads, head_dim, cos, sin, rope.style, q_norm, k_norm, scalar)
         place = (cache, layer, own_step.kv_rows(cache))
         if own_step.adapted and not self._operators.adds_by_product(x, own_step, "tokens"):
             y = self._product(x, own, own_step, "tokens")
@@ -109,8 +101,8 @@ class CpuStations:
         scalar = operators.scalar(eps)
         if comm.world_size > 1:
             y = self.row_parallel_linear(x, weight, step, comm)
-            operands = (y, residual, norm_weight)
-            return launch("cpu.add_rms_norm", operands, dense.add_rms_norm, y, residual, norm_weight, scalar)
+            parts: tuple[torch.Tensor | None, ...] = (y, residual, norm_weight)
+            return launch("cpu.add_rms_norm", parts, dense.add_rms_norm, y, residual, norm_weight, scalar)
         own, x, own_step = self._operands("row_parallel_add_norm", x, weight, step)
         residual = operators.contiguous("row_parallel_add_norm", "residual", residual)
         if own_step.adapted and not operators.adds_by_product(x, own_step, "tokens"):
@@ -118,18 +110,8 @@ class CpuStations:
             s = operators.adapt(s, x, own, own_step, "tokens")
             return launch("cpu.rms_norm", (s, norm_weight), dense.rms_norm, s, norm_weight, scalar), s
         extra = operators.delta(x, own, own_step, "tokens") if own_step.adapted else None
-        fused = linear_add_norm
-        return launch(
-            "cpu.linear_add_norm",
-            (x, residual, norm_weight, extra),
-            fused,
-            x,
-            own,
-            extra,
-            residual,
-            norm_weight,
-            scalar,
-        )
+        parts = (x, residual, norm_weight, extra)
+        return launch("cpu.linear_add_norm", parts, linear_add_norm, x, own, extra, residual, norm_weight, scalar)
 
     def _operands(
         self, station: str, x: torch.Tensor, weight: Weight, step: Step
