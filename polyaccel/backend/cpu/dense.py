@@ -46,7 +46,7 @@ def _partner(x: torch.Tensor, style: str) -> torch.Tensor:
     """A copy with the members of each pair swapped."""
     if style == "half":
         return x.roll(x.shape[-1] // 2, -1)
-    return x.view(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    return x.view(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).flatten(-2)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
