@@ -36,7 +36,7 @@ def paged_attention(
 def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: PaddedBatch, scale: float) -> torch.Tensor:
     """One query of each sequence, ``[sequences, heads, head_dim]``, over copies of their keys of equal length."""
     spec, sequences, head_dim = kv.spec, batch.end - batch.begin, kv.spec.head_dim
-    k, v = (_gather(cache, batch.chunks, head_dim) for cache in (kv.keys(layer), kv.values(layer)))
+    k, v = kv.copies(layer, batch.chunks)
     rows = q[batch.begin : batch.end]
     if batch.hidden is not None:
         # A hidden infinity times a probability of 0 would be NaN.
@@ -112,8 +112,7 @@ def _prefill(
     group = q.shape[1] // kv_heads
     # One matrix a sequence and key head; its query heads share it without a copy.
     k, v = (
-        _gather(cache, piece.chunks, head_dim).view(sequences * kv_heads, 1, -1, head_dim).expand(-1, group, -1, -1)
-        for cache in (kv.keys(layer), kv.values(layer))
+        x.view(sequences * kv_heads, 1, -1, head_dim).expand(-1, group, -1, -1) for x in kv.copies(layer, piece.chunks)
     )
     shape = (sequences, queries, kv_heads, group, head_dim)
     rows = q[piece.begin : piece.end].view(shape).permute(0, 2, 3, 1, 4).flatten(0, 1)
@@ -129,11 +128,6 @@ def _prefill(
         own = mask[mask.shape[0] - (end - begin) :, mask.shape[1] - (high - low) :]
         out[:, :, begin:end] = _flash(rows[:, :, begin:end], k[:, :, low:high], v[:, :, low:high], scale, mask=own)
     return _to_rows(out, sequences)
-
-
-def _gather(cache: torch.Tensor, chunks: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Copies ``[chunks * block_size, head_dim]`` of (block, head) matrices."""
-    return cache.view(-1, cache.shape[2] * head_dim).index_select(0, chunks).view(-1, head_dim)
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:

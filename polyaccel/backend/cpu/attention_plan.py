@@ -77,7 +77,7 @@ class PaddedBatch:
 
     Attributes:
         keys: padded length.
-        chunks: ``[sequences * kv_heads * blocks]`` int64, which (block, head) matrices to copy.
+        chunks: ``[2 * sequences * kv_heads * blocks]`` int64, which (block, head) matrices to copy: keys, then values.
         hidden: flat rows ``(sequence, key head, key)`` int64 that must not be read; None if there are none.
         hidden_scores: flat ``(sequence, head, key)`` int64 of the same, and mask: ``[sequences, 1, 1, keys]``, minus
             infinity there; the one that the dtype's product needs.
@@ -96,8 +96,8 @@ class PaddedBatch:
 class Prefill:
     """Queries ``begin:end``, equally many of each of ``sequences`` sequences: the last ones of ``keys`` keys.
 
-    Blocks of keys that no query sees are left out. ``chunks``: ``[sequences * kv_heads * blocks]`` int64, the
-    (block, head) matrices of the keys.
+    Blocks of keys that no query sees are left out. ``chunks``: ``[2 * sequences * kv_heads * blocks]`` int64, the
+    (block, head) matrices of the keys, then those of the values.
     """
 
     begin: int
@@ -200,7 +200,7 @@ class AttentionPlan:
     def _add_prefill(self, run: _Run | None) -> None:
         if run is None:
             return
-        size, kv_heads, sequences = self._kv.block_size, self._kv.kv_heads, len(run.tables)
+        size, sequences = self._kv.block_size, len(run.tables)
         queries = (run.end - run.begin) // sequences
         lowest = 0 if self.window is None else max(0, run.context - queries + 1 - self.window)
         low, high = lowest // size, -(-run.context // size)
@@ -210,9 +210,15 @@ class AttentionPlan:
             end=run.end,
             sequences=sequences,
             keys=run.context - low * size,
-            chunks=_tensor(blocks[:, None, :] * kv_heads + np.arange(kv_heads)[None, :, None]),
+            chunks=self._chunks(blocks),
         )
         self.prefills.append(piece)
+
+    def _chunks(self, blocks: Ints) -> torch.Tensor:
+        """Matrices for :meth:`HeadMajorKVCache.copies` of ``blocks: [sequences, blocks]``."""
+        heads = self._kv.kv_heads
+        keys = blocks[:, None, :] * heads + np.arange(heads)[None, :, None]
+        return _tensor(np.stack((keys, keys + (self._kv.blocks + 1) * heads)))
 
     def _visible(self, lengths: Ints) -> tuple[Ints, Ints, Ints]:
         """First visible key, first block and end of the blocks of each sequence."""
@@ -304,7 +310,7 @@ class AttentionPlan:
             begin=begin,
             end=end,
             keys=keys,
-            chunks=_tensor(blocks[:, None, :] * kv_heads + np.arange(kv_heads)[None, :, None]),
+            chunks=self._chunks(blocks),
             hidden=hidden,
             hidden_scores=hidden_scores,
             mask=mask,

@@ -5,6 +5,21 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
+from polyaccel.backend.composite.dense import embedding as embedding_in_full
+from polyaccel.backend.step import Step
+from polyaccel.backend.weight import WeightSpec
+
+
+def embedding(table: torch.Tensor, spec: WeightSpec, step: Step, vocabulary_start: int) -> torch.Tensor:
+    """As the composite. Where all ids are this rank's and have no adapters it is one lookup."""
+    if vocabulary_start == 0 and not len(step.input.rows("tokens")):
+        try:
+            return table.index_select(0, step.tensor("token_ids"))
+        except IndexError:
+            # Some id is beyond this rank's rows.
+            pass
+    return embedding_in_full(table, spec, step, vocabulary_start)
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x: [..., hidden]``; a new tensor.

@@ -24,6 +24,8 @@ class HeadMajorKVCache(KVCache):
         with device.scope():
             self._blocks = device.zeros((spec.layers, *shape), spec.dtype)
         self._rows = [layer.view(-1, spec.head_dim) for layer in self._blocks]
+        self._matrices = [layer.view(-1, spec.block_size * spec.head_dim) for layer in self._blocks]
+        self._copies = torch.empty(0, dtype=spec.dtype)
         self._keys = [layer[0] for layer in self._blocks]
         self._values = [layer[1] for layer in self._blocks]
 
@@ -36,6 +38,21 @@ class HeadMajorKVCache(KVCache):
         """View ``[blocks + 1, kv_heads, block_size, head_dim]``."""
         values: torch.Tensor = self._values[layer]
         return values
+
+    def copies(self, layer: int, matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[tokens, head_dim]`` of the ``matrices``, each one head of one block.
+
+        ``matrices`` are int64 rows of ``[2 * (blocks + 1) * kv_heads, block_size * head_dim]``, half of them of values.
+        The copies live until the next call: memory of their size is slow when it is new.
+        """
+        stored = self._matrices[layer]
+        shape = (len(matrices), stored.shape[1])
+        if self._copies.numel() < shape[0] * shape[1]:
+            self._copies = torch.empty(shape[0] * shape[1], dtype=self.spec.dtype)
+        copied = self._copies[: shape[0] * shape[1]].view(shape)
+        torch.index_select(stored, 0, matrices, out=copied)
+        k, v = copied.view(2, -1, self.spec.head_dim).unbind()
+        return k, v
 
     def store(self, layer: int, rows: torch.Tensor, kv: torch.Tensor) -> None:
         """Write ``kv: [T, 2 kv_heads, head_dim]``, keys and then values, at ``rows`` of :meth:`rows_of`."""

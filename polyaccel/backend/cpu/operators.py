@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from polyaccel.backend.composite import dense as composite_dense
 from polyaccel.backend.composite.attention import write_kv_cache as composite_write
+from polyaccel.backend.composite.dense import select_rows
 from polyaccel.backend.composite.lora import sgmv as composite_sgmv
 from polyaccel.backend.cpu import dense, lora
 from polyaccel.backend.cpu.attention import paged_attention
@@ -87,9 +87,7 @@ class CpuOperators:
         if not isinstance(weight, PackedWeight):
             raise OperatorError("embedding", f"takes weights of the cpu backend, not {type(weight).__name__}")
         table = weight.tensor
-        return self._launch(
-            "cpu.embedding", (table,), composite_dense.embedding, table, weight.spec, step, vocabulary_start
-        )
+        return self._launch("cpu.embedding", (table,), dense.embedding, table, weight.spec, step, vocabulary_start)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -115,7 +113,7 @@ class CpuOperators:
         return self._launch("cpu.silu_and_mul", (x,), dense.silu_and_mul, x)
 
     def select_rows(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        return self._launch("cpu.select_rows", (x,), composite_dense.select_rows, x, step)
+        return self._launch("cpu.select_rows", (x,), select_rows, x, step)
 
     # -- attention ---------------------------------------------------------------------------------------------------
 

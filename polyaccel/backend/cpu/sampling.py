@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from polyaccel.backend.composite.sampling import HIGHEST, LOWEST
@@ -23,7 +24,7 @@ def sample(logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutp
     if any(needs) or not len(slots):
         return sample_in_full(logits, state, step)
     ids = argmax(logits)
-    state.advance(slots, step.tensor("sample_slots").to(torch.int64), ids, needs)
+    state.advance(slots, torch.from_numpy(slots.astype(np.int64)), ids, needs)
     return SampleOutput(ids=ids)
 
 
@@ -34,8 +35,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     width = next((width for width in WIDTHS if vocabulary % width == 0), 0)
     if not width:
         return scores.argmax(-1)
-    chunks = vocabulary // width
-    scores = scores.view(rows, chunks, width)
+    scores = scores.view(rows, vocabulary // width, width)
     best = scores.amax(-1).argmax(-1)
-    found = scores.view(-1, width).index_select(0, best + torch.arange(0, rows * chunks, chunks)).argmax(-1)
-    return found.add_(best, alpha=width)
+    chunk = scores.gather(1, best.view(rows, 1, 1).expand(rows, 1, width)).squeeze(1)
+    return chunk.argmax(-1).add_(best, alpha=width)

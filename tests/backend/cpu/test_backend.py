@@ -12,7 +12,8 @@ from polyaccel.backend.stations import STATIONS
 from polyaccel.backend.step import DeviceState
 from polyaccel.backend.table import TableBackend
 from polyaccel.backend.vocabulary import OPERATORS
-from tests.backend.composite.cases import CPU, Draw, assert_within, f64, spec_of, step_input
+from tests.backend.composite.cases import CPU, Draw, Module, assert_within, f64, spec_of, step_input
+from tests.backend.cpu.machine import Machine
 
 
 def test_it_is_registered_and_always_usable() -> None:
@@ -78,3 +79,23 @@ def test_rms_norm_with_and_without_a_residual(dtype: torch.dtype, shape: tuple[i
         expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * f64(weight)
         assert got.dtype == dtype
         assert_within(got, expected, np.abs(expected), depth=shape[-1])
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_embedding_gives_zeros_for_ids_of_other_ranks(start: int, adapted: bool) -> None:
+    draw, machine = Draw(4), Machine()
+    spec = spec_of("embedding", [5], 4, rank_rows=4, lookup=True)
+    weight, values = machine.weight(spec, draw)
+    store, packed = machine.store({"embedding": weight}, {0: [Module("embedding", 0, 2)]}, draw)
+    a, b = (f64(m) for m in (packed[0].a(packed[0].entries[0]), packed[0].b(packed[0].entries[0])))
+    ids = [0, 4, 7, 2, 9]
+    triples = [(0, 0, 1.0), (1, 0, 0.5), (4, 0, 1.0)] if adapted else []
+    step = machine.begin(step_input(tokens=5, token_ids=ids, adapters={"tokens": triples}), adapters=store)
+    got = machine.operator("embedding")(weight, step, start)
+    expected = np.zeros((5, 4))
+    for row, local in enumerate(i - start for i in ids):
+        if 0 <= local < 5:
+            expected[row] = values[local, :4]
+            expected[row] += sum(mix * (b @ a[:, local]) for r, _, mix in triples if r == row)
+    assert_within(got, expected, np.abs(expected) + 10, depth=4)
