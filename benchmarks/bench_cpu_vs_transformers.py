@@ -6,13 +6,18 @@ Same weights, threads, dtype (float32) and prompts; greedy; both warmed up; the 
 sdpa, no_grad and equal prompt lengths (no padding). The tokens are compared in the same run: they may differ only from
 a position on where transformers' own best two logits are closer than rounding. ``of_bandwidth`` is the share of the
 memory bandwidth, measured in the same run, that reading the weights once a step takes.
+
+Each of the two lives in a process of its own, where it calls from the main thread, and they take turns: in one process
+their OpenMP pools would make each other's workers sleep between loops.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -82,6 +87,38 @@ def compare(reference: Reference, prompts: np.ndarray, theirs: np.ndarray, mine:
     return ties
 
 
+_engine: list[Reference | polyaccel.LLM] = []
+
+
+def start_theirs(threads: int) -> None:
+    torch.set_num_threads(threads)
+    _engine.append(Reference())
+
+
+def start_ours(threads: int) -> None:
+    _engine.append(
+        polyaccel.LLM(smollm2(), backend="cpu", prefix_caching=False, max_model_len=2048, threads=threads)
+    )
+
+
+def run_theirs(prompts: np.ndarray, new_tokens: int) -> tuple[float, np.ndarray]:
+    reference = _engine[0]
+    assert isinstance(reference, Reference)
+    return reference.generate(prompts, new_tokens)
+
+
+def run_ours(prompts: np.ndarray, new_tokens: int) -> tuple[float, float, np.ndarray]:
+    llm = _engine[0]
+    assert isinstance(llm, polyaccel.LLM)
+    return ours(llm, prompts, new_tokens)
+
+
+def run_compare(prompts: np.ndarray, theirs: np.ndarray, mine: np.ndarray) -> int:
+    reference = _engine[0]
+    assert isinstance(reference, Reference)
+    return compare(reference, prompts, theirs, mine)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -91,20 +128,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bandwidth = read_bandwidth()
-    reference = Reference()
     generator = np.random.default_rng(0)
     rows: list[dict[str, object]] = []
-    with polyaccel.LLM(smollm2(), backend="cpu", prefix_caching=False, max_model_len=2048) as llm:
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, context, start_theirs, (arguments.threads,)) as theirs,
+        ProcessPoolExecutor(1, context, start_ours, (arguments.threads,)) as mine,
+    ):
         for batch in arguments.batches:
             for length in arguments.prompts:
-                rows.append(measure(llm, reference, generator, batch, length, arguments, bandwidth))
+                rows.append(measure(mine, theirs, generator, batch, length, arguments, bandwidth))
                 print(rows[-1], flush=True)
     save("cpu_vs_transformers", rows, enabled=not arguments.no_save)
 
 
 def measure(
-    llm: polyaccel.LLM,
-    reference: Reference,
+    our_process: ProcessPoolExecutor,
+    their_process: ProcessPoolExecutor,
     generator: np.random.Generator,
     batch: int,
     length: int,
@@ -116,12 +156,12 @@ def measure(
     ties = 0
     for repeat in range(arguments.repeats + 1):
         prompts = generator.integers(0, 49152, size=(batch, length))
-        first, rest, mine = ours(llm, prompts, new if repeat else 8)
-        prefill, _ = reference.generate(prompts, 1)
-        whole, theirs = reference.generate(prompts, new if repeat else 8)
+        first, rest, mine = our_process.submit(run_ours, prompts, new if repeat else 8).result()
+        prefill, _ = their_process.submit(run_theirs, prompts, 1).result()
+        whole, theirs = their_process.submit(run_theirs, prompts, new if repeat else 8).result()
         if repeat == 0:
             continue  # warms both
-        ties += compare(reference, prompts, theirs, mine)
+        ties += their_process.submit(run_compare, prompts, theirs, mine).result()
         times["our prefill"].append(first)
         times["our step"].append(rest / (new - 1))
         times["their prefill"].append(prefill)

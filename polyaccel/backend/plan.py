@@ -111,6 +111,11 @@ class Site:
     def __getitem__(self, step: Step) -> Call:
         return self._calls[step.plan_key]
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls behind ``planned``, in the same order (:data:`KEYS`), for whoever has no step at hand."""
+        return self._calls
+
 
 class Plan:
     """Plans every site of a model on one backend.

@@ -14,6 +14,7 @@ from polyaccel.engine.executor import Executor, PreparedHandle
 from polyaccel.engine.messages import StepMessage, StepResult
 from polyaccel.engine.runner import PendingStep, PreparedAdapter, Runner
 from polyaccel.lora.receipt import AdapterReceipt
+from polyaccel.parallel.thread import call_on_fresh_thread
 
 
 class InlineExecutor(Executor):
@@ -27,7 +28,7 @@ class InlineExecutor(Executor):
         self._prepared: dict[int, PreparedAdapter] = {}
         self._tokens = itertools.count(1)
         try:
-            self.capacity = self._runner.load(progress)
+            self.capacity = call_on_fresh_thread(lambda: self._runner.load(progress))
         except BaseException:
             self._runner.close()
             raise
@@ -47,7 +48,11 @@ class InlineExecutor(Executor):
     def prepare_adapter(
         self, path: str, *, allow_unmatched: bool = False, allow_no_effect: bool = False
     ) -> PreparedHandle:
-        prepared = self._runner.prepare_adapter(path, allow_unmatched=allow_unmatched, allow_no_effect=allow_no_effect)
+        prepared = call_on_fresh_thread(
+            lambda: self._runner.prepare_adapter(
+                path, allow_unmatched=allow_unmatched, allow_no_effect=allow_no_effect
+            )
+        )
         handle = PreparedHandle(token=next(self._tokens), max_rank=prepared.matched.max_rank)
         self._prepared[handle.token] = prepared
         return handle

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from polyaccel.backend.cpu.attention_plan import AttentionPlan, DecodeBatch, Edges, PaddedBatch, Prefill
+from polyaccel.backend.cpu.attention_plan import AttentionPlan, Prefill
+from polyaccel.backend.cpu.decode_plan import BlockBatch, Edges, KeysInPlace, PaddedBatch
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 
 # Bounds the mask and lets a tile skip the keys that none of its queries sees.
@@ -34,16 +35,20 @@ def paged_attention(
 
 
 def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: PaddedBatch, scale: float) -> torch.Tensor:
-    """One query of each sequence, ``[sequences, heads, head_dim]``, over copies of their keys of equal length."""
+    """One query of each sequence, ``[sequences, heads, head_dim]``, over copies of equal length."""
     spec, sequences, head_dim = kv.spec, batch.end - batch.begin, kv.spec.head_dim
-    k, v = kv.copies(layer, batch.chunks)
-    rows = q[batch.begin : batch.end]
+    rows, matrices = q[batch.begin : batch.end], (sequences * spec.kv_heads, batch.keys, head_dim)
+    copies = kv.copies(layer, batch.matrices)
+    k, v = copies[: -matrices[0] * batch.keys], copies[-matrices[0] * batch.keys :]
     if batch.hidden is not None:
         # A hidden infinity times a probability of 0 would be NaN.
         v.index_fill_(0, batch.hidden, 0.0)
     if q.dtype == torch.float32:
-        matrices = (sequences * spec.kv_heads, batch.keys, head_dim)
-        scores = _scores(rows.reshape(matrices[0], -1, head_dim), k.view(matrices), scale)
+        if batch.in_place is not None:
+            scores = _scores_in_place(rows, kv, layer, batch.in_place, batch.keys, scale)
+        else:
+            # The query heads of one key head are rows of one product.
+            scores = _scores(rows.reshape(matrices[0], -1, head_dim), k.view(matrices), scale)
         if batch.hidden_scores is not None:
             scores.view(-1).index_fill_(0, batch.hidden_scores, -torch.inf)
         return torch.bmm(torch.softmax(scores, -1), v.view(matrices)).view(sequences, -1, head_dim)
@@ -54,7 +59,19 @@ def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: Pad
     return out.reshape(sequences, -1, head_dim)
 
 
-def _decode_blocks(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: DecodeBatch, scale: float) -> torch.Tensor:
+def _scores_in_place(
+    q: torch.Tensor, kv: HeadMajorKVCache, layer: int, where: KeysInPlace, keys: int, scale: float
+) -> torch.Tensor:
+    """Scores ``[sequences * kv_heads, group, keys]`` from keys that are not copied."""
+    size, head_dim, kv_heads = kv.spec.block_size, kv.spec.head_dim, kv.spec.kv_heads
+    k = kv.keys(layer)[where.first : where.first + where.blocks].view(-1, size, head_dim)
+    rows = q.index_select(0, where.owner).view(len(k), -1, head_dim)
+    scores = _scores(rows, k, scale).view(len(k), -1).index_select(0, where.order)
+    scores = scores.view(len(q) * kv_heads, keys // size, -1, size).transpose(1, 2)
+    return scores.reshape(len(q) * kv_heads, -1, keys)
+
+
+def _decode_blocks(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: BlockBatch, scale: float) -> torch.Tensor:
     """The same without copies, by products over all blocks at once."""
     spec, (_, heads, head_dim), blocks = kv.spec, q.shape, batch.blocks
     keys, values = kv.keys(layer), kv.values(layer)
@@ -65,7 +82,6 @@ def _decode_blocks(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: Dec
         k, v = keys.index_select(0, batch.gather), values.index_select(0, batch.gather)
     matrices = (blocks * spec.kv_heads, spec.block_size, head_dim)
     rows = q[batch.begin : batch.end].index_select(0, batch.owner)
-    # The query heads of one key head are rows of one product.
     scores = _scores(rows.view(matrices[0], -1, head_dim), k.view(matrices), scale)
     if batch.edges is not None:
         scores.view(-1).index_fill_(0, batch.edges.scores, -torch.inf)
@@ -76,8 +92,8 @@ def _decode_blocks(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: Dec
     summed = torch.bmm(p, v.view(matrices))
     if batch.edges is not None:
         _repair_edges(summed, p, values, batch.edges, spec.block_size)
-    weights = by_block.sum(-1).unsqueeze(-1)
-    return _sum_blocks(summed.view(blocks, heads, head_dim), batch).div_(_sum_blocks(weights, batch))
+    total = _sum_blocks(summed.view(blocks, heads * head_dim), batch).view(-1, heads, head_dim)
+    return total.div_(_sum_blocks(by_block.sum(-1), batch).unsqueeze(-1))
 
 
 def _repair_edges(summed: torch.Tensor, p: torch.Tensor, values: torch.Tensor, edges: Edges, size: int) -> None:
@@ -87,20 +103,19 @@ def _repair_edges(summed: torch.Tensor, p: torch.Tensor, values: torch.Tensor, e
     summed.index_copy_(0, edges.blocks, torch.bmm(p.index_select(0, edges.blocks), v))
 
 
-def _by_sequence(x: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
+def _by_sequence(x: torch.Tensor, batch: BlockBatch) -> torch.Tensor:
     """``[blocks, ...]`` as ``[sequences, most, ...]``; padding repeats a block of the sequence."""
     if batch.places is not None:
         x = x.index_select(0, batch.places)
     return x.view(batch.sequences, batch.most, *x.shape[1:])
 
 
-def _sum_blocks(x: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
-    """``[blocks, ...]`` summed over each sequence's blocks."""
-    if batch.places is not None:
-        x = x.index_select(0, batch.places)
-        if batch.padding is not None:
-            x.index_fill_(0, batch.padding, 0.0)
-    return x.view(batch.sequences, batch.most, *x.shape[1:]).sum(1)
+def _sum_blocks(x: torch.Tensor, batch: BlockBatch) -> torch.Tensor:
+    """``[blocks, width]`` summed over each sequence's blocks, in the order of its context: ``[sequences, width]``.
+
+    One pass where gathering, clearing the padding and summing would be three.
+    """
+    return torch.nn.functional.embedding_bag(batch.own, x, batch.bags, mode="sum")
 
 
 def _prefill(
@@ -111,9 +126,8 @@ def _prefill(
     sequences, queries, keys = piece.sequences, piece.queries, piece.keys
     group = q.shape[1] // kv_heads
     # One matrix a sequence and key head; its query heads share it without a copy.
-    k, v = (
-        x.view(sequences * kv_heads, 1, -1, head_dim).expand(-1, group, -1, -1) for x in kv.copies(layer, piece.chunks)
-    )
+    copies = kv.copies(layer, piece.matrices).view(2, sequences * kv_heads, 1, -1, head_dim)
+    k, v = copies.expand(-1, -1, group, -1, -1).unbind()
     shape = (sequences, queries, kv_heads, group, head_dim)
     rows = q[piece.begin : piece.end].view(shape).permute(0, 2, 3, 1, 4).flatten(0, 1)
     if queries == keys and (plan.window is None or plan.window >= keys):

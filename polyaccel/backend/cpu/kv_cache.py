@@ -39,11 +39,11 @@ class HeadMajorKVCache(KVCache):
         values: torch.Tensor = self._values[layer]
         return values
 
-    def copies(self, layer: int, matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[tokens, head_dim]`` of the ``matrices``, each one head of one block.
+    def copies(self, layer: int, matrices: torch.Tensor) -> torch.Tensor:
+        """Copies ``[m * block_size, head_dim]`` of the ``matrices``, each the keys or values of one head of one block.
 
-        ``matrices`` are int64 rows of ``[2 * (blocks + 1) * kv_heads, block_size * head_dim]``, half of them of values.
-        The copies live until the next call: memory of their size is slow when it is new.
+        ``matrices: [m]`` int64: ``block * kv_heads + head`` for keys, ``(blocks + 1) * kv_heads`` more for values. The
+        copies live until the next call: memory of their size is slow when it is new.
         """
         stored = self._matrices[layer]
         shape = (len(matrices), stored.shape[1])
@@ -51,8 +51,7 @@ class HeadMajorKVCache(KVCache):
             self._copies = torch.empty(shape[0] * shape[1], dtype=self.spec.dtype)
         copied = self._copies[: shape[0] * shape[1]].view(shape)
         torch.index_select(stored, 0, matrices, out=copied)
-        k, v = copied.view(2, -1, self.spec.head_dim).unbind()
-        return k, v
+        return copied.view(-1, self.spec.head_dim)
 
     def store(self, layer: int, rows: torch.Tensor, kv: torch.Tensor) -> None:
         """Write ``kv: [T, 2 kv_heads, head_dim]``, keys and then values, at ``rows`` of :meth:`rows_of`."""

@@ -8,13 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyaccel.backend.cpu import attention, attention_plan
+from polyaccel.backend.cpu import attention, decode_plan
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.kv_cache import KVSpec
 from tests.backend.composite.cases import Draw, NoReadback, assert_within, f64, step_input
 from tests.backend.cpu.machine import DTYPES, Machine, intermediate
 
 BLOCK = 4
+WAYS = ((1 << 30, 1 << 30), (0, 1 << 30), (0, 0))
+"""Limits under which decode copies keys and values, values only, and nothing."""
+
 Lengths = list[tuple[int, int]]
 """(queries, context) of each sequence."""
 
@@ -87,6 +90,11 @@ class Paged:
         assert_within(got, expected, intermediate(q.dtype, magnitude), depth=64)
 
 
+def take(way: tuple[int, int], patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(decode_plan, "COPY_BOTH_BYTES", way[0])
+    patch.setattr(decode_plan, "COPY_VALUES_BYTES", way[1])
+
+
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """One query over its visible keys, and the largest absolute value it averages with the slack of its scores."""
     scores = scale * (k @ q)
@@ -119,7 +127,7 @@ def ragged(draw: st.DrawFn) -> Lengths:
     padding=st.integers(0, 2),
     dtype=st.sampled_from(DTYPES),
     shuffled=st.booleans(),
-    in_place=st.booleans(),
+    way=st.sampled_from(WAYS),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_paged_attention_serves_prefill_chunks_and_decode_in_one_call(
@@ -131,12 +139,12 @@ def test_paged_attention_serves_prefill_chunks_and_decode_in_one_call(
     padding: int,
     dtype: torch.dtype,
     shuffled: bool,
-    in_place: bool,
+    way: tuple[int, int],
     seed: int,
 ) -> None:
     draw = Draw(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_plan, "COPY_BYTES", 0 if in_place else 1 << 30)
+        take(way, patch)
         patch.setattr(attention, "QUERY_TILE", 3)
         paged = Paged(lengths, kv_heads, head_dim, dtype, draw, shuffled=shuffled, shared=False)
         tokens = sum(q for q, _ in lengths) + padding
@@ -144,10 +152,10 @@ def test_paged_attention_serves_prefill_chunks_and_decode_in_one_call(
         paged.check(q, paged.attend(q, 0.7, window, padding), 0.7, window)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shuffled", [True, False])
-def test_sequences_may_share_blocks(monkeypatch: pytest.MonkeyPatch, in_place: bool, shuffled: bool) -> None:
-    monkeypatch.setattr(attention_plan, "COPY_BYTES", 0 if in_place else 1 << 30)
+def test_sequences_may_share_blocks(monkeypatch: pytest.MonkeyPatch, way: tuple[int, int], shuffled: bool) -> None:
+    take(way, monkeypatch)
     draw = Draw(5)
     lengths = [(1, 9), (1, 9), (1, 4), (1, 7), (1, 3)]
     paged = Paged(lengths, 2, 4, torch.float32, draw, shuffled=shuffled, shared=True)

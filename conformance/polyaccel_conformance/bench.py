@@ -1,0 +1,84 @@
+"""The bench: one backend on one device of this process, on which problems are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from polyaccel.backend import (
+    Backend,
+    Communicator,
+    Device,
+    DeviceState,
+    Plan,
+    Planned,
+    SingleRank,
+    SiteRequest,
+    Step,
+    StepInput,
+    TokenClass,
+)
+from polyaccel.backend.plan import KEYS, Policy
+
+from polyaccel_conformance.problem import Prepared
+
+SITE = "conformance"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What the plan chose for a problem: how it is called, and what it is."""
+
+    call: Callable[..., object]
+    planned: Planned
+
+
+class Bench:
+    """A backend, one of its devices and this rank's communicator.
+
+    ``strict``: composites entered inside a native implementation raise.
+    """
+
+    def __init__(
+        self, backend: Backend, device: Device | None = None, comm: Communicator | None = None, *, policy: Policy = "allow"
+    ) -> None:
+        self.backend = backend
+        self.device = device if device is not None else backend.devices()[0]
+        self.comm: Communicator = comm if comm is not None else SingleRank()
+        self._policy: Policy = policy
+
+    @property
+    def torch_device(self) -> torch.device:
+        return self.device.torch_device
+
+    def resolve(self, operator: str, prepared: Prepared) -> Resolved:
+        """Ask the plan, exactly as a model does, what runs this operator for this problem."""
+        largest = prepared.static.get("largest_rank", 0)
+        request = SiteRequest(site=SITE, operator=operator, static=prepared.static, ranges=prepared.ranges)
+        plan = Plan(self.backend, [request], policy=self._policy)
+        if isinstance(largest, int) and largest > 1:
+            plan.extend(largest)
+        column = KEYS.index((prepared.token_class, prepared.adapters))
+        site = plan[SITE]
+        return Resolved(call=site.calls[column], planned=site.planned[column])
+
+    def begin_step(self, inputs: StepInput, state: DeviceState | None = None) -> Step:
+        return self.backend.begin_step(inputs, state if state is not None else DeviceState(), self.device)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.device.upload(tensor)
+
+    def synchronize(self) -> None:
+        """Wait for the device; a pending asynchronous failure is raised here."""
+        self.device.synchronize()
+
+
+def is_decode(token_class: TokenClass) -> bool:
+    return token_class is TokenClass.DECODE
+
+
+def call_by_name(call: Callable[..., object], order: tuple[str, ...], arguments: Mapping[str, object]) -> object:
+    """Arguments in the contract's order, by position, as the models pass them; absent optional ones as None."""
+    return call(*(arguments.get(name) for name in order))

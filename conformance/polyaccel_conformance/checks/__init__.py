@@ -1,0 +1,1 @@
+"""What is asked of every case. A check knows the contract, never a backend."""

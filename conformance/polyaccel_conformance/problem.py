@@ -1,0 +1,114 @@
+"""What a case means: its operands, what is called, what must come out. One subclass an operator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+from polyaccel.backend import OPERATORS, STATIONS, OperatorSpec, TokenClass
+from polyaccel.backend.support import Static
+from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.operand import Operand
+from polyaccel_conformance.oracle.bounded import Expected
+from polyaccel_conformance.words import Source
+
+if TYPE_CHECKING:
+    from polyaccel_conformance.bench import Bench
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exactly:
+    """An output that is discrete: integers, or bits."""
+
+    values: object
+    """int64 array, compared for equality after conversion; or a callable ``(observed array) -> str | None`` that
+    returns what is wrong, for outputs of which several are right."""
+
+
+Outputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A problem placed on a device.
+
+    Attributes:
+        arguments: by name in the contract, everything that is not a plain tensor: Weight, Step, KVCache, attributes.
+        collect: from the call's result and the tensor arguments (by name, after the call), the outputs by name. State
+            that the operator must have changed (a KV cache, counts) is read here.
+        static, ranges, token_class, adapters: for the query that the plan answers.
+        release: frees what was allocated, if the backend needs to be told.
+    """
+
+    arguments: Mapping[str, object]
+    collect: Callable[[object, Mapping[str, torch.Tensor]], Outputs]
+    static: Mapping[str, Static] = field(default_factory=lambda: MappingProxyType({}))
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
+    token_class: TokenClass = TokenClass.MIXED
+    adapters: bool = False
+    release: Callable[[], None] = lambda: None
+
+
+class Problem(ABC):
+    """One case made concrete. Pure host data; the same on every rank and machine.
+
+    Attributes:
+        operands: tensor arguments by name in the contract; optional ones that are absent are missing.
+        exact: the data are such that a right implementation's result is determined bit by bit (tier 1).
+    """
+
+    operands: Mapping[str, Operand]
+    exact: bool = False
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.source = Source(case.seed)
+
+    @property
+    def spec(self) -> OperatorSpec:
+        found = OPERATORS.get(self.case.operator) or STATIONS.get(self.case.operator)
+        assert found is not None
+        return found
+
+    @abstractmethod
+    def prepare(self, bench: Bench) -> Prepared:
+        """Allocate and fill what the call needs beside its tensors: weights, caches, adapters, the step."""
+
+    @abstractmethod
+    def expected(self) -> Mapping[str, Expected | Exactly]:
+        """What each output must be. Not called before it is needed; the result is kept by the trial."""
+
+    def digests(self) -> dict[str, str]:
+        """A hash of every input, for the case file."""
+        return {name: operand.digest() for name, operand in self.operands.items()}
+
+
+class ProblemSet(ABC):
+    """All cases of one operator: its axes, and how a case becomes a problem.
+
+    Axes are named by the paths of :meth:`Case.of`; every argument and attribute of the operator's spec is one. Values
+    are listed from simple to special: a failing case shrinks towards the first of each.
+    """
+
+    operator: str
+
+    @abstractmethod
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        """Values of each axis in the pairwise covering list."""
+
+    def ranges(self) -> Mapping[str, tuple[int, int]]:
+        """Axes whose further examples are any integer of a range, ends included."""
+        return MappingProxyType({})
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        """Make a combination of axis values a valid case by adjusting values, or None where it has no meaning. Must
+        not make an axis value unreachable, and ``mend(mend(a)) == mend(a)``."""
+        return axes
+
+    @abstractmethod
+    def problem(self, case: Case) -> Problem: ...

@@ -1,0 +1,80 @@
+"""What is being tested: a backend by name, or a table of callables."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from polyaccel.backend import Backend, TableBackend, load
+
+from polyaccel_conformance.errors import UsageError
+
+Kind = Literal["backend", "table"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """How a worker gets the backend under test. A value of strings only, so that it can be sent to any process.
+
+    Attributes:
+        kind: ``backend``: an installed backend by ``name``; ``table``: attribute ``name`` of the Python file ``path``,
+            a mapping of operators or a Backend.
+        device: for a table, the torch device.
+        mutant: name of the planted bug to apply to it, empty for none.
+    """
+
+    kind: Kind = "backend"
+    name: str = "cpu"
+    path: str = ""
+    device: str = "cpu"
+    mutant: str = ""
+
+    def open(self) -> Backend:
+        """A new instance.
+
+        Raises:
+            UsageError: the file or attribute is not there, or is no table.
+            BackendUnavailable: the backend cannot be used here, with the reason.
+        """
+        backend = load(self.name) if self.kind == "backend" else self._table()
+        if self.mutant:
+            from polyaccel_conformance.mutants.catalogue import apply_mutant
+
+            backend = apply_mutant(self.mutant, backend)
+        return backend
+
+    def _table(self) -> Backend:
+        value = load_attribute(Path(self.path), self.name)
+        if isinstance(value, Backend):
+            return value
+        if callable(value):
+            value = value()
+            if isinstance(value, Backend):
+                return value
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{self.path}:{self.name} is a {type(value).__name__}, expected a mapping or a Backend")
+        return TableBackend(self.device, value, name=self.name.lower())
+
+    def to_json(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("kind", "name", "path", "device", "mutant")}
+
+
+def load_attribute(path: Path, name: str) -> object:
+    """An attribute of a Python file that the user names on the command line; the file is run.
+
+    Raises:
+        UsageError: no such file or attribute.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise UsageError(f"{path} has no {name!r}")
+    value: object = getattr(module, name)
+    return value
