@@ -18,10 +18,8 @@ from polyaccel.backend import (
     SiteRequest,
     Step,
     StepInput,
-    TokenClass,
 )
 from polyaccel.backend.plan import KEYS, Policy
-
 from polyaccel_conformance.problem import Prepared
 
 SITE = "conformance"
@@ -42,7 +40,12 @@ class Bench:
     """
 
     def __init__(
-        self, backend: Backend, device: Device | None = None, comm: Communicator | None = None, *, policy: Policy = "allow"
+        self,
+        backend: Backend,
+        device: Device | None = None,
+        comm: Communicator | None = None,
+        *,
+        policy: Policy = "allow",
     ) -> None:
         self.backend = backend
         self.device = device if device is not None else backend.devices()[0]
@@ -73,10 +76,6 @@ class Bench:
     def synchronize(self) -> None:
         """Wait for the device; a pending asynchronous failure is raised here."""
         self.device.synchronize()
-
-
-def is_decode(token_class: TokenClass) -> bool:
-    return token_class is TokenClass.DECODE
 
 
 def call_by_name(call: Callable[..., object], order: tuple[str, ...], arguments: Mapping[str, object]) -> object:

@@ -41,7 +41,8 @@ class Format:
         """Distance of neighbouring numbers around ``x``."""
         x = np.asarray(x, dtype=np.float64)
         _, exponent = np.frexp(np.where(np.isfinite(x), x, 0.0))
-        return np.ldexp(1.0, np.maximum(exponent - 1, self.emin) - self.bits + 1)
+        quantum: Floats = np.ldexp(1.0, np.maximum(exponent - 1, self.emin) - self.bits + 1)
+        return quantum
 
     def round(self, x: npt.ArrayLike) -> Floats:
         """To nearest, ties to even; overflow gives infinity, subnormals are kept."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from polyaccel.backend import Backend, TableBackend, load
-
 from polyaccel_conformance.errors import UsageError
 
 Kind = Literal["backend", "table"]
@@ -71,7 +70,8 @@ def load_attribute(path: Path, name: str) -> object:
     if not path.is_file():
         raise UsageError(f"{path} is not a file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, name):

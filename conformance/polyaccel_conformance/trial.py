@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 
 from polyaccel.backend import Planned, PolyaccelError
-
 from polyaccel_conformance.bench import Bench, call_by_name
 from polyaccel_conformance.formats import bits_of, from_torch
 from polyaccel_conformance.harness.memory import Guarded, Poison
@@ -73,7 +72,7 @@ class Trial:
             self._expected = self.problem.expected()
         return self._expected
 
-    def observe(self, setting: Setting = Setting()) -> Observation:  # noqa: B008
+    def observe(self, setting: Setting = Setting()) -> Observation:
         """The observation in a setting. Raises what is not a PolyaccelError: a crash is the runner's to record."""
         if setting not in self._seen:
             self._seen[setting] = self._run(setting)

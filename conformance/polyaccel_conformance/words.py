@@ -44,7 +44,8 @@ class Source:
     def uniform(self, name: str, shape: tuple[int, ...]) -> Floats:
         """In [0, 1), multiples of 2^-53."""
         count = int(np.prod(shape, dtype=np.int64))
-        return ((self.words(name, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
+        uniform: Floats = ((self.words(name, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
+        return uniform
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Floats:
         """Mean 0, variance 1, close to normal, |x| < 4.9: a scaled sum of eight 16-bit uniforms, exact until the last

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +57,8 @@ class Bounded:
     def reshape(self, *shape: int) -> Bounded:
         return self.map(lambda x: x.reshape(shape))
 
-    def __getitem__(self, index: object) -> Bounded:
-        return self.map(lambda x: x[index])  # type: ignore[index]
+    def __getitem__(self, index: Any) -> Bounded:
+        return self.map(lambda x: x[index])
 
     def __neg__(self) -> Bounded:
         return Bounded(-self.value, self.bound, self.terms)
@@ -67,9 +68,7 @@ def concatenate(parts: list[Bounded], axis: int = -1) -> Bounded:
     """Joined along an axis; the terms are merged into one name each."""
     value = np.concatenate([p.value for p in parts], axis)
     names = dict.fromkeys(name for p in parts for name, _ in p.terms)
-    terms = tuple(
-        (name, np.concatenate([sum_of(p, name) for p in parts], axis)) for name in names
-    )
+    terms = tuple((name, np.concatenate([sum_of(p, name) for p in parts], axis)) for name in names)
     return Bounded(value, np.concatenate([p.bound for p in parts], axis), terms)
 
 

@@ -1,7 +1,8 @@
 """Float64 primitives with their error bounds, for the coarsest form that the contract permits.
 
-Sources: running error analysis as in Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 3; the
-probabilistic bound of sums, which grows with sqrt(K), as in Higham and Mary (2019). The constants are stated once, here.
+Sources: running error analysis as in Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter
+3; the probabilistic bound of sums, which grows with sqrt(K), as in Higham and Mary (2019). The constants are stated
+once, here.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def accumulation(total: Floats, squares: Floats, magnitudes: Floats, terms: int,
     ``total``: their sum, ``squares``: sum of squares, ``magnitudes``: sum of magnitudes.
     """
     if terms <= 1:
-        return np.zeros_like(total)
+        # A single product may still be rounded before whatever is added to it.
+        return ACCUMULATOR * magnitudes
     if order == "structured":
         gamma = terms * ACCUMULATOR / (1 - terms * ACCUMULATOR)
         # Truncation may lose a whole unit in the last place where rounding loses half.
@@ -87,8 +89,10 @@ def multiply(a: Bounded, b: Bounded) -> Bounded:
     """One float32 multiplication."""
     value = a.value * b.value
     carried = a.bound * np.abs(b.value) + a.magnitude * b.bound
-    return Bounded(value, np.zeros_like(value)).plus("error of the factors", carried).plus(
-        "multiplication", ACCUMULATOR * (np.abs(value) + carried) + FORMATS["float32"].smallest
+    return (
+        Bounded(value, np.zeros_like(value))
+        .plus("error of the factors", carried)
+        .plus("multiplication", ACCUMULATOR * (np.abs(value) + carried) + FORMATS["float32"].smallest)
     )
 
 
