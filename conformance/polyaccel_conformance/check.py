@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from polyaccel.backend import Planned, PolyaccelError
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
-from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.compare import headroom
+from polyaccel_conformance.problem import Exactly, Problem
 from polyaccel_conformance.trial import Trial
 
 Level = Literal["L0", "L1", "L2", "L3", "L4", "L5", "L6", "L7"]
@@ -89,5 +95,79 @@ class CaseResult:
 
 
 def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseResult:
-    """Ask every check that applies; failures are collected, an unexpected error is one."""
-    raise NotImplementedError
+    """Ask every check that applies; failures are collected.
+
+    An error of the backend that no check asked for is a failure of cause ``error``, any other exception one of cause
+    ``crash: <type>``. The checks share their calls: what they all meet in the same call is reported once, by the first.
+    """
+    started = time.perf_counter()
+    trial = Trial(bench, problem)
+    case = problem.case
+    failures: list[Failure] = []
+    asked: list[str] = []
+    met: list[BaseException] = []
+    for check in checks:
+        if not check.applies(case, problem):
+            continue
+        asked.append(check.name)
+        try:
+            found = check.run(trial)
+        except PolyaccelError as raised:
+            if not _known(raised, met):
+                failures.append(Failure(check=check.name, cause="error", message=f"{type(raised).__name__}: {raised}"))
+        except Exception as raised:
+            if not _known(raised, met):
+                where = _origin(raised)
+                failures.append(
+                    Failure(check=check.name, cause=f"crash: {type(raised).__name__}", message=f"{raised}{where}")
+                )
+        else:
+            if found is not None:
+                failures.append(found)
+    planned, observed, headrooms = _summary(trial)
+    return CaseResult(
+        case=case,
+        failures=tuple(failures),
+        checks=tuple(asked),
+        implementation="" if planned is None else str(planned),
+        kind="" if planned is None else planned.kind,
+        headroom=headrooms,
+        digests=problem.digests(),
+        observed=observed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _known(raised: BaseException, met: list[BaseException]) -> bool:
+    """Whether another check has met this very exception; remembers it."""
+    if any(raised is other for other in met):
+        return True
+    met.append(raised)
+    return False
+
+
+def _origin(raised: BaseException) -> str:
+    frames = traceback.extract_tb(raised.__traceback__)
+    return f" (in {frames[-1].name}, {Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+
+
+def _summary(trial: Trial) -> tuple[Planned | None, str, Mapping[str, float]]:
+    """What was planned, a hash of the outputs, and how much of the tolerance each used. Makes no call of its own."""
+    observation = trial.seen()
+    if observation is None:
+        return None, "", {}
+    hasher = hashlib.sha256()
+    for name in sorted(observation.outputs):
+        output = observation.outputs[name]
+        hasher.update(f"{name} {output.dtype} {output.bits.shape}".encode())
+        hasher.update(output.bits.astype(output.bits.dtype.newbyteorder("<"), copy=False).tobytes())
+    found: dict[str, float] = {}
+    if observation.outputs:
+        for name, expected in trial.expected.items():
+            output = observation.outputs.get(name)
+            if output is None or isinstance(expected, Exactly) or expected.exact:
+                continue
+            if output.values.shape == expected.value.shape:
+                found[name] = headroom(expected, output.values)
+    digest = hasher.hexdigest()[:32] if observation.outputs else ""
+    return observation.planned, digest, found

@@ -64,6 +64,7 @@ class Trial:
     bench: Bench
     problem: Problem
     _seen: dict[Setting, Observation] = field(default_factory=dict)
+    _crashed: dict[Setting, Exception] = field(default_factory=dict)
     _expected: Mapping[str, Expected | Exactly] | None = None
 
     @property
@@ -73,10 +74,21 @@ class Trial:
         return self._expected
 
     def observe(self, setting: Setting = Setting()) -> Observation:
-        """The observation in a setting. Raises what is not a PolyaccelError: a crash is the runner's to record."""
+        """The observation in a setting. Raises what is not a PolyaccelError, the same exception each time it is asked
+        for: a crash is the runner's to record."""
+        if setting in self._crashed:
+            raise self._crashed[setting]
         if setting not in self._seen:
-            self._seen[setting] = self._run(setting)
+            try:
+                self._seen[setting] = self._run(setting)
+            except Exception as raised:
+                self._crashed[setting] = raised
+                raise
         return self._seen[setting]
+
+    def seen(self) -> Observation | None:
+        """The first observation that some check asked for, if any."""
+        return next(iter(self._seen.values()), None)
 
     def _run(self, setting: Setting) -> Observation:
         problem, bench = self.problem, self.bench

@@ -45,8 +45,10 @@ def test_min_tokens_above_max_tokens_is_refused() -> None:
 
 
 def test_the_limits_themselves_are_accepted() -> None:
-    SamplingParams(temperature=0, top_p=1, top_k=0, min_p=1, max_tokens=1, min_tokens=1, seed=2**64 - 1, n=128)
-    SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=1e-3, logprobs=20, seed=0)
+    params = SamplingParams(temperature=0, top_p=1, top_k=0, min_p=1, max_tokens=1, min_tokens=1, seed=2**64 - 1, n=128)
+    assert (params.seed, params.n, params.min_p) == (2**64 - 1, 128, 1.0)
+    params = SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=1e-3, logprobs=20, seed=0)
+    assert (params.presence_penalty, params.repetition_penalty, params.logprobs) == (-2.0, 1e-3, 20)
 
 
 def test_values_are_normalised_and_copied() -> None:

@@ -128,7 +128,9 @@ def test_a_configuration_with_another_width_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "llama3"])
 def test_buffers_that_old_exports_saved_are_ignored(tmp_path: Path, family: str) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    build(_edited(family, tmp_path, **{name: torch.ones(4)}))
+    plain = build(_edited(family, tmp_path / "plain"))
+    old = build(_edited(family, tmp_path / "old", **{name: torch.ones(4)}))
+    assert _equal(_values(plain.weights()), _values(old.weights()))
 
 
 def test_a_second_copy_of_tied_embeddings_is_ignored(tmp_path: Path) -> None:

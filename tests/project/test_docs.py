@@ -15,7 +15,7 @@ import polyaccel
 from polyaccel.backend import errors
 from polyaccel.cli.main import build_parser
 from tests.project.metadata import project
-from tests.project.pages import module_list, operator_tables, parameter_tables
+from tests.project.pages import module_list, operator_tables, parameter_tables, speed_tables
 from tests.project.source import ROOT, code_blocks, compare_with_stored
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,8 +34,9 @@ COMMANDS = [line for line in SHELL if line.startswith("polyaccel ")]
         ("architecture.md", "modules", module_list),
         ("contract.md", "operators", operator_tables),
         ("parameters.md", "parameters", parameter_tables),
+        ("../README.md", "speed", speed_tables),
     ],
-    ids=["architecture", "contract", "parameters"],
+    ids=["architecture", "contract", "parameters", "speed"],
 )
 def test_a_generated_list_agrees_with_the_code(page: str, subject: str, render: Callable[[], str]) -> None:
     path = ROOT / "docs" / page
@@ -65,7 +66,8 @@ def test_an_example_compiles_and_uses_names_that_exist(block: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_documented_command_line_is_accepted(command: str) -> None:
-    build_parser().parse_args(shlex.split(command)[1:])
+    words = shlex.split(command)[1:]
+    assert build_parser().parse_args(words).command == words[0]
 
 
 def test_the_examples_of_the_backend_page_run() -> None:

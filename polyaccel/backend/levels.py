@@ -1,0 +1,194 @@
+"""What a backend must do right to earn a level: the required tables, versioned with the contract.
+
+A row of a table says which cases must exist, run natively where the backend claims the operator, and pass: an operator,
+its dtypes, every layout that its arguments accept, every value of its listed attributes, and ranges of sizes. Each
+value and each range is one *cell*. A level is earned by its cells, not by a share of cases: one empty, refused or wrong
+cell is enough to lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from polyaccel.backend.vocabulary import OPERATORS
+
+HALF = "16-bit"
+"""float16 or bfloat16, whichever a backend does better: one of the two must be right for a level."""
+
+DEVICES = "devices"
+GRAPHS = "graphs"
+"""What a cell may need of the machine; without it the cell is not exercised instead of empty."""
+
+Value = int | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Integers from ``low`` to ``high``, both included."""
+
+    low: int
+    high: int
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}..{self.high}"
+
+
+def _empty() -> Mapping[str, tuple[Value | Span, ...]]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """One row of a required table.
+
+    Attributes:
+        operator: an operator or station.
+        dtypes: of activations; :data:`HALF` stands for one of the two 16-bit types, empty for an operator without.
+        each: by the name of an axis of a case (``dims.k``, ``structure.bias``, ``facts.rank``), the values and ranges
+            of which every one must be covered. A structure that holds several integers covers each of them.
+        where: only cases with these values count, such as those on quantised weights.
+        layouts: every layout that the specification of each tensor argument accepts is a cell.
+        attributes: every value that the specification lists for an attribute is a cell.
+        needs: what the machine must have, :data:`DEVICES` or :data:`GRAPHS`; empty for nothing.
+    """
+
+    operator: str
+    dtypes: tuple[str, ...] = ("float32", HALF)
+    each: Mapping[str, tuple[Value | Span, ...]] = field(default_factory=_empty)
+    where: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
+    layouts: bool = True
+    attributes: bool = True
+    needs: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """A level: ``name`` L0 to L7, what it is called, the levels it builds on, its table, and the questions without an
+    operator that must be answered (checks by name)."""
+
+    name: str
+    title: str
+    builds_on: tuple[str, ...] = ()
+    table: tuple[Requirement, ...] = ()
+    checks: tuple[str, ...] = ()
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """Every operator of the table once, in its order."""
+        return tuple(dict.fromkeys(row.operator for row in self.table))
+
+
+MOST = 16_384
+MOST_RANK = 512
+
+
+def _sizes(low: int, most: int = MOST) -> tuple[Span, ...]:
+    """From ``low`` to ``most`` in the steps at which kernels change their mind: empty, one, below and above a tile,
+    several tiles, and large (``most`` itself included)."""
+    edges = (0, 1, 2, 16, 17, 64, 128, 1024, most)
+    cuts = [edge for edge in edges if low <= edge <= most]
+    spans = [Span(a, b - 1) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return (*spans, Span(most, most))
+
+
+def _rows(
+    operators: tuple[str, ...],
+    where: Mapping[str, Value] = MappingProxyType({}),
+    dtypes: tuple[str, ...] = ("float32", HALF),
+) -> tuple[Requirement, ...]:
+    return tuple(Requirement(operator=name, where=where, dtypes=dtypes) for name in operators)
+
+
+_GEMM: Mapping[str, tuple[Value | Span, ...]] = MappingProxyType(
+    {
+        "dims.tokens": _sizes(0),
+        "dims.k": _sizes(0),
+        "dims.n": _sizes(1),
+        "structure.bias": (False, True),
+    }
+)
+_RANKS = tuple(range(1, MOST_RANK + 1))
+_COLLECTIVES = tuple(name for name, spec in OPERATORS.items() if spec.group == "ranks")
+_DENSE = (
+    "embedding",
+    "rms_norm",
+    "layer_norm",
+    "rotary_embedding",
+    "silu_and_mul",
+    "gelu",
+    "select_rows",
+    "write_kv_cache",
+    "paged_attention",
+    "dense_attention",
+    "sample",
+    "column_linear",
+    "qkv_rope_cache",
+    "gate_up_act",
+    "row_parallel_linear",
+    "row_parallel_add_norm",
+)
+
+LEVELS: Mapping[str, Level] = MappingProxyType(
+    {
+        level.name: level
+        for level in (
+            Level(name="L0", title="device", checks=("device.copy_paths",)),
+            Level(
+                name="L1",
+                title="linear and copies",
+                builds_on=("L0",),
+                table=(
+                    Requirement(operator="linear", each=_GEMM),
+                    Requirement(operator="dequantize"),
+                ),
+                checks=("device.copy_paths",),
+            ),
+            Level(name="L2", title="dense model", builds_on=("L1",), table=_rows(_DENSE)),
+            Level(
+                name="L3",
+                title="LoRA",
+                builds_on=("L1",),
+                table=(
+                    Requirement(
+                        operator="sgmv",
+                        each=MappingProxyType(
+                            {
+                                "facts.rank": _RANKS,
+                                "facts.mixed_ranks": (True,),
+                                "facts.rows_without_adapter": (True,),
+                                "facts.slice_narrower_than_rank": (True,),
+                            }
+                        ),
+                    ),
+                    *_rows(("sgmv_shrink", "sgmv_expand")),
+                ),
+                checks=("lora.native_evidence", "lora.tp_delta_equal", "lora.load_cost"),
+            ),
+            Level(name="L4", title="mixture of experts", builds_on=("L1",), table=_rows(("moe_route", "moe_experts"))),
+            Level(
+                name="L5",
+                title="quantised weights",
+                builds_on=("L1",),
+                table=_rows(("dequantize", "linear", "moe_experts"), where=MappingProxyType({"facts.quantised": True})),
+            ),
+            Level(
+                name="L6",
+                title="several devices",
+                builds_on=("L1",),
+                table=tuple(
+                    Requirement(operator=name, dtypes=() if name == "barrier" else ("float32", HALF), needs=DEVICES)
+                    for name in (*_COLLECTIVES, "row_parallel_linear")
+                ),
+                checks=("comm.row_parallel_operands",),
+            ),
+            Level(name="L7", title="graphs", builds_on=("L2",), checks=("graph.adapter_cost",)),
+        )
+    }
+)
+"""The levels in order. L6 adds every world size from 2 to the number of ranks that took part (``ranks``); L7 holds no
+operator of its own: it is earned by replaying the dense model's."""
