@@ -128,11 +128,19 @@ class Case:
         except KeyError as error:
             raise ValueError(str(error.args[0])) from error
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Read-only mappings cannot be pickled; cases travel to worker processes.
+        return _restore, (self.to_json(),)
+
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that name this case."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _restore(value: dict[str, object]) -> Case:
+    return Case.from_json(value)
 
 
 _PLAIN = ("dtype", "alias", "device", "stream", "data", "ranks", "skew")

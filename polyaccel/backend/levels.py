@@ -8,6 +8,7 @@ cell is enough to lose it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -92,7 +93,7 @@ def _sizes(low: int, most: int = MOST) -> tuple[Span, ...]:
     several tiles, and large (``most`` itself included)."""
     edges = (0, 1, 2, 16, 17, 64, 128, 1024, most)
     cuts = [edge for edge in edges if low <= edge <= most]
-    spans = [Span(a, b - 1) for a, b in zip(cuts, cuts[1:], strict=False)]
+    spans = [Span(a, b - 1) for a, b in itertools.pairwise(cuts)]
     return (*spans, Span(most, most))
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from polyaccel.backend import Backend, Device, PolyaccelError, TableBackend
+from polyaccel.backend import Backend, Device, PolyaccelError, TableBackend, TorchDevice
 from polyaccel.backend.backend import Implementations
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.preflight.facts import first_line
 from polyaccel_conformance.preflight.finding import STORAGE, OperatorNeeds
-from polyaccel_conformance.problem import ProblemSet
+from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.trial import Trial
 
 Execute = Callable[["Sample", Device], None]
@@ -44,6 +46,7 @@ class Recording:
 
     samples: dict[str, dict[str, Sample]] = field(default_factory=dict)
     _current: list[str] = field(default_factory=list)
+    _placed: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @contextmanager
     def of(self, operator: str) -> Iterator[None]:
@@ -54,30 +57,67 @@ class Recording:
         finally:
             self._current.pop()
 
-    def note(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Remember that this memory stands for the device's. Kept alive, so that its address stays its own."""
+        self._placed[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def forget(self) -> None:
+        self._placed.clear()
+
+    def runs_on_device(self, args: object) -> bool:
+        """Inside an operator everything does; elsewhere what touches memory of the device."""
         if not self._current:
-            return
+            return False
+        return self._current[-1] != STORAGE or any(
+            t.untyped_storage().data_ptr() in self._placed for t in _tensors(args)
+        )
+
+    def note(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         known = self.samples.setdefault(self._current[-1], {})
         key = f"{operation}({','.join(_dtypes((args, dict(kwargs))))})"
         if key not in known:
             known[key] = Sample(operation=operation, args=_copied(args), kwargs=_copied(dict(kwargs)))
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recording: Recording) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recording = recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._recording.note(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if not self._recording.runs_on_device((args, kwargs)):
+            return func(*args, **kwargs)
+        self._recording.note(func, args, kwargs)
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._recording.place(tensor)
+        return result
+
+
+class _Placing(TorchDevice):
+    """The CPU, remembering which memory stands for a device's."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__("cpu")
+        self._recording = recording
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._recording.place(super().empty(shape, dtype))
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._recording.place(super().zeros(shape, dtype))
+
+    def upload(self, source: np.ndarray | torch.Tensor) -> torch.Tensor:
+        return self._recording.place(super().upload(source))
 
 
 class _Composites(TableBackend):
     """Every composite on the CPU, each call attributed to its operator."""
 
     def __init__(self, recording: Recording) -> None:
-        super().__init__("cpu", {}, name="composites")
+        super().__init__(_Placing(recording), {}, name="composites")
         self._recording = recording
 
     def operators(self) -> Mapping[str, Implementations]:
@@ -94,18 +134,36 @@ class _Composites(TableBackend):
         return call
 
 
+class _Watched(Problem):
+    """A problem whose weights, caches and steps are placed under the name of storage."""
+
+    def __init__(self, problem: Problem, recording: Recording) -> None:
+        self.case, self.source, self.exact = problem.case, problem.source, problem.exact
+        self.operands = problem.operands
+        self._problem, self._recording = problem, recording
+
+    def prepare(self, bench: Bench) -> Prepared:
+        with self._recording.of(STORAGE):
+            return self._problem.prepare(bench)
+
+    def expected(self) -> Mapping[str, Expected | Exactly]:
+        return self._problem.expected()
+
+
 def record(problem_set: ProblemSet, recording: Recording, most: int) -> str:
     """Run up to ``most`` cases of an operator's composite; returns why nothing is known, empty if a case ran."""
     backend = _Composites(recording)
     bench = Bench(backend)
     reason = "it has no cases on one device"
     ran = False
+    recording.forget()
     for case in few_cases(problem_set, most):
         if case.ranks != 1:
             continue
         try:
-            trial = Trial(bench, problem_set.problem(case))
-            with _Mode(recording), recording.of(STORAGE):
+            problem = problem_set.problem(case)
+            trial = Trial(bench, _Watched(problem, recording))
+            with _Mode(recording):
                 observation = trial.observe()
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
@@ -208,13 +266,9 @@ def _copied(value: Any) -> Any:
         return tree_map(copy, value)
 
 
-def _dtypes(value: Any) -> list[str]:
-    found: list[str] = []
+def _tensors(value: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
-    def look(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            found.append(str(item.dtype).removeprefix("torch."))
-        return item
 
-    tree_map(look, value)
-    return found
+def _dtypes(value: object) -> list[str]:
+    return [str(tensor.dtype).removeprefix("torch.") for tensor in _tensors(value)]

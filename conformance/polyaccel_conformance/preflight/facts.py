@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ Answer = tuple[bool, str]
 def device_findings(backend: Backend, device: Device) -> Iterator[Finding]:
     """Every fact of one device; a probe that raises is a fact too."""
     section = f"device {device.index}"
-    stored = {dtype: _tried(lambda dtype=dtype: _keeps(device, _pattern(dtype))) for dtype in REQUIRED + HALVES + OTHERS}  # type: ignore[misc]
+    every = (*REQUIRED, *HALVES, *OTHERS)
+    stored = {dtype: _tried(partial(_keeps, device, _pattern(dtype))) for dtype in every}
     for dtype in REQUIRED:
         yield _required(section, f"stores {_name(dtype)}", stored[dtype])
     found = [_name(dtype) for dtype in HALVES if stored[dtype][0]]

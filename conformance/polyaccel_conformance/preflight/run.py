@@ -61,9 +61,7 @@ def preflight(
             table = _aten(backend, found[0], problem_sets, execute, budget)
         backend.close()
     name = subject.name if subject.kind == "backend" else f"{subject.path}:{subject.name}"
-    return Preflight(
-        subject=name, findings=tuple(findings), table=tuple(table), seconds=time.perf_counter() - began
-    )
+    return Preflight(subject=name, findings=tuple(findings), table=tuple(table), seconds=time.perf_counter() - began)
 
 
 def _environment() -> Iterator[Finding]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -131,7 +133,7 @@ def build_step(
     kv_slots[list(unstored)] = -1
     sequence_of = np.repeat(np.arange(len(contexts)), queries)
     if logits_rows is None:
-        logits_rows = [int(end) - 1 for begin, end in zip(starts[:-1], starts[1:], strict=True) if end > begin]
+        logits_rows = [int(end) - 1 for begin, end in itertools.pairwise(starts) if end > begin]
     rows = np.asarray(logits_rows, dtype=np.int32)
     if decode and not (all(q == 1 for q in queries) and np.array_equal(rows, np.arange(tokens))):
         raise ValueError("a decode step has one token and one row of logits a sequence")
@@ -196,9 +198,9 @@ def adapter_rows(
     Args:
         pattern: ``one``: all rows use one adapter. ``none``: no row has any. ``gaps``: rows 0, 3, 6, ... have none.
             ``each``: neighbouring rows use different adapters, so that no segment's rows are consecutive. ``runs``:
-            runs of rows in random order of slots; some are of length zero, some have no adapter, slots return. ``last``:
-            the last row uses the last slot. ``mixes``: rows use one to three adapters at once. ``cleared``: as
-            ``gaps``, and every other row that has an adapter names the ``empty_slot``.
+            runs of rows in random order of slots; some are of length zero, some have no adapter, slots return.
+            ``last``: only the last row has one, the last slot. ``mixes``: rows use up to three adapters at once.
+            ``cleared``: as ``gaps``, and every other row that has an adapter names the ``empty_slot``.
         mix: one of :data:`MIXES`.
         empty_slot: a slot that holds nothing.
     """
@@ -217,8 +219,7 @@ def _mix_weights(source: Source, count: int, mix: str) -> Floats:
         return np.ones(count)
     if mix == "power":
         sign = 1 - 2 * source.integers("mix sign", (count,), 0, 1)
-        power: Floats = sign * 2.0 ** source.integers("mix", (count,), -2, 1)
-        return power
+        return np.ldexp(sign.astype(np.float64), source.integers("mix", (count,), -2, 1))
     weights = source.integers("mix", (count,), -(2**20), 2**20 - 1) * 2.0**-19
     weights[::5] = 0.0
     return weights
@@ -280,13 +281,15 @@ def _cleared(source: Source, rows: int, slots: list[int], empty: int | None) -> 
     return pairs if empty is None else [(row, empty if i % 2 else slot) for i, (row, slot) in enumerate(pairs)]
 
 
-_CHOICES = {
-    "one": _one,
-    "none": _none,
-    "gaps": _gaps,
-    "each": _each,
-    "runs": _runs,
-    "last": _last,
-    "mixes": _mixes,
-    "cleared": _cleared,
-}
+_CHOICES: Mapping[str, Callable[[Source, int, list[int], int | None], Pairs]] = MappingProxyType(
+    {
+        "one": _one,
+        "none": _none,
+        "gaps": _gaps,
+        "each": _each,
+        "runs": _runs,
+        "last": _last,
+        "mixes": _mixes,
+        "cleared": _cleared,
+    }
+)

@@ -1,0 +1,89 @@
+"""Engines on the subject and on the reference, over the same small models."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from polyaccel import LLM
+from polyaccel.backend import Backend, TableBackend
+from polyaccel_conformance.models.answers import Answer, Mix, ask_alone
+from polyaccel_conformance.models.families import ADAPTERS, FAMILIES, prompts, write_adapter, write_model
+from polyaccel_conformance.subject import Subject
+
+LENGTHS = (5, 37, 1, 70, 18, 45)
+NEW_TOKENS = 12
+KV_BYTES = 32 << 20
+
+
+class Workshop:
+    """Folders of models and adapters, made when first asked for, and the reference's answers to them.
+
+    Used as a context manager: the files are gone at its end.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="polyaccel-conformance-")
+        self._answers: dict[tuple[str, tuple[str, ...]], list[Answer]] = {}
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.cleanup()
+
+    @cached_property
+    def _root(self) -> Path:
+        return Path(self._folder.name)
+
+    def model(self, family: str) -> Path:
+        folder = self._root / family
+        return folder if folder.exists() else write_model(FAMILIES[family], folder)
+
+    def adapters(self, family: str) -> dict[str, Path]:
+        made: dict[str, Path] = {}
+        for name, adapter in ADAPTERS.items():
+            folder = self._root / f"{family}-{name}"
+            made[name] = folder if folder.exists() else write_adapter(adapter, FAMILIES[family], folder)
+        return made
+
+    def prompts(self, family: str) -> list[list[int]]:
+        return prompts(FAMILIES[family], LENGTHS)
+
+    def open(self, family: str, backend: Backend | str, **options: Any) -> LLM:
+        """An engine, small; options of :class:`polyaccel.LLM` on top."""
+        settings: dict[str, Any] = {
+            "dtype": "float32",
+            "max_num_seqs": 8,
+            "max_batched_tokens": 64,
+            "kv_cache_bytes": KV_BYTES,
+            "policy": "allow",
+            "threads": 1,
+            "timeout": 60.0,
+            "adapter_slots": 4,
+            "adapter_rank_rows": 64,
+        }
+        return LLM(self.model(family), backend=backend, **(settings | options))
+
+    def reference(self, family: str, mixes: list[Mix]) -> list[Answer]:
+        """Answers of the composites on the CPU: one prompt at a time, nothing overlapped, cached or captured."""
+        key = (family, tuple(str(m) for m in mixes))
+        if key not in self._answers:
+            plain = {"overlap": False, "prefix_caching": False, "graphs": False, "max_batched_tokens": 512}
+            used = any(m is not None for m in mixes)
+            backend = TableBackend("cpu", {})
+            with self.open(
+                family, backend, adapters=self.adapters(family) if used else None, **plain
+            ) as llm:
+                self._answers[key] = ask_alone(llm, self.prompts(family), mixes, NEW_TOKENS)
+        return self._answers[key]
+
+
+def backend_of(subject: Subject, ranks: int) -> Callable[[], Backend | str]:
+    """How an engine gets the subject: as an instance, or by name where workers must find it themselves."""
+    if ranks == 1:
+        return subject.open
+    return lambda: subject.name

@@ -1,0 +1,1 @@
+"""Several devices: one process a rank, all in lock-step, with a control plane that is not under test."""

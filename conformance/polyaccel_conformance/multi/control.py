@@ -1,0 +1,140 @@
+"""The control plane: what ranks tell each other outside of the communicator under test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Literal, Protocol
+
+from polyaccel_conformance.check import CaseResult, Control
+from polyaccel_conformance.errors import ConformanceError
+
+
+class Abandoned(ConformanceError):
+    """Another rank has ended the case, so that nobody can be waited for any more."""
+
+
+class ControlPlane(Protocol):
+    """What a check may ask of the other ranks, in the same order on all of them."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's small picklable value, in rank order; returns when all have called it.
+
+        Raises:
+            Abandoned: a rank cannot call it any more.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """The control plane of a world of one."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def gather(self, value: object) -> list[object]:
+        return [value]
+
+
+@dataclass(frozen=True, slots=True)
+class Piped:
+    """A control plane over a pipe to the parent, which knows every rank and when one is gone."""
+
+    rank: int
+    world_size: int
+    connection: Connection
+
+    def gather(self, value: object) -> list[object]:
+        self.connection.send(Gather(value))
+        answer = self.connection.recv()
+        if isinstance(answer, Gathered):
+            return list(answer.values)
+        raise Abandoned(f"rank {self.rank} waits for ranks that have ended the case")
+
+
+# -- messages from a rank to the parent --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """This rank's contribution; it waits for everybody's."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankIdentity:
+    """Who a rank is: recorded with every result, so that several ranks cannot be claimed where there is one.
+
+    ``device`` is the backend's name of it and ``device_index`` its index; ``transport`` the communicator's.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    backend: str
+    device: str
+    device_index: int
+    transport: str
+    torch_version: str
+    simulated: bool = False
+
+
+Ending = Literal["finished", "abandoned", "refused", "crashed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankVerdict:
+    """How a rank ended a case or a control.
+
+    Attributes:
+        ending: ``finished``; ``abandoned`` because another rank had ended; ``refused``: it could not be started;
+            ``crashed`` by something that is no error of the contract.
+        result: of a case that finished, with its axes as JSON.
+        control: of a control that finished.
+        text: of an error.
+        broken: the communicator is of no more use.
+    """
+
+    ending: Ending
+    result: CaseResult | None = None
+    control: Control | None = None
+    text: str = ""
+    broken: bool = False
+
+
+# -- messages from the parent to a rank --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Every rank's contribution."""
+
+    values: tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Nobody will contribute any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCase:
+    """``case`` as JSON; ``checks`` by name."""
+
+    case: dict[str, object]
+    checks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunControl:
+    """The control of a check by name."""
+
+    check: str
+
+
+Reporter = Callable[[RankVerdict], None]
