@@ -58,6 +58,9 @@ class Bench:
 
     def resolve(self, operator: str, prepared: Prepared) -> Resolved:
         """Ask the plan, exactly as a model does, what runs this operator for this problem."""
+        if prepared.call is not None:
+            own = Planned(operator=operator, kind="native", implementation=f"{self.backend.name}.{operator}")
+            return Resolved(call=prepared.call, planned=own)
         largest = prepared.static.get("largest_rank", 0)
         request = SiteRequest(site=SITE, operator=operator, static=prepared.static, ranges=prepared.ranges)
         plan = Plan(self.backend, [request], policy=self._policy)

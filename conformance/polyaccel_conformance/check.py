@@ -69,6 +69,10 @@ class Check(ABC):
     def run(self, trial: Trial) -> Failure | None:
         """Ask it. May raise PolyaccelError only for what the backend raised unasked."""
 
+    def notes(self, trial: Trial) -> Sequence[str]:
+        """What the check found that is no failure, after :meth:`run`: a measured figure, evidence that is missing."""
+        return ()
+
     @abstractmethod
     def control(self, bench: Bench) -> Control:
         """Ask the same question of something deliberately wrong on the same device: it must fail, or the check proves
@@ -77,7 +81,11 @@ class Check(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseResult:
-    """Everything that is recorded of one case. ``headroom``: err / tol of each output under tier 2."""
+    """Everything that is recorded of one case.
+
+    ``headroom``: err / tol of each output under tier 2. ``digests``: of the inputs. ``observed``: hash of the outputs.
+    ``notes``: what was measured and is no failure.
+    """
 
     case: Case
     failures: tuple[Failure, ...]
@@ -88,6 +96,7 @@ class CaseResult:
     digests: Mapping[str, str] = field(default_factory=dict)
     observed: str = ""
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -105,6 +114,7 @@ def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseRes
     case = problem.case
     failures: list[Failure] = []
     asked: list[str] = []
+    notes: list[str] = []
     met: list[BaseException] = []
     for check in checks:
         if not check.applies(case, problem):
@@ -113,7 +123,7 @@ def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseRes
         try:
             found = check.run(trial)
         except PolyaccelError as raised:
-            if not _known(raised, met):
+            if not trial.excuses(raised) and not _known(raised, met):
                 failures.append(Failure(check=check.name, cause="error", message=f"{type(raised).__name__}: {raised}"))
         except Exception as raised:
             if not _known(raised, met):
@@ -124,6 +134,8 @@ def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseRes
         else:
             if found is not None:
                 failures.append(found)
+            notes += check.notes(trial)
+    trial.close()
     planned, observed, headrooms = _summary(trial)
     return CaseResult(
         case=case,
@@ -135,6 +147,7 @@ def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseRes
         digests=problem.digests(),
         observed=observed,
         seconds=time.perf_counter() - started,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -164,10 +177,10 @@ def _summary(trial: Trial) -> tuple[Planned | None, str, Mapping[str, float]]:
     found: dict[str, float] = {}
     if observation.outputs:
         for name, expected in trial.expected.items():
-            output = observation.outputs.get(name)
-            if output is None or isinstance(expected, Exactly) or expected.exact:
+            values = observation.outputs[name].values if name in observation.outputs else None
+            if values is None or isinstance(expected, Exactly) or expected.exact:
                 continue
-            if output.values.shape == expected.value.shape:
-                found[name] = headroom(expected, output.values)
+            if values.shape == expected.value.shape:
+                found[name] = headroom(expected, values)
     digest = hasher.hexdigest()[:32] if observation.outputs else ""
     return observation.planned, digest, found

@@ -43,6 +43,7 @@ class Prepared:
             that the operator must have changed (a KV cache, counts) is read here.
         static, ranges, token_class, adapters: for the query that the plan answers.
         release: frees what was allocated, if the backend needs to be told.
+        call: what is called without arguments in place of a planned operator, for what is no operator.
     """
 
     arguments: Mapping[str, object]
@@ -52,6 +53,7 @@ class Prepared:
     token_class: TokenClass = TokenClass.MIXED
     adapters: bool = False
     release: Callable[[], None] = lambda: None
+    call: Callable[[], object] | None = None
 
 
 class Problem(ABC):
@@ -59,11 +61,12 @@ class Problem(ABC):
 
     Attributes:
         operands: tensor arguments by name in the contract; optional ones that are absent are missing.
-        exact: the data are such that a right implementation's result is determined bit by bit (tier 1).
+        exact: the data are such that a right implementation's result is determined bit by bit (tier 1). None: the
+            problem is no arithmetic, and a check of its own judges it.
     """
 
     operands: Mapping[str, Operand]
-    exact: bool = False
+    exact: bool | None = False
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -104,6 +107,11 @@ class ProblemSet(ABC):
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         """Axes whose further examples are any integer of a range, ends included."""
         return MappingProxyType({})
+
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        """Fixed cases beyond the sizes of the axes, in every profile: the axes named here, all others at their first
+        value. Each should take at most some tens of milliseconds."""
+        return ()
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         """Make a combination of axis values a valid case by adjusting values, or None where it has no meaning. Must

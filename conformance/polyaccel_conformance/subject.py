@@ -45,6 +45,11 @@ class Subject:
             backend = apply_mutant(self.mutant, backend)
         return backend
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"backend {self.name!r}" if self.kind == "backend" else f"{self.path}:{self.name}"
+
     def _table(self) -> Backend:
         value = load_attribute(Path(self.path), self.name)
         if isinstance(value, Backend):

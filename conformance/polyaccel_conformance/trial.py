@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from polyaccel.backend import Planned, PolyaccelError
-from polyaccel_conformance.bench import Bench, call_by_name
+from polyaccel.backend import OperatorError, Planned, PolyaccelError
+from polyaccel_conformance.bench import Bench, Resolved, call_by_name
 from polyaccel_conformance.formats import bits_of, from_torch
+from polyaccel_conformance.harness import state
+from polyaccel_conformance.harness.evidence import Activity, Watch
+from polyaccel_conformance.harness.layouts import promised
 from polyaccel_conformance.harness.memory import Guarded, Poison
 from polyaccel_conformance.oracle.bounded import Expected
-from polyaccel_conformance.problem import Exactly, Problem
+from polyaccel_conformance.problem import Exactly, Prepared, Problem
 
 Array = npt.NDArray[np.generic]
+
+Around = Callable[[Bench], AbstractContextManager[object]]
+"""Entered around the call and the wait for the device: another current device, a side stream, a profiler."""
+
+NEW_MEMORY = "(new memory)"
+_STATELESS = frozenset({"tensor", "weight", "attribute", "rope"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How a call is made. Two settings that differ must give the same bits."""
+    """How a call is made. Two settings that differ must give the same bits, but for ``row`` and ``equal``.
 
-    poison: Poison = Poison.NAN
+    Attributes:
+        poison: what lies around, between and in new memory. Calls with ``NAN`` and ``LARGE`` are watched: their
+            observation has an activity.
+        repeat: tells calls apart that are made alike.
+        contiguous: every tensor dense, whatever the case's layouts.
+        row: only this token of every tensor whose first dimension is T.
+        equal: ``(a, b)``: argument a holds the values of argument b; with ``shared`` it is the same view.
+        around: entered around the call.
+    """
+
+    poison: Poison = Poison.ZERO
     repeat: int = 0
+    contiguous: bool = False
+    row: int | None = None
+    equal: tuple[str, str] | None = None
+    shared: bool = False
+    around: Around | None = None
+
+
+POISONED = Setting(poison=Poison.NAN)
+LARGE = Setting(poison=Poison.LARGE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,6 +65,10 @@ class Output:
     bits: Array
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Output:
+        return cls(values=from_torch(tensor), bits=bits_of(tensor), dtype=tensor.dtype)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Observation:
@@ -44,9 +77,13 @@ class Observation:
     Attributes:
         outputs: by name; empty after an error.
         error: what it raised.
-        trespassed, changed: by argument, elements written outside of it and elements of it that changed.
+        trespassed, changed: by argument, elements written outside of it and elements of it that changed;
+            :data:`NEW_MEMORY` for what the call allocated itself.
+        disturbed: by name, elements of weights, caches and adapters that changed and may not; of the NAN poison only.
+        fresh: elements of returned tensors that lie in no operand's memory.
         ledger: what the backend says ran.
         planned: what the plan said would run.
+        activity: what was dispatched; None where the call was not watched.
     """
 
     outputs: Mapping[str, Output]
@@ -55,17 +92,27 @@ class Observation:
     changed: Mapping[str, int]
     ledger: Mapping[str, int]
     planned: Planned | None
+    disturbed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    fresh: int = 0
+    activity: Activity | None = None
 
 
 @dataclass(slots=True)
 class Trial:
-    """Runs ``problem`` on ``bench`` in every setting that some check asks for, once each."""
+    """Runs ``problem`` on ``bench`` in every setting that some check asks for, once each.
+
+    What the call cannot change (weights, and the plan's answer) is made once and shared; everything else is new for
+    each call. :meth:`close` gives it back.
+    """
 
     bench: Bench
     problem: Problem
     _seen: dict[Setting, Observation] = field(default_factory=dict)
     _crashed: dict[Setting, Exception] = field(default_factory=dict)
     _expected: Mapping[str, Expected | Exactly] | None = None
+    _host: dict[str, torch.Tensor] = field(default_factory=dict)
+    _shared: Prepared | None = None
+    _resolved: Resolved | None = None
 
     @property
     def expected(self) -> Mapping[str, Expected | Exactly]:
@@ -86,48 +133,165 @@ class Trial:
                 raise
         return self._seen[setting]
 
+    def ask(self, setting: Setting = Setting()) -> Observation:
+        """The same for checks that expect no error: raises the backend's."""
+        observation = self.observe(setting)
+        if observation.error is not None:
+            raise observation.error
+        return observation
+
+    def excuses(self, error: PolyaccelError) -> bool:
+        """Whether a typed error is a right answer to this case: it holds a layout or an alias that the contract does
+        not make implementations accept."""
+        if not isinstance(error, OperatorError):
+            return False
+        spec, case = self.problem.spec, self.problem.case
+        if any(not promised(spec.argument(name), case.layout(name)) for name in self.problem.operands):
+            return True
+        alias, _, original = case.alias.partition("=")
+        return bool(original) and original not in spec.argument(alias).may_alias
+
     def seen(self) -> Observation | None:
         """The first observation that some check asked for, if any."""
         return next(iter(self._seen.values()), None)
 
-    def _run(self, setting: Setting) -> Observation:
-        problem, bench = self.problem, self.bench
-        guarded = {
-            name: Guarded(operand, problem.case.layout(name), setting.poison, bench.upload)
-            for name, operand in problem.operands.items()
+    def close(self) -> None:
+        """Release what the calls shared. The observations stay."""
+        if self._shared is not None:
+            self._shared.release()
+            self._shared = None
+
+    # -- pieces of a call, for checks that make calls of their own -----------------------------------------------------
+
+    def prepare(self) -> Prepared:
+        """Weights, caches, steps. Shared by all calls where the operator can change none of it."""
+        if self._shared is not None:
+            return self._shared
+        prepared = self.problem.prepare(self.bench)
+        if all(argument.kind in _STATELESS for argument in self.problem.spec.arguments):
+            self._shared = prepared
+        return prepared
+
+    def release(self, prepared: Prepared) -> None:
+        if prepared is not self._shared:
+            prepared.release()
+
+    def resolve(self, prepared: Prepared) -> Resolved:
+        """The plan's answer, which depends on the case only."""
+        if self._resolved is None:
+            self._resolved = self.bench.resolve(self.problem.case.operator, prepared)
+        return self._resolved
+
+    def call(self, resolved: Resolved, prepared: Prepared, tensors: Mapping[str, object]) -> object:
+        """The bare call, with the tensor arguments ``tensors``."""
+        order = tuple(argument.name for argument in self.problem.spec.arguments)
+        return call_by_name(resolved.call, order, {**prepared.arguments, **tensors})
+
+    def guarded(self, setting: Setting) -> dict[str, Guarded]:
+        """The tensor arguments on the device, in the layouts of the case."""
+        return {
+            name: Guarded(self._values(name, setting), self._layout(name, setting), setting.poison, self.bench.upload)
+            for name in self.problem.operands
         }
-        tensors = self._aliased({name: buffer.tensor for name, buffer in guarded.items()})
-        prepared = problem.prepare(bench)
-        before = bench.backend.ledger.counts()
+
+    def tensors(self, guarded: Mapping[str, Guarded], setting: Setting) -> dict[str, torch.Tensor]:
+        """The views to pass, aliases included."""
+        tensors = {name: buffer.tensor for name, buffer in guarded.items()}
+        alias, _, original = self.problem.case.alias.partition("=")
+        if original:
+            tensors[alias] = tensors[original]
+        if setting.equal is not None and setting.shared:
+            tensors[setting.equal[0]] = tensors[setting.equal[1]]
+        return tensors
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _run(self, setting: Setting) -> Observation:
+        bench, problem = self.bench, self.problem
+        guarded = self.guarded(setting)
+        tensors = self.tensors(guarded, setting)
+        storages = {buffer.storage: name for name, buffer in guarded.items()}
+        watch = None if setting.poison is Poison.ZERO else Watch(setting.poison, storages)
+        prepared = self.prepare()
         planned: Planned | None = None
         outputs: dict[str, Output] = {}
         error: PolyaccelError | None = None
+        before: dict[str, torch.Tensor] = {}
+        disturbed: dict[str, int] = {}
+        fresh = 0
+        counts = bench.backend.ledger.counts()
         try:
-            resolved = bench.resolve(problem.case.operator, prepared)
+            if watch is not None:
+                state.poison_room(bench, problem, prepared, setting.poison)
+            if setting.poison is Poison.NAN:
+                before = state.snapshot(bench, problem, prepared)
+            resolved = self.resolve(prepared)
             planned = resolved.planned
-            order = tuple(argument.name for argument in problem.spec.arguments)
-            result = call_by_name(resolved.call, order, {**tensors, **prepared.arguments})
+            counts = bench.backend.ledger.counts()
+            around = setting.around(bench) if setting.around is not None else nullcontext()
+            with around, watch if watch is not None else nullcontext():
+                result = self.call(resolved, prepared, tensors)
+                if watch is not None:
+                    watch.returned()
+                bench.synchronize()
+            ran = bench.backend.ledger.counts()
+            fresh = sum(t.numel() for t in returned(result) if _address(t) not in storages)
             collected = prepared.collect(result, tensors)
             bench.synchronize()
             outputs = {
                 name: Output(values=from_torch(t), bits=bits_of(t), dtype=t.dtype) for name, t in collected.items()
             }
+            if before:
+                disturbed = state.changed(before, state.snapshot(bench, problem, prepared))
         except PolyaccelError as raised:
-            error = raised
+            error, ran = raised, bench.backend.ledger.counts()
         finally:
-            prepared.release()
-        after = bench.backend.ledger.counts()
+            self.release(prepared)
+        differences = {name: buffer.differences() for name, buffer in guarded.items()}
+        trespassed = {name: outside for name, (outside, _) in differences.items() if outside}
+        if watch is not None and (beyond := watch.allocations.trespassed()):
+            trespassed[NEW_MEMORY] = beyond
         return Observation(
             outputs=MappingProxyType(outputs),
             error=error,
-            trespassed={name: count for name, buffer in guarded.items() if (count := buffer.trespassed())},
-            changed={name: count for name, buffer in guarded.items() if (count := buffer.changed())},
-            ledger={name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)},
+            trespassed=trespassed,
+            changed={name: inside for name, (_, inside) in differences.items() if inside},
+            ledger={name: count - counts.get(name, 0) for name, count in ran.items() if count != counts.get(name, 0)},
             planned=planned,
+            disturbed=disturbed,
+            fresh=fresh,
+            activity=None if watch is None else watch.activity(),
         )
 
-    def _aliased(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        alias, _, original = self.problem.case.alias.partition("=")
-        if original:
-            tensors[alias] = tensors[original]
-        return tensors
+    def _values(self, name: str, setting: Setting) -> torch.Tensor:
+        if setting.equal is not None and setting.equal[0] == name:
+            name = setting.equal[1]
+        if name not in self._host:
+            self._host[name] = self.problem.operands[name].torch()
+        values = self._host[name]
+        if setting.row is not None and by_token(self.problem.spec.argument(name).shape):
+            values = values[setting.row : setting.row + 1]
+        return values
+
+    def _layout(self, name: str, setting: Setting) -> str:
+        return "contiguous" if setting.contiguous else self.problem.case.layout(name)
+
+
+def by_token(shape: str) -> bool:
+    """Whether the first dimension of an argument of this specified shape counts tokens."""
+    return shape.startswith(("[T", "[..."))
+
+
+def returned(result: object) -> list[torch.Tensor]:
+    """All tensors of a call's result: one, several, or the fields of a dataclass."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, tuple | list):
+        return [t for part in result for t in returned(part)]
+    if is_dataclass(result) and not isinstance(result, type):
+        return [t for entry in fields(result) for t in returned(getattr(result, entry.name))]
+    return []
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0

@@ -64,6 +64,9 @@ class Backend(ABC):
         name: as chosen by ``backend=``.
         priority: highest usable wins for ``backend="auto"``; None is never chosen so.
         isolate: run in a worker process even with one rank, so that a device fault spares the caller (executor="auto").
+        fork_safe: may be opened in a process that was forked from one which has imported torch and touched no device.
+            Most vendors' runtimes may not, so the default is False: such a backend gets a new interpreter, which costs
+            some seconds a process.
         needs_equal_shards: head groups are zero-padded so that all ranks have equal shapes.
         ledger, launcher: what ran, and the guarded way to run it.
     """
@@ -72,6 +75,7 @@ class Backend(ABC):
     priority: int | None = 0
     needs_equal_shards: bool = False
     isolate: bool = True
+    fork_safe: bool = False
 
     def __init__(self) -> None:
         self.ledger = Ledger()

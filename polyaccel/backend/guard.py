@@ -8,7 +8,7 @@ memory access on a second GPU; Triton launches have the same hole (Triton issue 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
@@ -19,6 +19,9 @@ from polyaccel.backend.ledger import Ledger
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Operands = Sequence[torch.Tensor | None] | Mapping[str, torch.Tensor | None]
+"""The tensors that a kernel touches, in the order of the call or, for errors that name them, by argument."""
 
 
 class Launcher:
@@ -44,7 +47,7 @@ class Launcher:
     def launch(
         self,
         kernel: str,
-        operands: Sequence[torch.Tensor | None],
+        operands: Operands,
         fn: Callable[P, R],
         /,
         *args: P.args,
@@ -52,10 +55,11 @@ class Launcher:
     ) -> R:
         """Run ``fn(*args, **kwargs)`` in the operands' device scope and record ``kernel``.
 
-        ``operands``: every tensor the kernel touches, in the order of the call; None entries are skipped.
+        ``operands``: every tensor the kernel touches, in the order of the call or by argument name; None entries are
+        skipped.
 
         Raises:
-            OperatorError: two operands live on different devices; the message lists each with its index.
+            OperatorError: two operands live on different devices; the message lists each with its name or index.
         """
         device = self.common_device(kernel, operands)
         self.ledger.record(kernel)
@@ -64,10 +68,10 @@ class Launcher:
         with self._enter(device):
             return fn(*args, **kwargs)
 
-    def common_device(self, kernel: str, operands: Sequence[torch.Tensor | None]) -> torch.device:
+    def common_device(self, kernel: str, operands: Operands) -> torch.device:
         """The device shared by all operands; a typed error naming the odd one out otherwise."""
         device: torch.device | None = None
-        for tensor in operands:
+        for tensor in operands.values() if isinstance(operands, Mapping) else operands:
             if tensor is None:
                 continue
             if device is None:
@@ -78,16 +82,15 @@ class Launcher:
             raise OperatorError(kernel, "was launched without a tensor operand", (), self.rank)
         return device
 
-    def _mixed(self, kernel: str, operands: Sequence[torch.Tensor | None]) -> OperatorError:
-        named = {index: tensor for index, tensor in enumerate(operands) if tensor is not None}
+    def _mixed(self, kernel: str, operands: Operands) -> OperatorError:
+        if isinstance(operands, Mapping):
+            named = {name: tensor for name, tensor in operands.items() if tensor is not None}
+        else:
+            named = {f"operand {i}": tensor for i, tensor in enumerate(operands) if tensor is not None}
         first = next(iter(named))
-        other = next(index for index, tensor in named.items() if tensor.device != named[first].device)
-        reason = (
-            f"operand {other} is on {named[other].device} but operand {first} is on {named[first].device}; "
-            "move it there first"
-        )
-        tensors = {f"operand {index}": tensor for index, tensor in named.items()}
-        return OperatorError.describe(kernel, reason, tensors, self.rank)
+        other = next(name for name, tensor in named.items() if tensor.device != named[first].device)
+        reason = f"{other} is on {named[other].device} but {first} is on {named[first].device}; move it there first"
+        return OperatorError.describe(kernel, reason, named, self.rank)
 
 
 def _no_scope(device: torch.device) -> AbstractContextManager[object]:

@@ -43,6 +43,12 @@ class TableBackend(Backend):
         self.name = name
         self._device = device if isinstance(device, Device) else TorchDevice(device)
         self._operators = dict(operators)
+        self.fork_safe = self._device.torch_device.type == "cpu"
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Operators and stations that the table holds; the rest are composites."""
+        return tuple(self._operators)
 
     def probe(self) -> Availability:
         try:

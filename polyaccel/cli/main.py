@@ -1,4 +1,4 @@
-"""``polyaccel generate | chat | backends | explain | bench``. Options have the names of the Python API, with dashes."""
+"""``polyaccel generate | chat | backends | explain | bench | new-backend``. Options have the names of the Python API, with dashes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from polyaccel.backend.errors import PolyaccelError
-from polyaccel.cli import backends, bench, chat, explain, generate
+from polyaccel.cli import backends, bench, chat, explain, generate, new_backend
 from polyaccel.cli.options import UsageError
 
 EXIT_FAILED = 1
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (generate, chat, backends, explain, bench):
+    for module in (generate, chat, backends, explain, bench, new_backend):
         module.add_parser(commands)
     return parser
 

@@ -26,9 +26,7 @@ class _Values(Check):
         return problem.exact is self.exact
 
     def run(self, trial: Trial) -> Failure | None:
-        observation = trial.observe()
-        if observation.error is not None:
-            raise observation.error
+        observation = trial.ask()
         for name, expected in trial.expected.items():
             output = observation.outputs.get(name)
             if output is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polyaccel.backend import Layout
+from polyaccel.backend import Argument, Layout
 
 CONTIGUOUS = "contiguous"
 ROW_PADDED = "row_padded"
@@ -20,6 +20,11 @@ LAYOUTS: dict[Layout, tuple[str, ...]] = {
     Layout.STRIDED: (CONTIGUOUS, ROW_PADDED, OFFSET, TRANSPOSED, STEPPED, EXPANDED),
 }
 """Names of the layouts that an argument's spec promises to accept."""
+
+
+def promised(argument: Argument, layout: str) -> bool:
+    """Whether the contract makes implementations accept an argument in this layout."""
+    return any(layout in LAYOUTS[known] for known in argument.layouts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

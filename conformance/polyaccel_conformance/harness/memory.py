@@ -2,65 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
+from types import MappingProxyType
 
 import torch
 
 from polyaccel_conformance.harness.layouts import place
-from polyaccel_conformance.operand import Operand
 
 GUARD = 67
 """Poisoned elements on either side. Odd, so that no vector width divides what a flat kernel would see."""
 
 
 class Poison(Enum):
-    """What lies where nothing may be read. A result that differs between the two came from there."""
+    """What lies where nothing may be read.
 
+    ``ZERO`` is benign: faults of memory hardly show, so that what is wrong there is the arithmetic. A result that
+    differs between two poisons came from where nothing may be read. ``LARGE`` is seen where comparisons drop a NaN.
+    """
+
+    ZERO = "zero"
     NAN = "nan"
     LARGE = "large"
 
 
-def poison_value(poison: Poison, dtype: torch.dtype) -> float | int:
-    """The element that fills poisoned memory of a dtype."""
-    if dtype.is_floating_point:
-        return float("nan") if poison is Poison.NAN else float(torch.finfo(dtype).max) / 2
+# Quiet NaNs with payloads of their own, which no arithmetic makes: they tell memory that was never written from a NaN
+# that was computed.
+_NANS: Mapping[torch.dtype, int] = MappingProxyType(
+    {torch.float32: 0x7FD5A5A5, torch.bfloat16: 0x7FD5, torch.float16: 0x7F5A}
+)
+_INTEGERS: Mapping[int, torch.dtype] = MappingProxyType(
+    {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+)
+
+
+def poison_pattern(poison: Poison, dtype: torch.dtype) -> int:
+    """The bits of a poisoned element as a signed integer of its size (unsigned for one byte)."""
+    return int(as_bits(poison_(torch.empty(1, dtype=dtype), poison)).item())
+
+
+def poison_(tensor: torch.Tensor, poison: Poison) -> torch.Tensor:
+    """Fill a tensor of any device with poison."""
+    dtype = tensor.dtype
+    if poison is Poison.ZERO:
+        return tensor.zero_()
+    if dtype in _NANS and poison is Poison.NAN:
+        as_bits(tensor).fill_(_NANS[dtype])
+        return tensor
+    if dtype.is_floating_point or dtype.is_complex:
+        return tensor.fill_(torch.nan if poison is Poison.NAN else torch.finfo(dtype).max / 2)
     if dtype is torch.bool:
-        return poison is Poison.NAN
-    # Indices of this size are outside of everything, but do not overflow when multiplied by a row length.
-    return -(1 << 20) if poison is Poison.NAN and dtype is not torch.uint8 else 113
+        return tensor.fill_(poison is Poison.NAN)
+    if dtype.itemsize == 1:
+        return tensor.fill_(0x5A if poison is Poison.NAN else 113)
+    # An index of this size is outside of everything, but does not overflow when multiplied by a row length.
+    large = 113 if dtype.itemsize == 2 else 1 << 20
+    return tensor.fill_(-large if poison is Poison.NAN else 113)
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the element's size; bool as bytes."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 class Guarded:
     """One argument in a buffer of its own.
 
-    ``tensor``: the argument, on the device. ``snapshot`` is kept to tell later what changed.
+    ``tensor``: the argument, on the device, in a named layout of :mod:`layouts`. The host's copy is kept to tell later
+    what changed.
     """
 
     def __init__(
-        self, operand: Operand, layout: str, poison: Poison, upload: Callable[[torch.Tensor], torch.Tensor]
+        self, values: torch.Tensor, layout: str, poison: Poison, upload: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        values = operand.torch()
         where = place(values.shape, layout, GUARD)
-        host = torch.full((where.span + GUARD,), poison_value(poison, values.dtype), dtype=values.dtype)
-        inside = host.as_strided(values.shape, where.strides, where.offset)
-        inside.copy_(values)
+        host = poison_(torch.empty(where.span + GUARD, dtype=values.dtype), poison)
+        self._where = (tuple(values.shape), where.strides, where.offset)
+        host.as_strided(*self._where).copy_(values)
+        self._host = host
         self._buffer = upload(host)
-        self.tensor = self._buffer.as_strided(values.shape, where.strides, where.offset)
-        self._before = _bits(host)
-        index = torch.arange(len(host)).as_strided(values.shape, where.strides, where.offset).reshape(-1)
-        self._own = torch.zeros(len(host), dtype=torch.bool)
-        self._own[index] = True
+        self.tensor = self._buffer.as_strided(*self._where)
 
-    def trespassed(self) -> int:
-        """Elements outside of the argument that were written to."""
-        return int(((_bits(self._buffer.cpu()) != self._before) & ~self._own).sum())
+    @property
+    def storage(self) -> int:
+        """Address of the buffer, which says whose memory another tensor is."""
+        return self._buffer.untyped_storage().data_ptr()
 
-    def changed(self) -> int:
-        """Elements of the argument whose bits are no longer what they were."""
-        return int(((_bits(self._buffer.cpu()) != self._before) & self._own).sum())
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(views[tensor.element_size()]).clone()
+    def differences(self) -> tuple[int, int]:
+        """Elements outside of the argument that were written to, and elements of it whose bits changed."""
+        different = as_bits(self._buffer.cpu()) != as_bits(self._host)
+        total = int(torch.count_nonzero(different))
+        if not total:
+            return 0, 0
+        own = torch.zeros(len(self._host), dtype=torch.bool)
+        own.as_strided(*self._where).fill_(True)
+        inside = int(torch.count_nonzero(different & own))
+        return total - inside, inside

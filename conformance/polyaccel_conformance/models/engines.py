@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Workshop:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="polyaccel-conformance-")
-        self._answers: dict[tuple[str, tuple[str, ...]], list[Answer]] = {}
+        self._answers: dict[tuple[str, tuple[str, ...], int], list[Answer]] = {}
 
     def __enter__(self) -> Workshop:
         return self
@@ -50,8 +50,12 @@ class Workshop:
             made[name] = folder if folder.exists() else write_adapter(adapter, FAMILIES[family], folder)
         return made
 
-    def prompts(self, family: str) -> list[list[int]]:
-        return prompts(FAMILIES[family], LENGTHS)
+    def prompts(self, family: str, block_size: int = 0) -> list[list[int]]:
+        """Six prompts; with a ``block_size``, such that most of them have full blocks, the second and last the same."""
+        lengths = LENGTHS
+        if block_size:
+            lengths = (block_size + 5, 2 * block_size + 3, 1, block_size, 18, 2 * block_size + 9)
+        return prompts(FAMILIES[family], lengths)
 
     def open(self, family: str, backend: Backend | str, **options: Any) -> LLM:
         """An engine, small; options of :class:`polyaccel.LLM` on top."""
@@ -68,9 +72,9 @@ class Workshop:
         }
         return LLM(self.model(family), backend=backend, **(settings | options))
 
-    def reference(self, family: str, mixes: list[Mix]) -> list[Answer]:
+    def reference(self, family: str, mixes: Sequence[Mix], block_size: int = 0) -> list[Answer]:
         """Answers of the composites on the CPU: one prompt at a time, nothing overlapped, cached or captured."""
-        key = (family, tuple(str(m) for m in mixes))
+        key = (family, tuple(str(m) for m in mixes), block_size)
         if key not in self._answers:
             plain = {"overlap": False, "prefix_caching": False, "graphs": False, "max_batched_tokens": 512}
             used = any(m is not None for m in mixes)
@@ -78,7 +82,7 @@ class Workshop:
             with self.open(
                 family, backend, adapters=self.adapters(family) if used else None, **plain
             ) as llm:
-                self._answers[key] = ask_alone(llm, self.prompts(family), mixes, NEW_TOKENS)
+                self._answers[key] = ask_alone(llm, self.prompts(family, block_size), mixes, NEW_TOKENS)
         return self._answers[key]
 
 

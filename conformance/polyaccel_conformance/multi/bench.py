@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from polyaccel.backend import Backend, Communicator, Device, RankAddress, SingleRank
 from polyaccel.backend.plan import Policy
-from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.bench import Bench, Resolved
 from polyaccel_conformance.multi.control import ControlPlane
+from polyaccel_conformance.problem import Prepared
+
+Call = Callable[..., object]
 
 
 class RankBench(Bench):
@@ -32,10 +35,10 @@ class RankBench(Bench):
     ) -> None:
         super().__init__(backend, device, comm, policy=policy)
         self.control = control
+        self.folder = folder
+        self.timeout = timeout
         self.withheld = withheld
-        self._folder = folder
-        self._timeout = timeout
-        self._groups = 0
+        self._groups = [0]
 
     @property
     def rank(self) -> int:
@@ -51,7 +54,7 @@ class RankBench(Bench):
         Raises:
             CommunicationError: not all of them could be joined.
         """
-        self._groups += 1
+        self._groups[0] += 1
         if self.rank not in members:
             return None
         if len(members) == 1:
@@ -61,10 +64,34 @@ class RankBench(Bench):
             RankAddress(
                 rank=list(members).index(self.rank),
                 world_size=len(members),
-                init_method=f"file://{self._folder}/group-{self._groups}-{name}",
-                timeout=self._timeout if timeout is None else timeout,
+                init_method=f"file://{self.folder}/group-{self._groups[0]}-{name}",
+                timeout=self.timeout if timeout is None else timeout,
             )
         )
+
+    def spoiled(self, spoil: Callable[[Call], Call]) -> RankBench:
+        """The same bench on which every planned call is replaced by something wrong: for controls."""
+        return _SpoiledBench(self, spoil)
+
+
+class _SpoiledBench(RankBench):
+    def __init__(self, bench: RankBench, spoil: Callable[[Call], Call]) -> None:
+        super().__init__(
+            bench.backend,
+            bench.device,
+            bench.comm,
+            control=bench.control,
+            folder=bench.folder,
+            timeout=bench.timeout,
+            withheld=bench.withheld,
+        )
+        # Names of meeting places are never used twice.
+        self._groups = bench._groups
+        self._spoil = spoil
+
+    def resolve(self, operator: str, prepared: Prepared) -> Resolved:
+        found = super().resolve(operator, prepared)
+        return Resolved(call=self._spoil(found.call), planned=found.planned)
 
 
 def rank_bench(bench: Bench) -> RankBench:

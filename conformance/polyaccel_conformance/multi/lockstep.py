@@ -22,13 +22,17 @@ def run_on_rank(bench: RankBench, order: RunCase) -> RankVerdict:
     if isinstance(problem, RankedProblem):
         problem = problem.on_rank(bench.rank)
     bench.comm.trace = None
+    only = problem.only if isinstance(problem, RankedProblem) else ""
+    names = tuple(name for name in order.checks if only in ("", name))
     try:
-        result = run_case(bench, problem, checks_named(order.checks))
+        result = run_case(bench, problem, checks_named(names))
     except Abandoned as error:
         return RankVerdict(ending="abandoned", text=str(error), broken=True)
     broken = any(_is_communication(failure.message) for failure in result.failures)
     abandoned = any(failure.message.startswith(Abandoned.__name__) for failure in result.failures)
-    return RankVerdict(ending="abandoned" if abandoned else "finished", result=result, broken=broken or abandoned)
+    return RankVerdict(
+        ending="abandoned" if abandoned else "finished", result=result, broken=broken or abandoned or bool(only)
+    )
 
 
 def ask_control(bench: RankBench, check: str) -> RankVerdict:

@@ -6,8 +6,9 @@ permits. A composite operator's tolerance then follows from its definition and h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,43 @@ from polyaccel_conformance.formats import Format
 
 Floats = npt.NDArray[np.float64]
 
+FALSE_ALARM = 1e-9
+"""Probability that any output of a right implementation exceeds a probabilistic bound."""
+
+
+def deviations(outputs: int) -> float:
+    """Two-sided normal quantile such that none of ``outputs`` exceeds it, up to the false alarm rate."""
+    return math.sqrt(2 * math.log(2 * max(outputs, 1) / FALSE_ALARM))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noise:
+    """The part of an error that is random: independent between elements, of mean zero.
+
+    Attributes:
+        bound: its share of the elementwise bound.
+        scale: P(|error| > t) <= 2 exp(-t^2 / (2 scale^2)). An error within +-c has scale c (Hoeffding 1963).
+    """
+
+    bound: Floats
+    scale: Floats
+
+    def map(self, function: Callable[[Floats], Floats]) -> Noise:
+        return Noise(function(self.bound), function(self.scale))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bounded:
     """``value`` and ``bound`` (>= 0, of the same shape): |right implementation - value| <= bound, elementwise.
 
     ``terms`` name what the bound is made of, largest contributors of a failure are reported by them; they sum to the
-    bound.
+    bound. ``noise`` is the part of it that partly cancels where elements are summed, None where nothing does.
     """
 
     value: Floats
     bound: Floats
     terms: tuple[tuple[str, Floats], ...] = ()
+    noise: Noise | None = None
 
     @classmethod
     def exact(cls, value: npt.ArrayLike) -> Bounded:
@@ -45,14 +71,21 @@ class Bounded:
         """The largest that |implementation's value| may be."""
         return np.abs(self.value) + self.bound
 
-    def plus(self, name: str, extra: Floats) -> Bounded:
-        """The same value with a further contribution to the bound."""
+    def plus(self, name: str, extra: Floats, scale: Floats | None = None) -> Bounded:
+        """The same value with a further contribution to the bound; ``scale`` where it is noise (:class:`Noise`)."""
         extra = np.broadcast_to(extra, self.value.shape)
-        return Bounded(self.value, self.bound + extra, (*self.terms, (name, extra)))
+        noise = self.noise
+        if scale is not None:
+            scale = np.broadcast_to(scale, self.value.shape)
+            known = noise
+            noise = Noise(extra, scale) if known is None else Noise(known.bound + extra, np.hypot(known.scale, scale))
+        return Bounded(self.value, self.bound + extra, (*self.terms, (name, extra)), noise)
 
     def map(self, function: Callable[[Floats], Floats]) -> Bounded:
         """Views and rearrangements: applied to value, bound and terms alike (reshape, transpose, index)."""
-        return Bounded(function(self.value), function(self.bound), tuple((n, function(t)) for n, t in self.terms))
+        terms = tuple((n, function(t)) for n, t in self.terms)
+        noise = None if self.noise is None else self.noise.map(function)
+        return Bounded(function(self.value), function(self.bound), terms, noise)
 
     def reshape(self, *shape: int) -> Bounded:
         return self.map(lambda x: x.reshape(shape))
@@ -61,7 +94,7 @@ class Bounded:
         return self.map(lambda x: x[index])
 
     def __neg__(self) -> Bounded:
-        return Bounded(-self.value, self.bound, self.terms)
+        return replace(self, value=-self.value)
 
 
 def concatenate(parts: list[Bounded], axis: int = -1) -> Bounded:
@@ -69,7 +102,11 @@ def concatenate(parts: list[Bounded], axis: int = -1) -> Bounded:
     value = np.concatenate([p.value for p in parts], axis)
     names = dict.fromkeys(name for p in parts for name, _ in p.terms)
     terms = tuple((name, np.concatenate([sum_of(p, name) for p in parts], axis)) for name in names)
-    return Bounded(value, np.concatenate([p.bound for p in parts], axis), terms)
+    noise = None
+    if any(p.noise is not None for p in parts):
+        known = [Noise(np.zeros_like(p.value), np.zeros_like(p.value)) if p.noise is None else p.noise for p in parts]
+        noise = Noise(np.concatenate([n.bound for n in known], axis), np.concatenate([n.scale for n in known], axis))
+    return Bounded(value, np.concatenate([p.bound for p in parts], axis), terms, noise)
 
 
 def sum_of(b: Bounded, name: str) -> Floats:
@@ -83,7 +120,8 @@ def sum_of(b: Bounded, name: str) -> Floats:
 
 def cast(b: Bounded, to: Format, name: str = "rounding") -> Bounded:
     """An intermediate result that may be kept in ``to``: at most one rounding."""
-    return b.plus(f"{name} to {to.name}", to.unit * b.magnitude + 0.5 * to.smallest)
+    extra = to.unit * b.magnitude + 0.5 * to.smallest
+    return b.plus(f"{name} to {to.name}", extra, extra)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,5 +149,8 @@ def finish(b: Bounded, out: Format, *, exact: bool = False) -> Expected:
         return Expected(out.round(b.value), np.zeros_like(b.value), out, True, ())
     rounding = out.unit * np.abs(b.value) * (1 + 2.0**-6) + 0.5 * out.smallest
     # An error before the last rounding is itself rounded with the result.
-    carried = b.bound * (1 + 2 * out.unit)
-    return Expected(b.value, rounding + carried, out, False, (("output rounding", rounding), *b.terms))
+    tolerance = rounding + b.bound * (1 + 2 * out.unit)
+    known = np.isfinite(b.value)
+    if not known.all():
+        tolerance = np.where(known, tolerance, 0.0)
+    return Expected(b.value, tolerance, out, False, (("output rounding", rounding), *b.terms))

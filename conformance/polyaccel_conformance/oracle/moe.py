@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from polyaccel_conformance.formats import FORMATS, Format
 from polyaccel_conformance.oracle.bounded import Bounded, cast, concatenate
+from polyaccel_conformance.oracle.functions import SMALLEST_NORMAL
 from polyaccel_conformance.oracle.primitives import ACCUMULATOR, add, apply, matmul, multiply, total
 
 Floats = npt.NDArray[np.float64]
@@ -209,7 +210,9 @@ def silu(x: Bounded) -> Bounded:
         gate = 1 / (1 + np.exp(-x.value))
     value = x.value * gate
     slope = np.abs(gate + value * (1 - gate)) + 0.5 * x.bound
-    unit = ACCUMULATOR * (2 * EXP_ULPS * (1 - gate) + 2 * DIVIDE_ULPS + 2) * np.abs(value) + TINY
+    unit = ACCUMULATOR * (2 * EXP_ULPS * (1 - gate) + 2 * DIVIDE_ULPS + 2) * np.abs(value)
+    # Where the exponential overflows or the sigmoid is subnormal, the sigmoid may be zero.
+    unit = unit + SMALLEST_NORMAL * np.maximum(np.abs(x.value), 1.0)
     result = Bounded(value, np.zeros_like(value))
     if np.any(x.bound):
         result = result.plus("argument of silu", slope * x.bound)

@@ -1,54 +1,88 @@
 """Float64 primitives with their error bounds, for the coarsest form that the contract permits.
 
-Sources: running error analysis as in Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter
-3; the probabilistic bound of sums, which grows with sqrt(K), as in Higham and Mary (2019). The constants are stated
-once, here.
+Sources: running error analysis as in Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 3; the
+probabilistic bound of sums, which grows with sqrt(K), as in Higham and Mary, "A new approach to probabilistic rounding
+error analysis" (2019). The constants are stated once, here.
+
+The order of a sum's terms decides which bound holds. ``random``: the data are exchangeable, no implementation's order
+of summation knows them, partial sums are those of a random order, and roundings are independent. ``structured``: the
+data were made to hurt (cancelling halves, sorted magnitudes), nothing is known and only the worst case bounds the
+error.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from polyaccel_conformance.formats import FORMATS
-from polyaccel_conformance.oracle.bounded import Bounded
+from polyaccel_conformance.oracle.bounded import Bounded, Noise, deviations
 
 Floats = npt.NDArray[np.float64]
 
 Order = Literal["random", "structured"]
-"""``random``: the data are exchangeable, so partial sums are those of a random order. ``structured``: nothing is known,
-and only the worst case bounds the error."""
 
 ACCUMULATOR = FORMATS["float32"].unit
 SAFETY = 1.5
 CHUNK = 16
 """Products that hardware adds at once, truncating, before the accumulator is rounded."""
-FALSE_ALARM = 1e-9
 
 
-def _lambda(outputs: int) -> float:
-    """Two-sided normal quantile such that none of ``outputs`` exceeds it, up to the false alarm rate."""
-    return math.sqrt(2 * math.log(2 * max(outputs, 1) / FALSE_ALARM))
+def accumulated(result: Bounded, squares: Floats, magnitudes: Floats, terms: Floats | int, order: Order) -> Bounded:
+    """``result`` with the rounding error of a float32 sum of ``terms`` numbers in any order and any split, with chunks
+    rounded or cut.
 
-
-def accumulation(total: Floats, squares: Floats, magnitudes: Floats, terms: int, order: Order) -> Floats:
-    """Rounding error of a float32 sum of ``terms`` numbers in any order, any split and with truncating chunks.
-
-    ``total``: their sum, ``squares``: sum of squares, ``magnitudes``: sum of magnitudes.
+    ``squares``: the sum of the terms' squares, ``magnitudes``: of their magnitudes; ``terms`` may differ by element.
+    A product may lose half the smallest number; sums of float32 numbers lose nothing below the smallest normal one.
     """
-    if terms <= 1:
-        # A single product may still be rounded before whatever is added to it.
-        return ACCUMULATOR * magnitudes
+    count = np.asarray(terms, dtype=np.float64)
+    lost = 0.5 * count * FORMATS["float32"].smallest
+    # A single product may still be rounded before whatever is added to it.
+    single = ACCUMULATOR * magnitudes
     if order == "structured":
-        gamma = terms * ACCUMULATOR / (1 - terms * ACCUMULATOR)
+        gamma = count * ACCUMULATOR / (1 - count * ACCUMULATOR)
         # Truncation may lose a whole unit in the last place where rounding loses half.
-        return 2 * gamma * magnitudes
-    walk = _lambda(total.size) * math.sqrt(terms) * np.sqrt(total**2 / 3 + squares / 6)
-    drift = 2 * math.ceil(terms / CHUNK) * (np.abs(total) / 2 + 0.4 * np.sqrt(squares))
-    return SAFETY * ACCUMULATOR * (walk + drift)
+        return result.plus("accumulation", np.where(count <= 1, single, 2 * gamma * magnitudes) + lost)
+    many = count > 1
+    scale = np.where(many, walk_scale(result.value, squares, count), single)
+    bound = np.where(many, deviations(result.value.size) * scale, single)
+    cut = np.where(many, drift(result.value, squares, count), 0.0)
+    return result.plus("accumulation", bound, scale).plus("truncation of partial sums", cut + lost)
+
+
+def walk_scale(total: Floats, squares: Floats, terms: Floats | int) -> Floats:
+    """Standard deviation of the roundings of a float32 sum of ``terms`` numbers in random order, safety included.
+
+    After k of K terms the expected square of a partial sum is ``(k/K)^2 total^2 + (k/K) (1 - k/K) squares``, of which
+    ``total^2 / 3 + squares / 6`` is the mean over k.
+    """
+    scale: Floats = SAFETY * ACCUMULATOR * np.sqrt(terms) * np.sqrt(total**2 / 3 + squares / 6)
+    return scale
+
+
+def walk(total: Floats, squares: Floats, terms: Floats | int, outputs: int) -> Floats:
+    """What :func:`walk_scale` does not exceed in any of ``outputs`` sums."""
+    return deviations(outputs) * walk_scale(total, squares, terms)
+
+
+def drift(total: Floats, squares: Floats, terms: Floats | int) -> Floats:
+    """Loss of a sum whose accumulator is cut, not rounded, after every chunk: always towards zero, so it adds up."""
+    chunks = np.ceil(np.asarray(terms) / CHUNK)
+    lost: Floats = SAFETY * ACCUMULATOR * 2 * chunks * (np.abs(total) / 2 + 0.4 * np.sqrt(squares))
+    return lost
+
+
+def carried(x: Bounded, factor: Floats, order: Order) -> tuple[Floats, Floats | None]:
+    """What the error of ``x`` becomes in ``x.value @ factor``: its bound, and its scale where it is random."""
+    hard = x.bound @ np.abs(factor)
+    if x.noise is None or order == "structured":
+        return hard, None
+    scale = np.sqrt(x.noise.scale**2 @ factor**2)
+    worst = x.noise.bound @ np.abs(factor)
+    random = np.minimum(worst, deviations(scale.size) * scale)
+    return np.maximum(hard - worst, 0.0) + random, scale
 
 
 def matmul(a: Bounded, b: Bounded, order: Order = "random") -> Bounded:
@@ -57,11 +91,29 @@ def matmul(a: Bounded, b: Bounded, order: Order = "random") -> Bounded:
     squares = (a.value**2) @ (b.value**2)
     magnitudes = np.abs(a.value) @ np.abs(b.value)
     result = Bounded(value, np.zeros_like(value))
-    for name, term in (("left", a), ("right", b)):
-        if np.any(term.bound):
-            left, right = (a.bound, np.abs(b.value)) if name == "left" else (a.magnitude, b.bound)
-            result = result.plus(f"error of the {name} operand", left @ right)
-    return result.plus("accumulation", accumulation(value, squares, magnitudes, a.value.shape[-1], order))
+    if np.any(a.bound):
+        extra, scale = carried(a, b.value, order)
+        result = _plus_carried(result, "error of the left operand", extra, scale)
+    if np.any(b.bound):
+        flipped, right = b.map(_transposed), np.swapaxes(a.value, -1, -2)
+        extra, scale = carried(flipped, right, order)
+        extra = _transposed(extra)
+        if np.any(a.bound):
+            extra = extra + a.bound @ b.bound
+        scale = None if scale is None else _transposed(scale)
+        result = _plus_carried(result, "error of the right operand", extra, scale)
+    return accumulated(result, squares, magnitudes, a.value.shape[-1], order)
+
+
+def _plus_carried(result: Bounded, name: str, extra: Floats, scale: Floats | None) -> Bounded:
+    if scale is None:
+        return result.plus(name, extra)
+    random = np.minimum(extra, deviations(scale.size) * scale)
+    return result.plus(name, extra - random).plus(name, random, scale)
+
+
+def _transposed(x: Floats) -> Floats:
+    return np.swapaxes(x, -1, -2)
 
 
 def total(x: Bounded, axis: int = -1, order: Order = "random") -> Bounded:
@@ -72,17 +124,27 @@ def total(x: Bounded, axis: int = -1, order: Order = "random") -> Bounded:
     result = Bounded(value, np.zeros_like(value))
     if np.any(x.bound):
         result = result.plus("error of the terms", x.bound.sum(axis, keepdims=True))
-    return result.plus("accumulation", accumulation(value, squares, magnitudes, x.value.shape[axis], order))
+    return accumulated(result, squares, magnitudes, x.value.shape[axis], order)
 
 
 def add(a: Bounded, b: Bounded) -> Bounded:
     """One float32 addition."""
     value = a.value + b.value
-    carried = np.broadcast_to(a.bound, value.shape) + np.broadcast_to(b.bound, value.shape)
-    result = Bounded(value, np.zeros_like(value))
+    bound = np.broadcast_to(a.bound, value.shape) + np.broadcast_to(b.bound, value.shape)
     terms = tuple((n, np.broadcast_to(t, value.shape)) for x in (a, b) for n, t in x.terms)
-    result = Bounded(value, carried, terms)
-    return result.plus("addition", ACCUMULATOR * (np.abs(value) + carried))
+    result = Bounded(value, bound, terms, _joined(a.noise, b.noise, value.shape))
+    extra = ACCUMULATOR * (np.abs(value) + bound)
+    return result.plus("addition", extra, extra)
+
+
+def _joined(a: Noise | None, b: Noise | None, shape: tuple[int, ...]) -> Noise | None:
+    if a is None or b is None:
+        known = a if b is None else b
+        return None if known is None else known.map(lambda x: np.broadcast_to(x, shape))
+    return Noise(
+        np.broadcast_to(a.bound, shape) + np.broadcast_to(b.bound, shape),
+        np.hypot(np.broadcast_to(a.scale, shape), np.broadcast_to(b.scale, shape)),
+    )
 
 
 def multiply(a: Bounded, b: Bounded) -> Bounded:
@@ -94,6 +156,15 @@ def multiply(a: Bounded, b: Bounded) -> Bounded:
         .plus("error of the factors", carried)
         .plus("multiplication", ACCUMULATOR * (np.abs(value) + carried) + FORMATS["float32"].smallest)
     )
+
+
+def scaled(x: Bounded, factor: Floats) -> Bounded:
+    """One float32 multiplication by an exact factor; what is noise stays noise."""
+    size = np.abs(factor)
+    result = x.map(lambda part: part * size)
+    result = Bounded(x.value * factor, result.bound, result.terms, result.noise)
+    extra = ACCUMULATOR * result.magnitude + FORMATS["float32"].smallest
+    return result.plus("multiplication", extra, extra)
 
 
 def apply(x: Bounded, value: Floats, slope: Floats, ulps: int, name: str) -> Bounded:

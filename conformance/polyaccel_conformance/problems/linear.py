@@ -1,25 +1,47 @@
-"""Cases of ``linear`` on float weights."""
+"""Cases of ``linear`` on float and quantised weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import format_of
+from polyaccel_conformance.harness.layouts import accepted
 from polyaccel_conformance.operand import Operand
-from polyaccel_conformance.oracle.bounded import Bounded, Expected, finish
-from polyaccel_conformance.oracle.primitives import add, matmul
+from polyaccel_conformance.oracle.bounded import Expected, finish
+from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
-from polyaccel_conformance.problems.weights import FloatWeight, split_rows, tensor_of
+from polyaccel_conformance.problems.contraction import (
+    EXACT_KINDS,
+    KINDS,
+    integer_columns,
+    integer_rows,
+    largest_row,
+    order_of,
+    overflowing,
+    random_columns,
+    random_rows,
+    spoil,
+)
+from polyaccel_conformance.problems.weights import (
+    FORMS,
+    SLICES,
+    HostWeight,
+    parse_form,
+    quantised_weight,
+    split_rows,
+    tensor_of,
+)
 
 # Tile edges, their neighbours, primes, and the empty sizes.
 SIZES = (1, 0, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129)
 
-EXACT_KINDS = ("integers", "cancelling")
-KINDS = ("normal", *EXACT_KINDS, "positive", "wide", "outliers")
+# Neither can be shaped like these kinds: a code has one sign by its zero, and few magnitudes.
+_FLOAT_ONLY = ("cancelling", "overflow")
 
 
 class LinearProblem(Problem):
@@ -29,46 +51,42 @@ class LinearProblem(Problem):
         super().__init__(case)
         self.exact = case.data in EXACT_KINDS
         tokens, k, n = case.dim("tokens"), case.dim("k"), case.dim("n")
-        x, w = contraction(self, (tokens, k), (n, k))
-        bias = None
-        if case.structure["bias"]:
-            values = self.source.integers("bias", (n,), -8, 8) if self.exact else self.source.normal("bias", (n,))
-            bias = Operand.rounded(values, case.dtype)
+        x, self.weight = contraction(
+            self,
+            tokens,
+            k,
+            split_rows(n, str(case.structure["slices"])),
+            form=str(case.structure.get("weight", "float")),
+            bias=bool(case.structure["bias"]),
+            pieces=2 if case.structure.get("pieces") else 1,
+        )
         self.operands = {"x": x}
-        slices = split_rows(n, str(case.structure["slices"]))
-        self.weight = FloatWeight(matrix=w, bias=bias, slices=slices)
 
     def prepare(self, bench: Bench) -> Prepared:
-        weight = self.weight.place(bench)
-        case = self.case
+        tokens = self.case.dim("tokens")
         return Prepared(
-            arguments={"weight": weight},
+            arguments={"weight": self.weight.place(bench)},
             collect=lambda result, _: {"y": tensor_of(result)},
-            static={
-                "dtype": case.dtype,
-                "k": case.dim("k"),
-                "slices": self.weight.slices,
-                "bias": self.weight.bias is not None,
-                "world_size": 1,
-                "quantised": False,
-                "largest_rank": 0,
-            },
-            ranges={"tokens": (case.dim("tokens"), max(case.dim("tokens"), 1))},
+            static=self.weight.static(),
+            ranges={"tokens": (tokens, max(tokens, 1))},
         )
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
-        x, w = self.operands["x"].values, self.weight.matrix.values
-        y = matmul(Bounded.exact(x), Bounded.exact(w.T))
-        if self.weight.bias is not None:
-            y = add(y, Bounded.exact(self.weight.bias.values))
+        x, w, bias = self.operands["x"].values, self.weight.matrix.values, self.weight.bias
+        y = linear(
+            x.astype(np.float64),
+            w.astype(np.float64),
+            None if bias is None else bias.values.astype(np.float64),
+            order_of(self.case.data),
+        )
         return {"y": finish(y, format_of(self.case.dtype), exact=self.exact)}
 
     def digests(self) -> dict[str, str]:
-        return super().digests() | {"weight": self.weight.matrix.digest()}
+        return super().digests() | self.weight.digests()
 
 
 class LinearProblems(ProblemSet):
-    """Float weights of one to three slices, with and without a bias."""
+    """Weights of one to three slices, float and quantised, with and without a bias, written at once or in pieces."""
 
     operator = "linear"
 
@@ -78,9 +96,11 @@ class LinearProblems(ProblemSet):
             "dims.tokens": SIZES,
             "dims.k": SIZES,
             "dims.n": SIZES,
-            "layouts.x": ("contiguous", "row_padded", "offset"),
-            "structure.slices": ("one", "pair", "qkv", "narrow"),
+            "layouts.x": accepted("linear", "x"),
+            "structure.slices": SLICES,
             "structure.bias": (False, True),
+            "structure.weight": FORMS,
+            "structure.pieces": (False, True),
             "data": KINDS,
             "device": ("current", "other"),
             "stream": ("default", "side"),
@@ -89,40 +109,69 @@ class LinearProblems(ProblemSet):
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 130), "dims.k": (0, 300), "dims.n": (1, 300)}
 
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        longest = 16384
+        sizes = (
+            {"dims.tokens": 2, "dims.k": longest, "dims.n": 5},
+            {"dims.tokens": longest, "dims.k": 17, "dims.n": 3},
+            {"dims.tokens": 1, "dims.k": 9, "dims.n": longest},
+        )
+        kinds = (("float32", "integers"), ("bfloat16", "cancelling"), ("float16", "normal"))
+        return tuple(
+            MappingProxyType({**size, "dtype": dtype, "data": data}) for size in sizes for dtype, data in kinds
+        )
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        if axes["data"] in _FLOAT_ONLY:
+            axes["structure.weight"] = "float"
+        return axes
+
     def problem(self, case: Case) -> Problem:
         return LinearProblem(case)
 
 
-def contraction(problem: Problem, a: tuple[int, int], b: tuple[int, int]) -> tuple[Operand, Operand]:
-    """Two operands ``[m, k]`` and ``[n, k]`` of the case's kind of data, for a product over k.
-
-    ``integers``: every partial sum is an integer below 2^24, so that float32 accumulation is exact in any order; the
-    output rounding has ties. float32 operands need more than 11 bits, or TF32 would pass: a is 12-bit, b is -1, 0, 1.
-    ``cancelling``: the second half of k nearly undoes the first, partial sums are large and the result is small.
-    """
-    case, source = problem.case, problem.source
-    k = a[1]
-    if case.data in EXACT_KINDS:
-        if case.dtype == "float32":
-            left, right = source.integers("a", a, -4095, 4095), source.integers("b", b, -1, 1)
-        else:
-            most = 64 if case.dtype == "bfloat16" else 128
-            most = min(most, max(int((2**24 / max(k, 1)) ** 0.5), 1))
-            left, right = source.integers("a", a, -most, most), source.integers("b", b, -most, most)
-        if case.data == "cancelling" and k >= 2:
-            half = k // 2
-            left[:, half : 2 * half], right[:, half : 2 * half] = left[:, :half], -right[:, :half]
-            right[:, 2 * half :] = 0
-            extra = source.integers("extra", (a[0],), 0, max(half - 1, 0))
-            left[np.arange(a[0]), half + extra] += 1
-        return Operand.rounded(left, case.dtype), Operand.rounded(right, case.dtype)
-    rows, columns = source.normal("a", a), source.normal("b", b)
-    if case.data == "positive":
-        rows, columns = np.abs(rows), np.abs(columns)
-    elif case.data == "wide":
-        rows = rows * 2.0 ** source.integers("scale a", (a[0], 1), -5, 5)
-        columns = columns * 2.0 ** source.integers("scale b", (b[0], 1), -5, 5)
-    elif case.data == "outliers" and k:
-        hot = source.choose("hot", k, max(k // 64, 1))
-        rows[:, hot] *= 32
-    return Operand.rounded(rows, case.dtype), Operand.rounded(columns, case.dtype)
+def contraction(
+    problem: Problem,
+    rows: int,
+    k: int,
+    slices: tuple[int, ...],
+    *,
+    form: str = "float",
+    bias: bool = False,
+    pieces: int = 1,
+) -> tuple[Operand, HostWeight]:
+    """x ``[rows, k]`` and a weight of the case's kind of data."""
+    case, source, n = problem.case, problem.source, sum(slices)
+    dtype, data = case.dtype, case.data
+    quantised = None
+    exact = data in EXACT_KINDS
+    if form != "float":
+        positive = data == "positive"
+        quantised = quantised_weight(source, dtype, form, n, k, exact=exact, positive=positive)
+        matrix = quantised.values(dtype)
+    if exact:
+        most = None if quantised is None else largest_row(dtype, k, 2 ** parse_form(form)[0] - 1)
+        x = integer_rows(source, dtype, data, rows, k, most=most)
+        w = integer_columns(source, dtype, data, n, k) if quantised is None else np.zeros((0, 0))
+        shift = source.integers("bias", (n,), -8, 8).astype(np.float64)
+    else:
+        x = random_rows(source, data, rows, k)
+        w = random_columns(source, data, n, k) if quantised is None else np.zeros((0, 0))
+        shift = source.normal("bias", (n,))
+        if data == "positive":
+            shift = np.abs(shift)
+        elif data == "overflow":
+            x, w = overflowing(x, w, dtype)
+    if quantised is None:
+        matrix = Operand.rounded(w, dtype)
+    operand = Operand.rounded(x, dtype)
+    if data == "nonfinite":
+        operand = spoil(source, operand)
+    weight = HostWeight(
+        matrix=matrix,
+        slices=slices,
+        bias=Operand.rounded(shift, dtype) if bias else None,
+        quantised=quantised,
+        pieces=pieces,
+    )
+    return operand, weight

@@ -34,6 +34,7 @@ class CpuBackend(Backend):
     name = "cpu"
     priority = 0
     isolate = False
+    fork_safe = True
 
     def __init__(self) -> None:
         super().__init__()

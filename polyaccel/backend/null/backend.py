@@ -71,6 +71,7 @@ class NullBackend(Backend):
 
     name = "null"
     isolate = False
+    fork_safe = True
     priority = None
 
     def __init__(self, *, latency: float = 0.0, script: Script = default_script, graphs: bool = True) -> None:

@@ -50,6 +50,7 @@ class FoldedBackend(Backend):
     name = "folded"
     priority = None
     isolate = False
+    fork_safe = True
 
     def __init__(self) -> None:
         super().__init__()

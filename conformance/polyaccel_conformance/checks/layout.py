@@ -1,0 +1,117 @@
+"""Whether an operand's strides are read as they are, and copies that they cost are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyaccel.backend import OperatorError
+from polyaccel.backend.ledger import COPY_PREFIX
+from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.check import Check, Control, Failure
+from polyaccel_conformance.compare import pattern
+from polyaccel_conformance.harness.controls import all_of, linear_problem, verdict
+from polyaccel_conformance.harness.layouts import CONTIGUOUS, promised
+from polyaccel_conformance.harness.memory import Poison
+from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.trial import POISONED, Observation, Setting, Trial
+
+Function = Callable[..., Any]
+
+DENSE = Setting(poison=Poison.NAN, contiguous=True)
+
+
+class Arguments(Check):
+    """The result has the same bits as with every operand contiguous. What the contract does not make implementations
+    accept is accepted all the same, copied and counted as ``copy.<operator>.<argument>``, or refused by a typed error
+    that names the argument."""
+
+    name = "layout.arguments"
+
+    def applies(self, case: Case, problem: Problem) -> bool:
+        return any(case.layout(name) != CONTIGUOUS and operand.values.size for name, operand in problem.operands.items())
+
+    def run(self, trial: Trial) -> Failure | None:
+        observed = trial.observe(POISONED)
+        if observed.error is not None:
+            return self._refusal(trial, observed.error)
+        dense = trial.ask(DENSE)
+        return self._bits(observed, dense) or self._copies(trial, observed, dense)
+
+    def _refusal(self, trial: Trial, error: Exception) -> Failure | None:
+        case, spec = trial.problem.case, trial.problem.spec
+        strange = [name for name in trial.problem.operands if not promised(spec.argument(name), case.layout(name))]
+        if not strange or not isinstance(error, OperatorError):
+            raise error
+        if any(operand.name in strange for operand in error.operands) or any(name in error.reason for name in strange):
+            return None
+        return Failure(
+            check=self.name,
+            cause="refusal names no argument",
+            message=f"{' and '.join(strange)} may be refused in this layout, but the error says: {error}",
+        )
+
+    def _bits(self, observed: Observation, dense: Observation) -> Failure | None:
+        for name, output in observed.outputs.items():
+            other = dense.outputs[name]
+            if other.bits.shape != output.bits.shape:
+                message = f"shape {output.bits.shape}, {other.bits.shape} for contiguous operands"
+                return Failure(check=self.name, cause="shape depends on the layout", message=message, output=name)
+            mask = np.asarray(output.bits != other.bits, dtype=np.bool_)
+            if mask.any():
+                index = tuple(int(i) for i in np.argwhere(mask)[0])
+                return Failure(
+                    check=self.name,
+                    cause="result depends on the layout",
+                    message=f"{int(mask.sum())} of {mask.size} elements of {name} differ from those for contiguous "
+                    f"operands, first {index}",
+                    output=name,
+                    index=index,
+                    got=float(output.values[index]),
+                    expected=float(other.values[index]),
+                    pattern=pattern(mask),
+                )
+        return None
+
+    def _copies(self, trial: Trial, observed: Observation, dense: Observation) -> Failure | None:
+        assert observed.activity is not None
+        assert dense.activity is not None
+        for argument, count in observed.activity.operand_copies.items():
+            extra = count - dense.activity.operand_copies.get(argument, 0)
+            counted = sum(
+                n
+                for kernel, n in observed.ledger.items()
+                if kernel.startswith(COPY_PREFIX) and kernel.rpartition(".")[2] == argument
+            )
+            if extra > counted:
+                return Failure(
+                    check=self.name,
+                    cause=f"copies {argument!r} uncounted",
+                    message=f"{extra} copies of {argument!r} were made for its layout, the ledger shows {counted} as "
+                    f"{COPY_PREFIX}{trial.problem.case.operator}.{argument}",
+                )
+        return None
+
+    def control(self, bench: Bench) -> Control:
+        def flat(fn: Function) -> Function:
+            def wrong(x: torch.Tensor, weight: object) -> torch.Tensor:
+                y: torch.Tensor = fn(x.as_strided(x.shape, (x.shape[1], 1), x.storage_offset()), weight)
+                return y
+
+            return wrong
+
+        def copies(fn: Function) -> Function:
+            def wrong(x: torch.Tensor, weight: object) -> torch.Tensor:
+                y: torch.Tensor = fn(x.contiguous(), weight)
+                return y
+
+            return wrong
+
+        return all_of(*(verdict(bench, self, linear_problem(), wrap) for wrap in (flat, copies)))
+
+
+LAYOUT_CHECKS: Mapping[str, Check] = {check.name: check for check in (Arguments(),)}

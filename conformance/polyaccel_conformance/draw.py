@@ -1,0 +1,92 @@
+"""Drawn cases: Hypothesis chooses structure and a data seed, never elements.
+
+Drawing is separate from running: a profile's examples of an operator are drawn first, as values, and may then run in
+any process. The simplest choice of every axis is its first value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.problem import ProblemSet
+
+TILES = (16, 32, 64, 128, 256, 512, 1024)
+SEEDS = 2**32
+
+
+def cases(problems: ProblemSet, *, scale: int = 1, limits: Mapping[str, int] | None = None) -> st.SearchStrategy[Case]:
+    """Valid cases of an operator.
+
+    Args:
+        scale: factor of the upper end of the sizes' ranges.
+        limits: largest value of an integer axis.
+    """
+    axes = problems.axes()
+    ranges = problems.ranges()
+    limits = limits or {}
+    choices = {path: _axis(values, ranges.get(path), scale, limits.get(path)) for path, values in axes.items()}
+
+    @st.composite
+    def drawn(draw: Callable[[st.SearchStrategy[Choice]], Choice]) -> Case | None:
+        row = problems.mend({path: draw(choice) for path, choice in choices.items()})
+        data = draw(st.integers(0, SEEDS - 1))
+        if row is None:
+            return None
+        assert isinstance(data, int)
+        return Case.of(problems.operator, row, data)
+
+    return drawn().filter(lambda case: case is not None)  # type: ignore[return-value]
+
+
+def examples(
+    problems: ProblemSet, count: int, base: int, *, scale: int = 1, limits: Mapping[str, int] | None = None
+) -> tuple[Case, ...]:
+    """``count`` different cases drawn under seed ``base``; fewer where the operator has no more."""
+    found: dict[str, Case] = {}
+    if not count:
+        return ()
+
+    # Half as many again: Hypothesis repeats itself where axes are few.
+    @seed(base)
+    @settings(
+        max_examples=count + count // 2,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(problems, scale=scale, limits=limits))
+    def collect(case: Case) -> None:
+        found.setdefault(case.key, case)
+
+    collect()
+    return tuple(found.values())[:count]
+
+
+def _axis(
+    values: Sequence[Choice], bounds: tuple[int, int] | None, scale: int, limit: int | None
+) -> st.SearchStrategy[Choice]:
+    listed = [v for v in values if limit is None or not isinstance(v, int) or isinstance(v, bool) or v <= limit]
+    strategy: st.SearchStrategy[Choice] = st.sampled_from(listed)
+    if bounds is not None:
+        strategy = st.one_of(strategy, boundary_integers(bounds[0], bounds[1] * scale))
+    return strategy
+
+
+def boundary_integers(low: int, high: int) -> st.SearchStrategy[int]:
+    """``low..high``, half of the time a multiple of a tile or its neighbour."""
+    near = sorted(
+        {
+            size
+            for tile in TILES
+            for multiple in (1, 2, 3)
+            for size in (tile * multiple - 1, tile * multiple, tile * multiple + 1)
+            if low <= size <= high
+        }
+    )
+    plain = st.integers(low, high)
+    return st.one_of(plain, st.sampled_from(near)) if near else plain

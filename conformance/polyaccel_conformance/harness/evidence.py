@@ -1,0 +1,252 @@
+"""What a call really executes, seen from outside of the backend: torch's dispatcher, and the profiler on devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from polyaccel_conformance.harness.allocation import DENSE, OTHER, Allocations
+from polyaccel_conformance.harness.memory import Poison
+
+Category = Literal["view", "allocate", "fill", "copy", "read", "compute"]
+
+_VIEWS = frozenset({"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh", "aten::lift", "aten::set_"})
+_FILLS = frozenset(
+    {
+        "aten::zero_",
+        "aten::fill_",
+        "aten::zeros",
+        "aten::zeros_like",
+        "aten::new_zeros",
+        "aten::ones",
+        "aten::ones_like",
+        "aten::new_ones",
+        "aten::full",
+        "aten::full_like",
+        "aten::new_full",
+        "aten::arange",
+        "aten::scalar_tensor",
+        "aten::resize_",
+    }
+)
+_COPIES = frozenset({"aten::copy_", "aten::clone", "aten::_to_copy", "aten::_copy_from", "aten::_copy_from_and_resize"})
+_READS = frozenset(
+    {
+        "aten::_local_scalar_dense",
+        "aten::nonzero",
+        "aten::nonzero_numpy",
+        "aten::masked_select",
+        "aten::equal",
+        "aten::is_nonzero",
+        "aten::_unique2",
+        "aten::unique_consecutive",
+        "aten::unique_dim",
+    }
+)
+
+
+@functools.cache
+def category(operator: torch._ops.OpOverload) -> tuple[str, Category]:
+    """Name without the overload, and what kind of work an operator is.
+
+    Views, allocation, filling with a constant and copies in place are no arithmetic; reads make the host wait.
+    """
+    name = operator._schema.name
+    if name in DENSE or name in OTHER:
+        return name, "allocate"
+    if name in _VIEWS or operator.is_view:
+        return name, "view"
+    if name in _FILLS:
+        return name, "fill"
+    if name in _COPIES:
+        return name, "copy"
+    return name, "read" if name in _READS else "compute"
+
+
+@functools.cache
+def written(operator: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operator writes to."""
+    schema = operator._schema
+    if not schema.is_mutable:
+        return ()
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """What was dispatched during one call and until the device was idle.
+
+    Attributes:
+        operators: compute operators by full name (``aten::mm.out`` as ``aten::mm``), with counts.
+        overloads: the same by name and overload.
+        operand_copies: whole copies of an operand, by argument.
+        operand_writes: the first operator that wrote to an operand's memory, by argument.
+        reads: operators that made the host wait for a value, while the call ran.
+        crossings: copies from one device to another, while the call ran: ``"aten::_to_copy cuda:0 -> cpu"``.
+        dispatched: everything but views, allocation included.
+    """
+
+    operators: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    overloads: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    operand_copies: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    operand_writes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reads: tuple[str, ...] = ()
+    crossings: tuple[str, ...] = ()
+    dispatched: int = 0
+
+
+class Watch(TorchDispatchMode):
+    """Records every operator that is dispatched, and poisons and guards new memory.
+
+    ``storages``: address of each operand's buffer and the argument's name.
+    """
+
+    def __init__(self, poison: Poison, storages: Mapping[int, str]) -> None:
+        super().__init__()
+        self.allocations = Allocations(poison)
+        self._storages = storages
+        self._operators: dict[str, int] = {}
+        self._overloads: dict[str, int] = {}
+        self._operand_copies: dict[str, int] = {}
+        self._operand_writes: dict[str, str] = {}
+        self._reads: list[str] = []
+        self._crossings: list[str] = []
+        self._dispatched = 0
+        self._returned = False
+
+    def returned(self) -> None:
+        """The call has returned: what comes now is the device's queue, whose kernels may be Python here."""
+        self._returned = True
+
+    def activity(self) -> Activity:
+        return Activity(
+            operators=MappingProxyType(dict(self._operators)),
+            overloads=MappingProxyType(dict(self._overloads)),
+            operand_copies=MappingProxyType(dict(self._operand_copies)),
+            operand_writes=MappingProxyType(dict(self._operand_writes)),
+            reads=tuple(self._reads),
+            crossings=tuple(self._crossings),
+            dispatched=self._dispatched,
+        )
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name, kind = category(func)
+        named = kwargs or {}
+        if kind == "view":
+            return func(*args, **named)
+        self._dispatched += 1
+        if kind == "allocate":
+            return self.allocations.new(name, lambda: func(*args, **named))
+        for position, argument in written(func):
+            target = args[position] if position < len(args) else named.get(argument)
+            operand = self._operand(target)
+            if operand is not None:
+                self._operand_writes.setdefault(operand, name)
+        result = func(*args, **named)
+        if kind == "compute":
+            full = str(func).replace(".", "::", 1)
+            self._operators[name] = self._operators.get(name, 0) + 1
+            self._overloads[full] = self._overloads.get(full, 0) + 1
+        elif kind == "read" and not self._returned:
+            self._reads.append(name)
+        elif kind == "copy":
+            self._copied(name, args, result)
+        return result
+
+    def _copied(self, name: str, args: tuple[Any, ...], result: torch.Tensor) -> None:
+        source = args[1] if name == "aten::copy_" else args[0]
+        if not isinstance(source, torch.Tensor):
+            return
+        if source.device != result.device and not self._returned:
+            # A number on the host that becomes a tensor of no dimensions is an argument, not data.
+            if source.dim() or result.device.type == "cpu":
+                self._crossings.append(f"{name} {source.device} -> {result.device}")
+            return
+        operand = self._operand(source)
+        if operand is not None:
+            self._operand_copies[operand] = self._operand_copies.get(operand, 0) + 1
+
+    def _operand(self, tensor: object) -> str | None:
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return None
+        return self._storages.get(tensor.untyped_storage().data_ptr())
+
+
+def undeclared(activity: Activity, declared: Sequence[str]) -> list[str]:
+    """Compute operators that no declaration names: by name, or by name and overload."""
+    names = frozenset(declared)
+    found = []
+    for full in activity.overloads:
+        name = full.rpartition(".")[0]
+        if name not in names and full not in names and full.removesuffix(".default") not in names:
+            found.append(name)
+    return sorted(dict.fromkeys(found))
+
+
+# -- devices with a profiler -------------------------------------------------------------------------------------------
+
+
+def has_profiler(device: torch.device) -> bool:
+    """Whether torch's profiler sees the kernels of a device here."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and _activity("cuda") in torch.profiler.supported_activities()
+    kind = _activity("privateuse1")
+    return device.type not in ("cpu", "meta") and kind is not None and kind in torch.profiler.supported_activities()
+
+
+def _activity(name: str) -> object:
+    return {
+        "cuda": torch.profiler.ProfilerActivity.CUDA,
+        "privateuse1": getattr(torch.profiler.ProfilerActivity, "PrivateUse1", None),
+    }[name]
+
+
+class KernelTrace:
+    """The names of the kernels that a device ran in the block, by torch's profiler (Kineto).
+
+    Copies and fills that the driver makes have names too (``Memcpy DtoH``); they are told apart by ``copies``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        kinds = [_activity("cuda" if device.type == "cuda" else "privateuse1")]
+        self._profile = torch.profiler.profile(activities=kinds)
+        self.kernels: tuple[str, ...] = ()
+        self.copies: tuple[str, ...] = ()
+
+    def __enter__(self) -> KernelTrace:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        names = [
+            event.name
+            for event in self._profile.events() or ()
+            if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation
+        ]
+        self.copies = tuple(n for n in names if n.startswith(("Memcpy", "Memset")))
+        self.kernels = tuple(n for n in names if n not in self.copies)
+
+
+def undeclared_kernels(kernels: Sequence[str], declared: Sequence[str]) -> list[str]:
+    """Kernels that no declared pattern (``*`` and ``?``) matches. Names with ``::`` in front are operators of torch,
+    whose kernels have names of their own."""
+    patterns = [d for d in declared if "::" not in d]
+    return sorted({k for k in kernels if not any(fnmatchcase(k, p) for p in patterns)})

@@ -1,0 +1,42 @@
+"""Which cells a case covers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from polyaccel.backend.levels import Span
+from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.levels.cell import Cell, Index
+from polyaccel_conformance.levels.facts import facts
+
+
+def covered(case: Case, table: Index) -> Iterator[Cell]:
+    """The cells of ``table`` that ``case`` lies in."""
+    axes: Mapping[str, Choice] | None = None
+    for dtype in (case.dtype, ""):
+        for axis, group in table.get((case.operator, dtype), {}).items():
+            if axes is None:
+                axes = {**case.axes(), **facts(case)}
+            values = (True,) if axis == "" else _values(axes, axis)
+            for cell in group:
+                if _hits(cell, values) and all(_holds(axes, name, value) for name, value in cell.where):
+                    yield cell
+
+
+def _values(axes: Mapping[str, Choice], axis: str) -> tuple[Choice, ...]:
+    # A layout that is not drawn is the contiguous one.
+    default = "contiguous" if axis.startswith("layouts.") else None
+    value = axes.get(axis, default)
+    if isinstance(value, tuple):
+        return value
+    return () if value is None else (value,)
+
+
+def _hits(cell: Cell, values: Iterable[Choice]) -> bool:
+    if isinstance(cell.value, Span):
+        return any(value in cell.value for value in values)
+    return any(value == cell.value and type(value) is type(cell.value) for value in values)
+
+
+def _holds(axes: Mapping[str, Choice], name: str, wanted: Choice) -> bool:
+    return wanted in _values(axes, name)

@@ -1,0 +1,155 @@
+"""What a report says, worked out once for all of its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polyaccel_conformance.levels.grant import LevelResult, Verdict
+from polyaccel_conformance.results import CellCount, RunResult, encode
+from polyaccel_conformance.waivers import Applied, Waiver
+
+NO_WAIVERS = Applied(covered=frozenset(), problems=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A run and what follows from it.
+
+    Attributes:
+        result: the run.
+        levels: every level's verdict; empty for a table, which earns an operator report and never a level.
+        waivers: as read, and ``applied`` what they did.
+    """
+
+    result: RunResult
+    levels: tuple[LevelResult, ...] = ()
+    waivers: tuple[Waiver, ...] = ()
+    applied: Applied = NO_WAIVERS
+
+    @property
+    def subject(self) -> str:
+        subject = self.result.header.subject
+        return subject.name if subject.kind == "backend" else f"{subject.path}:{subject.name}"
+
+    @property
+    def title(self) -> str:
+        kind = "Conformance report" if self.result.header.subject.kind == "backend" else "Operator report"
+        return f"{kind}: {self.subject}"
+
+    @property
+    def verdict(self) -> str:
+        """One line: what was earned, or why nothing was."""
+        if self.result.device_lost:
+            return f"device lost: {self.result.device_lost}"
+        wrong = sum(group.cases for group in self.result.failures)
+        if self.result.header.subject.kind != "backend":
+            return f"{wrong} failing cases" if wrong else "no failing case"
+        names = [level.title.partition(":")[0] for level in self.levels if level.earned]
+        earned = f"earned {'; '.join(names)}" if names else "earned no level"
+        return earned + (f"; {wrong} failing cases" if wrong else "")
+
+    @property
+    def not_exercised(self) -> tuple[str, ...]:
+        """Everything that did not happen, with the reason: levels, operators, checks, single cells."""
+        lines = [
+            f"level {level.level.name} {level.level.title}: {'; '.join(level.reasons)}"
+            for level in self.levels
+            if level.verdict in (Verdict.NOT_EXERCISED, Verdict.NOT_CLAIMED)
+        ]
+        lines += [
+            f"operator {state.operator}: {state.reason or 'no case'}"
+            for state in self.result.operators
+            if state.verdict == "not exercised"
+        ]
+        lines += [f"operator {name}: not in the table" for name in self.result.header.out_of_scope]
+        lines += [
+            f"check {state.check}: {state.reason or state.control or 'no case'}"
+            for state in self.result.checks
+            if state.verdict in ("not exercised", "inconclusive")
+        ]
+        lines += [f"{level.level.name}: {name}" for level in self.levels for name in level.not_exercised]
+        return tuple(dict.fromkeys(lines))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "verdict": self.verdict,
+            "levels": [level.to_json() for level in self.levels],
+            "waivers": [waiver.to_json() for waiver in self.waivers],
+            "waiver_problems": list(self.applied.problems),
+            "not_exercised": list(self.not_exercised),
+            "result": encode(self.result),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Square:
+    """One square of the coverage grid: ``cases``, ``failed``, ``composite`` ones, and the worst err / tol."""
+
+    cases: int = 0
+    failed: int = 0
+    composite: int = 0
+    headroom: float = 0.0
+
+    @property
+    def state(self) -> str:
+        if not self.cases:
+            return "empty"
+        if self.failed:
+            return "failed"
+        return "composite" if self.composite == self.cases else "mixed" if self.composite else "native"
+
+    def plus(self, count: CellCount) -> Square:
+        return Square(
+            cases=self.cases + count.cases,
+            failed=self.failed + count.failed,
+            composite=self.composite + count.kinds.get("composite", 0),
+            headroom=max(self.headroom, count.headroom),
+        )
+
+
+Grid = Mapping[str, Mapping[str, Square]]
+"""Rows (``k 2..15``, ``x offset``) by column (dtype)."""
+
+
+def grids(counts: Sequence[CellCount]) -> dict[str, dict[str, dict[str, Square]]]:
+    """A grid for each operator: a row for each range of each size and each layout of each argument, a column a dtype.
+
+    A case counts once in each row that it lies in.
+    """
+    sizes: dict[tuple[str, str], set[str]] = {}
+    layouts: dict[tuple[str, str], set[str]] = {}
+    found: dict[str, dict[str, dict[str, Square]]] = {}
+    for count in counts:
+        cell = count.cell
+        # The table crosses layouts with ranges; along one of the two, a single value of the other counts all cases once.
+        first_layout = _first(layouts, (cell.operator, cell.dtype), cell.layout)
+        first_size = _first(sizes, (cell.operator, cell.dtype), cell.range)
+        rows = found.setdefault(cell.operator, {})
+        if cell.range != "-" and first_layout:
+            _add(rows, cell.range.replace("=", " "), count)
+        if cell.layout != "-" and first_size:
+            _add(rows, cell.layout.replace("=", " "), count)
+        if cell.range == "-" and cell.layout == "-":
+            _add(rows, "all", count)
+    return found
+
+
+def _first(seen: dict[tuple[str, str], set[str]], key: tuple[str, str], name: str) -> bool:
+    """Whether ``name`` belongs to the argument or size that was met first under this key."""
+    kind = name.partition("=")[0]
+    known = seen.setdefault(key, {kind})
+    return kind in known
+
+
+def _add(rows: dict[str, dict[str, Square]], row: str, count: CellCount) -> None:
+    columns = rows.setdefault(row, {})
+    columns[count.cell.dtype] = columns.get(count.cell.dtype, Square()).plus(count)
+
+
+def dtypes(grid: Grid) -> tuple[str, ...]:
+    """The columns of a grid: float32 first."""
+    names = {name for columns in grid.values() for name in columns}
+    return tuple(sorted(names, key=lambda name: (name != "float32", name)))

@@ -1,0 +1,291 @@
+"""Tensors on virtual devices: a host tensor behind the manners of device memory.
+
+Views are made at once. Everything else waits in the current stream of the tensors' device, which torch's own operators
+find by themselves; a copy to the host waits for that stream and for no other. Inside a kernel the operators run at
+once, on memory of the kernel's device alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from polyaccel_conformance.simulated.runtime import DEVICE_TYPE, IllegalAccess, Memory, VirtualDevice, operand_infos
+from polyaccel_conformance.simulated.stream import Task
+
+_aten = torch.ops.aten
+# What tells the host something about values: it has to wait.
+_READS = frozenset(
+    {
+        _aten._local_scalar_dense.default,
+        _aten.equal.default,
+        _aten.is_nonzero.default,
+        _aten.nonzero.default,
+        _aten.masked_select.default,
+        _aten.item.default,
+    }
+)
+_LOCAL_VIEWS = frozenset({_aten._unsafe_view.default, _aten.detach.default, _aten.lift_fresh.default})
+
+
+class VirtualTensor(torch.Tensor):
+    """``inner``: the bytes; ``memory``: whose they are. torch sees a tensor without storage ("meta"), so that nothing
+    reads it behind the runtime's back; ``device`` names the virtual device, and the CPU to code inside of a kernel."""
+
+    inner: torch.Tensor
+    memory: Memory
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, memory: Memory) -> VirtualTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device("meta"),
+        )
+        tensor = cast(VirtualTensor, made)
+        tensor.inner, tensor.memory = inner, memory
+        return tensor
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        own = self.memory.device
+        return torch.device("cpu") if own.runtime.kernel_device is not None else own.torch_device
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
+    def __repr__(self, **_: object) -> str:
+        return f"VirtualTensor({list(self.shape)}, {self.dtype}, simulated:{self.memory.device.index})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, VirtualTensor)]
+        runtime = tensors[0].memory.device.runtime
+        kernel_device = runtime.kernel_device
+        if kernel_device is not None:
+            return _inside(func, args, kwargs, tensors, kernel_device)
+        if func.is_view or func in _LOCAL_VIEWS:
+            return _view(func, args, kwargs, tensors[0].memory)
+        if func is _aten.copy_.default:
+            return _copy(args[0], args[1])
+        target = kwargs.get("device")
+        if target is not None and torch.device(target).type == "cpu":
+            return _download(func, args, kwargs, tensors[0])
+        if target is not None and torch.device(target).type == DEVICE_TYPE:
+            kwargs["device"] = None
+            index = torch.device(target).index or 0
+            if index != tensors[0].memory.device.index:
+                return _to_peer(tensors[0], runtime.devices[index], kwargs.get("dtype"))
+        return _queue(func, args, kwargs, tensors)
+
+
+def empty_on(device: VirtualDevice, shape: Sequence[int], dtype: torch.dtype) -> VirtualTensor:
+    """Memory full of what spoils every result it reaches; inside a graph, at every replay again."""
+    device.runtime.refuse_if_lost(device)
+    inner = poison_(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
+    tensor = VirtualTensor(inner, Memory(device, inner.numel() * inner.element_size()))
+    if device.runtime.capturing:
+        runtime = device.runtime
+        runtime.submit(
+            Task(kernel="reuse", call=lambda: poison_(inner), kind="mark", duration=0.0),
+            runtime.current_stream(device),
+        )
+    return tensor
+
+
+def poison_(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with NaN, or with an index outside of everything."""
+    if tensor.dtype.is_floating_point:
+        return tensor.fill_(torch.nan)
+    if tensor.dtype == torch.bool:
+        return tensor.fill_(True)
+    return tensor.fill_(113) if tensor.dtype == torch.uint8 else tensor.fill_(torch.iinfo(tensor.dtype).min // 2)
+
+
+def raw(tensor: torch.Tensor, device: VirtualDevice) -> torch.Tensor:
+    """The bytes, for a kernel of ``device``.
+
+    Raises:
+        IllegalAccess: they are another device's.
+    """
+    if not isinstance(tensor, VirtualTensor):
+        return tensor
+    own = tensor.memory.device
+    if own is not device:
+        raise IllegalAccess(f"illegal memory access: memory of device {own.index} in a kernel on device {device.index}")
+    return tensor.inner
+
+
+# -- operators ---------------------------------------------------------------------------------------------------------
+
+
+def _inside(
+    func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[VirtualTensor], device: VirtualDevice
+) -> Any:
+    for tensor in tensors:
+        raw(tensor, device)
+    if kwargs.get("device") is not None:
+        kwargs["device"] = torch.device("cpu")
+    result = func(*_inner(args), **_inner(kwargs))
+    written = _written(func, args, kwargs)
+    return written[0] if written and isinstance(result, torch.Tensor) else result
+
+
+def _view(func: Any, args: Any, kwargs: Any, memory: Memory) -> Any:
+    return tree_map_only(
+        torch.Tensor, lambda inner: VirtualTensor(inner, memory), func(*_inner(args), **_inner(kwargs))
+    )
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    if not isinstance(destination, VirtualTensor):
+        assert isinstance(source, VirtualTensor)
+        runtime, target, values = source.memory.device.runtime, destination, source.inner
+        stream = runtime.current_stream(source.memory.device)
+        runtime.submit(Task(kernel="copy", call=lambda: target.copy_(values), kind="to host"), stream)
+        runtime.wait_stream(stream)
+        return destination
+    device, inner = destination.memory.device, destination.inner
+    stream = device.runtime.current_stream(device)
+    if not isinstance(source, VirtualTensor):
+        # From pageable memory: the source may change as soon as this returns.
+        values = source.detach().clone()
+        device.runtime.submit(Task(kernel="copy", call=lambda: inner.copy_(values), kind="to device"), stream)
+    elif source.memory.device is device:
+        values = source.inner
+        device.runtime.submit(
+            Task(
+                kernel="copy",
+                call=lambda: inner.copy_(values),
+                kind="on device",
+                operands=operand_infos((("destination", destination), ("source", source))),
+            ),
+            stream,
+        )
+    else:
+        other = source.memory.device.runtime.current_stream(source.memory.device)
+        device.runtime.stream_wait(stream, device.runtime.mark(other))
+        values = source.inner
+        device.runtime.submit(Task(kernel="copy", call=lambda: inner.copy_(values), kind="between devices"), stream)
+    return destination
+
+
+def _download(func: Any, args: Any, kwargs: dict[str, Any], source: VirtualTensor) -> Any:
+    """A new host tensor; waits for the source's current stream only."""
+    runtime = source.memory.device.runtime
+    stream, found = runtime.current_stream(source.memory.device), []
+    inner_args, inner_kwargs = _inner(args), _inner(kwargs)
+
+    def copy() -> None:
+        result = func(*inner_args, **inner_kwargs)
+        found.append(result.clone() if result is inner_args[0] else result)
+
+    runtime.submit(Task(kernel="copy", call=copy, kind="to host"), stream)
+    runtime.wait_stream(stream)
+    return found[0]
+
+
+def _to_peer(source: VirtualTensor, device: VirtualDevice, dtype: torch.dtype | None) -> torch.Tensor:
+    made = empty_on(device, source.shape, dtype or source.dtype)
+    return _copy(made, source)
+
+
+def _queue(func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[VirtualTensor]) -> Any:
+    """One of torch's own operators, in the current stream of its tensors' device."""
+    device = tensors[0].memory.device
+    runtime = device.runtime
+    for leaf in tree_flatten((args, kwargs))[0]:
+        foreign = isinstance(leaf, VirtualTensor) and leaf.memory.device is not device
+        on_host = isinstance(leaf, torch.Tensor) and not isinstance(leaf, VirtualTensor) and leaf.dim() > 0
+        if foreign or on_host:
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, found {tensors[0].device} and {leaf.device}"
+            )
+    stream = runtime.current_stream(device)
+    inner_args, inner_kwargs = _inner(args), _inner(kwargs)
+    infos = operand_infos([(f"operand {i}", tensor) for i, tensor in enumerate(tensors)])
+    name = str(func.overloadpacket).removeprefix("aten.")
+    if func in _READS:
+        runtime.wait_stream(stream)
+        result = func(*inner_args, **inner_kwargs)
+        return tree_map_only(torch.Tensor, lambda t: VirtualTensor(t, Memory(device, t.nbytes)), result)
+    written = _written(func, args, kwargs)
+    if written:
+        runtime.submit(
+            Task(kernel=name, call=lambda: func(*inner_args, **inner_kwargs), operands=infos), stream
+        )
+        return written[0] if len(written) == 1 else tuple(written)
+    outputs = _allocate_outputs(func, inner_args, inner_kwargs, device)
+    leaves, structure = tree_flatten(outputs)
+    targets = [leaf.inner for leaf in leaves if isinstance(leaf, VirtualTensor)]
+
+    def run() -> None:
+        results = [t for t in tree_flatten(func(*inner_args, **inner_kwargs))[0] if isinstance(t, torch.Tensor)]
+        for target, result in zip(targets, results, strict=True):
+            target.copy_(result)
+
+    runtime.submit(Task(kernel=name, call=run, operands=infos), stream)
+    return tree_unflatten(leaves, structure)
+
+
+def _allocate_outputs(func: Any, args: Any, kwargs: Any, device: VirtualDevice) -> Any:
+    """Shapes and strides are known without values."""
+
+    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    shapes = func(*tree_map_only(torch.Tensor, on_meta, args), **tree_map_only(torch.Tensor, on_meta, kwargs))
+
+    def allocate(shape: torch.Tensor) -> VirtualTensor:
+        made = empty_on(device, (shape.numel(),), shape.dtype)
+        dense = shape.is_contiguous() or shape.numel() == 0 or not _is_dense(shape)
+        strides = torch.empty(shape.shape, device="meta").stride() if dense else shape.stride()
+        return VirtualTensor(made.inner.as_strided(shape.size(), strides), made.memory)
+
+    return tree_map_only(torch.Tensor, allocate, shapes)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the strides are a permutation of the contiguous ones."""
+    size = 1
+    for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if n > 1 and stride != size:
+            return False
+        size *= n
+    return True
+
+
+def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to."""
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            if isinstance(value, torch.Tensor):
+                found.append(value)
+    return found
+
+
+def _inner(value: Any) -> Any:
+    return tree_map_only(VirtualTensor, lambda tensor: tensor.inner, value)
+
+
+Compute = Callable[[], object]

@@ -1,0 +1,1 @@
+"""A new backend's package, as ``polyaccel new-backend`` writes it."""

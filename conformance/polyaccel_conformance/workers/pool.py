@@ -1,0 +1,247 @@
+"""A pool of workers that persist over cases and are replaced when one dies or hangs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from polyaccel_conformance.errors import ConformanceError, UsageError
+from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.workers.process import ForkServer, Process, Spawn, Starter
+from polyaccel_conformance.workers.worker import TARGET
+
+OPEN_SECONDS = 120.0
+MAX_RESTARTS = 400
+LOG_TAIL = 6
+
+
+class WorkerLost(ConformanceError):
+    """The backend cannot be opened any more, though it could be at first: its device is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request to whichever worker is free. ``name``: what the asker knows it by."""
+
+    name: object
+    request: Mapping[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A worker's answer, or how it ended instead: ``died`` is ``crash: signal 11`` or ``hang``, ``log`` its last words."""
+
+    job: Job
+    reply: Mapping[str, Any]
+    died: str = ""
+    log: str = ""
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: Process
+    connection: Connection
+    log: Path
+    job: Job | None = None
+    deadline: float = 0.0
+
+
+class Pool:
+    """``count`` workers on one subject.
+
+    The first worker is forked; if its backend is not ``fork_safe``, that one and all others are started afresh.
+
+    Args:
+        device: index among the backend's devices.
+        server: a forkserver to share, closed by its owner; else the pool has one of its own.
+    """
+
+    def __init__(self, subject: Subject, *, count: int = 2, device: int = 0, server: ForkServer | None = None) -> None:
+        self.facts: Mapping[str, Any] = {}
+        self.restarts = 0
+        self._subject, self._count, self._device = subject, count, device
+        self._own = server is None
+        self._server = server if server is not None else ForkServer()
+        self._starter: Starter = self._server
+        self._folder = Path(tempfile.mkdtemp(prefix="polyaccel-conformance-"))
+        self._workers: list[_Worker] = []
+        self._started = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> Mapping[str, Any]:
+        """Open the backend in the first worker; what it says of itself.
+
+        Raises:
+            UsageError: the backend or table cannot be opened, with the reason.
+        """
+        if not self._workers:
+            worker, self.facts = self._open()
+            if not self.facts["fork_safe"]:
+                self._end(worker)
+                self._starter = Spawn()
+                worker, self.facts = self._open()
+            self._workers.append(worker)
+        return self.facts
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Answer]:
+        """Answers in order of arrival. Every job is answered once, whatever becomes of its worker.
+
+        Raises:
+            WorkerLost: the backend cannot be opened again, or workers die without end.
+        """
+        self.start()
+        waiting = deque[Job]()
+        source = iter(jobs)
+        exhausted = False
+        while True:
+            while not exhausted and len(waiting) < self._count:
+                job = next(source, None)
+                if job is None:
+                    exhausted = True
+                else:
+                    waiting.append(job)
+            self._hand_out(waiting)
+            busy = [worker for worker in self._workers if worker.job is not None]
+            if not busy:
+                if exhausted and not waiting:
+                    return
+                continue
+            yield from self._listen(busy)
+
+    def ask(self, job: Job) -> Answer:
+        """One job alone."""
+        (answer,) = self.run([job])
+        return answer
+
+    def close(self) -> None:
+        """End all workers. Idempotent."""
+        for worker in self._workers:
+            self._end(worker)
+        self._workers = []
+        if self._own:
+            self._server.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # -- jobs ----------------------------------------------------------------------------------------------------------
+
+    def _hand_out(self, waiting: deque[Job]) -> None:
+        while waiting:
+            worker = next((w for w in self._workers if w.job is None), None)
+            if worker is None:
+                if len(self._workers) >= self._count:
+                    return
+                worker = self._reopen()
+            job = waiting.popleft()
+            worker.job, worker.deadline = job, time.monotonic() + job.seconds
+            with suppress(OSError):
+                # A worker that died meanwhile shows when it is listened to.
+                worker.connection.send_bytes(json.dumps(job.request).encode())
+
+    def _listen(self, busy: list[_Worker]) -> Iterator[Answer]:
+        now = time.monotonic()
+        patience = max(min(worker.deadline for worker in busy) - now, 0.0)
+        ready = wait([worker.connection for worker in busy], patience)
+        for worker in busy:
+            job = worker.job
+            assert job is not None
+            if worker.connection in ready:
+                try:
+                    reply = json.loads(worker.connection.recv_bytes())
+                except (EOFError, OSError):
+                    code = worker.process.wait(5.0)
+                    yield self._lost(worker, job, _ending(code))
+                else:
+                    worker.job = None
+                    yield Answer(job=job, reply=reply)
+            elif time.monotonic() >= worker.deadline:
+                worker.process.kill()
+                yield self._lost(worker, job, "hang")
+
+    def _lost(self, worker: _Worker, job: Job, how: str) -> Answer:
+        self._end(worker)
+        self._workers.remove(worker)
+        return Answer(job=job, reply={}, died=how, log=_tail(worker.log))
+
+    def retire(self) -> None:
+        """End idle workers, so that the next jobs get fresh ones: after a failure that leaves a device untrusted."""
+        idle = [worker for worker in self._workers if worker.job is None]
+        for worker in idle:
+            self._end(worker)
+            self._workers.remove(worker)
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+
+    def _reopen(self) -> _Worker:
+        if self._started > self._count:
+            self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise WorkerLost(f"workers ended {self.restarts} times")
+        try:
+            worker, _ = self._open()
+        except UsageError as error:
+            raise WorkerLost(str(error)) from error
+        self._workers.append(worker)
+        return worker
+
+    def _open(self) -> tuple[_Worker, Mapping[str, Any]]:
+        self._started += 1
+        log = self._folder / f"worker-{self._started}.log"
+        arguments = {"subject": self._subject.to_json(), "device": self._device}
+        process, connection = self._starter.start(TARGET, arguments, str(log))
+        worker = _Worker(process=process, connection=connection, log=log)
+        if not connection.poll(OPEN_SECONDS):
+            process.kill()
+            self._end(worker)
+            raise UsageError(f"{self._subject.label} did not open within {OPEN_SECONDS:g} s")
+        try:
+            answer: Mapping[str, Any] = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            code = process.wait(5.0)
+            raise UsageError(f"{self._subject.label} ended its process: {_ending(code)}; {_tail(log)}") from None
+        if "error" in answer:
+            self._end(worker)
+            error = answer["error"]
+            raise UsageError(f"{self._subject.label} cannot be opened: {error['type']}: {error['message']}")
+        facts: Mapping[str, Any] = answer["facts"]
+        return worker, facts
+
+    def _end(self, worker: _Worker) -> None:
+        worker.connection.close()
+        if worker.process.wait(1.0 if worker.job is None else 0.2) is None:
+            worker.process.kill()
+            worker.process.wait(5.0)
+        worker.job = None
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "crash: it closed its connection"
+    return f"crash: signal {-code}" if code < 0 else f"crash: exit code {code}"
+
+
+def _tail(log: Path) -> str:
+    """The last lines of what a process wrote."""
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    frames = [line.strip() for line in lines if line.lstrip().startswith("File ")]
+    return "; ".join(frames[:LOG_TAIL] if frames else [line.strip() for line in lines[-LOG_TAIL:]])

@@ -1,0 +1,110 @@
+"""The forkserver: a process that has imported torch, numpy and the oracle, touches no device, and forks on request.
+
+Run as ``python -m polyaccel_conformance.workers.server FD``: FD is a socket on which each message is one JSON line.
+``{"do": "start", "target": "module:function", "arguments": {...}, "log": PATH}`` comes with a second descriptor, the
+new process's own connection; the answer is ``{"pid": N}``. ``{"do": "wait", "pid": N, "seconds": S}`` answers
+``{"code": C}``: its exit code, negative for a signal, None while it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+PRELOAD = ("polyaccel_conformance.workers.worker", "polyaccel_conformance.problems.registry")
+LONGEST = 1 << 20
+
+
+def serve(control: socket.socket) -> None:
+    """Answer until the other end is closed; then end what still runs."""
+    running: set[int] = set()
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(control, LONGEST, 1)
+        if not data:
+            break
+        request: dict[str, Any] = json.loads(data)
+        if request["do"] == "start":
+            pid = _fork(control, descriptors[0], request)
+            os.close(descriptors[0])
+            running.add(pid)
+            answer: Mapping[str, object] = {"pid": pid}
+        else:
+            code = _wait(request["pid"], request["seconds"])
+            if code is not None:
+                running.discard(request["pid"])
+            answer = {"code": code}
+        control.sendall(json.dumps(answer).encode())
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _fork(control: socket.socket, descriptor: int, request: Mapping[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        control.close()
+        redirect(request["log"])
+        run_target(request["target"], Connection(descriptor), request["arguments"])
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        # No interpreter shutdown: what the server registered for its own exit is not the child's.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_target(target: str, connection: Connection, arguments: Mapping[str, Any]) -> None:
+    """Call ``module:function`` with the connection and the arguments."""
+    module, _, name = target.partition(":")
+    getattr(importlib.import_module(module), name)(connection, **arguments)
+
+
+def redirect(log: str) -> None:
+    """What is printed goes to a file: the terminal belongs to the parent."""
+    if log:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.002)
+
+
+def main() -> None:
+    """Import what every worker needs, then serve."""
+    # An interrupt goes to the whole foreground group; the parent decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    os.set_inheritable(control.fileno(), False)
+    import torch
+
+    torch.set_num_threads(1)
+    for name in PRELOAD:
+        importlib.import_module(name)
+    serve(control)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What a worker runs: it opens the backend, then answers one request after the other.
+
+Requests and answers are JSON. ``open`` comes first; ``case`` answers a :class:`CaseResult`, ``control`` what a check's
+control did, ``dump`` writes the arrays of a case. An answer has ``"error"`` where the suite itself could not go on.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyaccel.backend import Backend, TableBackend
+from polyaccel.backend.errors import BackendUnavailable
+from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.check import Check, run_case
+from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.results import encode
+from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.workers.oracle_cache import OracleCache
+
+TARGET = "polyaccel_conformance.workers.worker:main"
+
+
+@dataclass(slots=True)
+class Worker:
+    """One opened backend and the cases that are run on it."""
+
+    bench: Bench
+    cache: OracleCache = field(default_factory=OracleCache)
+
+    def case(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        problem = self._problem(request["case"])
+        return {"result": encode(run_case(self.bench, problem, checks_named(request["checks"])))}
+
+    def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        (check,) = checks_named([request["check"]])
+        return {"control": check.control(self.bench)}
+
+    def dump(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        from polyaccel_conformance.dump import dump
+
+        dump(self.bench, self._problem(request["case"]), Path(request["path"]))
+        return {"path": request["path"]}
+
+    def _problem(self, value: Mapping[str, Any]) -> Problem:
+        from polyaccel_conformance.problems.registry import PROBLEM_SETS
+
+        case = Case.from_json(value)
+        problem = PROBLEM_SETS[case.operator].problem(case)
+        self.cache.attach(problem)
+        return problem
+
+
+def main(connection: Connection, subject: Mapping[str, str], device: int) -> None:
+    """Serve until the parent closes the connection."""
+    faulthandler.enable(sys.stderr)
+    try:
+        bench, facts = open_bench(Subject(**subject), device)
+    except Exception as error:
+        _send(connection, {"error": {"type": type(error).__name__, "message": str(error)}})
+        return
+    _send(connection, {"facts": facts})
+    worker = Worker(bench=bench)
+    actions: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+        "case": worker.case,
+        "control": worker.control,
+        "dump": worker.dump,
+    }
+    while True:
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            break
+        try:
+            answer = actions[request["do"]](request)
+        except Exception as error:
+            answer = {"error": {"type": type(error).__name__, "message": f"{error}{_where(error)}"}}
+        _send(connection, answer)
+    bench.backend.close()
+
+
+def open_bench(subject: Subject, device: int) -> tuple[Bench, dict[str, Any]]:
+    """The backend on one of its devices, and what the runner wants to know of it.
+
+    Raises:
+        UsageError, BackendUnavailable: with the reason.
+    """
+    backend = subject.open()
+    availability = backend.probe()
+    if not availability.usable:
+        raise BackendUnavailable(f"backend {backend.name!r} cannot be used here: {availability.reason}")
+    devices = list(backend.devices())
+    bench = Bench(backend, devices[device % len(devices)])
+    facts = {
+        "fork_safe": backend.fork_safe,
+        "devices": len(devices),
+        "scope": sorted(backend.given) if isinstance(backend, TableBackend) and subject.kind == "table" else None,
+        "graphs": "; ".join(backend.graph_refusals()),
+        "environment": _environment(backend, bench, subject),
+    }
+    return bench, facts
+
+
+def checks_named(names: list[str]) -> list[Check]:
+    """Checks by name, in this order."""
+    from polyaccel_conformance.checks.registry import CHECKS
+
+    return [CHECKS[name] for name in names]
+
+
+def _environment(backend: Backend, bench: Bench, subject: Subject) -> dict[str, str]:
+    found = {
+        "backend": backend.name,
+        "class": f"{type(backend).__module__}.{type(backend).__qualname__}",
+        "device": bench.device.name,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": str(os.cpu_count()),
+    }
+    if subject.kind == "backend":
+        for entry in metadata.entry_points(group="polyaccel.backends", name=subject.name):
+            if entry.dist is not None:
+                found["distribution"] = f"{entry.dist.name} {entry.dist.version}"
+    return found
+
+
+def _where(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    code = trace.tb_frame.f_code
+    return f" (in {code.co_name}, {Path(code.co_filename).name} line {trace.tb_lineno})"
+
+
+def _send(connection: Connection, answer: Mapping[str, Any]) -> None:
+    connection.send_bytes(json.dumps(answer).encode())
