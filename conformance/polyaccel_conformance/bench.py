@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from polyaccel.backend import (
 from polyaccel.backend.plan import KEYS, Policy
 from polyaccel_conformance.problem import Prepared
 
+if TYPE_CHECKING:
+    from polyaccel_conformance.subject import Subject
+
 SITE = "conformance"
 
 
@@ -36,7 +40,8 @@ class Resolved:
 class Bench:
     """A backend, one of its devices and this rank's communicator.
 
-    ``strict``: composites entered inside a native implementation raise.
+    ``strict``: composites entered inside a native implementation raise. ``subject``: how another process opens the same
+    backend, where that is known. ``memo``: what checks measured once on this device.
     """
 
     def __init__(
@@ -46,7 +51,10 @@ class Bench:
         comm: Communicator | None = None,
         *,
         policy: Policy = "allow",
+        subject: Subject | None = None,
     ) -> None:
+        self.subject = subject
+        self.memo: dict[str, object] = {}
         self.backend = backend
         self.device = device if device is not None else backend.devices()[0]
         self.comm: Communicator = comm if comm is not None else SingleRank()

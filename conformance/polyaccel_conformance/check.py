@@ -62,8 +62,13 @@ class Check(ABC):
     tier: int = 0
 
     def applies(self, case: Case, problem: Problem) -> bool:
-        """Whether the question has a meaning for this case."""
-        return True
+        """Whether the question has a meaning for this case: by default, for all that call an operator."""
+        return problem.exact is not None
+
+    def unavailable(self, bench: Bench) -> str:
+        """Why the question cannot be asked on this device, which has nothing to ask it of; empty if it can. The check
+        is then not exercised: neither passed nor inconclusive."""
+        return ""
 
     @abstractmethod
     def run(self, trial: Trial) -> Failure | None:
@@ -117,7 +122,7 @@ def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseRes
     notes: list[str] = []
     met: list[BaseException] = []
     for check in checks:
-        if not check.applies(case, problem):
+        if not check.applies(case, problem) or check.unavailable(bench):
             continue
         asked.append(check.name)
         try:

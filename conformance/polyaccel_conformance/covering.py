@@ -71,9 +71,7 @@ def covered_pairs(axes: Axes, rows: Sequence[Mapping[str, Choice]]) -> frozenset
         listed = [path for path in paths if path in row and _place(axes[path], row[path]) is not None]
         for i, first in enumerate(listed):
             for second in listed[i + 1 :]:
-                found.add(
-                    Pair(first=first, first_value=row[first], second=second, second_value=row[second])
-                )
+                found.add(Pair(first=first, first_value=row[first], second=second, second_value=row[second]))
     return frozenset(found)
 
 

@@ -15,6 +15,8 @@ class ExitCode(IntEnum):
     USAGE = 2
     INCONCLUSIVE = 3
     DEVICE_LOST = 4
+    DIFFERENT_FAILURE = 5
+    """``replay`` only: the case fails, but not as its file says."""
 
 
 class ConformanceError(PolyaccelError):

@@ -11,17 +11,26 @@ from typing import Any, Self
 
 from polyaccel_conformance.check import CaseResult
 from polyaccel_conformance.errors import UsageError
-from polyaccel_conformance.results import Phase, RunHeader, encode, header_from_json, result_from_json
+from polyaccel_conformance.results import (
+    FailureGroup,
+    Phase,
+    RunHeader,
+    encode,
+    group_from_json,
+    header_from_json,
+    result_from_json,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """What a log holds. ``ended``: the run came to its end."""
+    """What a log holds. ``ended``: the run came to its end; ``groups``: failures with their minimal cases."""
 
     header: RunHeader
     results: tuple[tuple[Phase, CaseResult], ...]
     controls: Mapping[str, str]
     ended: bool
+    groups: tuple[FailureGroup, ...] = ()
 
 
 class ResultsLog:
@@ -73,6 +82,7 @@ def read_log(path: Path) -> Logged:
     header: RunHeader | None = None
     results: dict[str, tuple[Phase, CaseResult]] = {}
     controls: dict[str, str] = {}
+    groups: dict[tuple[str, str, str], FailureGroup] = {}
     ended = False
     try:
         for number, line in _lines(path):
@@ -84,6 +94,9 @@ def read_log(path: Path) -> Logged:
                 results[result.case.key] = (line["phase"], result)
             elif kind == "control":
                 controls[line["check"]] = line["control"]
+            elif kind == "failure":
+                group = group_from_json({name: item for name, item in line.items() if name != "type"})
+                groups[(group.operator, group.check, group.cause)] = group
             elif kind == "end":
                 ended = True
             if header is None:
@@ -92,7 +105,13 @@ def read_log(path: Path) -> Logged:
         raise UsageError(f"{path} is not a results log: {type(error).__name__}: {error}") from error
     if header is None:
         raise UsageError(f"{path} is empty")
-    return Logged(header=header, results=tuple(results.values()), controls=controls, ended=ended)
+    return Logged(
+        header=header,
+        results=tuple(results.values()),
+        controls=controls,
+        ended=ended,
+        groups=tuple(groups.values()),
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

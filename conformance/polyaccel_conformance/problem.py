@@ -86,6 +86,13 @@ class Problem(ABC):
     def expected(self) -> Mapping[str, Expected | Exactly]:
         """What each output must be. Not called before it is needed; the result is kept by the trial."""
 
+    def alone(self, row: int) -> Problem | None:
+        """The same problem with only one row, for operators whose rows share a step; None where that is not known.
+
+        Its outputs have that row first.
+        """
+        return None
+
     def digests(self) -> dict[str, str]:
         """A hash of every input, for the case file."""
         return {name: operand.digest() for name, operand in self.operands.items()}

@@ -250,6 +250,7 @@ def result_from_json(value: Mapping[str, Any]) -> CaseResult:
         digests=dict(value["digests"]),
         observed=value["observed"],
         seconds=value["seconds"],
+        notes=tuple(value.get("notes", ())),
     )
 
 
@@ -275,7 +276,7 @@ def header_from_json(value: Mapping[str, Any]) -> RunHeader:
     fields = {f.name: value[f.name] for f in dataclasses.fields(RunHeader)}
     for name in ("checks", "operators", "out_of_scope"):
         fields[name] = tuple(fields[name])
-    return RunHeader(**{**fields, "subject": Subject(**value["subject"])})
+    return RunHeader(**{**fields, "subject": Subject.from_json(value["subject"])})
 
 
 def _operator(value: Mapping[str, Any]) -> OperatorState:

@@ -13,6 +13,9 @@ from polyaccel_conformance.errors import UsageError
 
 Kind = Literal["backend", "table"]
 
+SIMULATED = "simulated"
+"""The backend that comes with the suite and has no entry point."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
@@ -38,7 +41,7 @@ class Subject:
             UsageError: the file or attribute is not there, or is no table.
             BackendUnavailable: the backend cannot be used here, with the reason.
         """
-        backend = load(self.name) if self.kind == "backend" else self._table()
+        backend = self._named() if self.kind == "backend" else self._table()
         if self.mutant:
             from polyaccel_conformance.mutants.catalogue import apply_mutant
 
@@ -49,6 +52,13 @@ class Subject:
     def label(self) -> str:
         """What messages call it."""
         return f"backend {self.name!r}" if self.kind == "backend" else f"{self.path}:{self.name}"
+
+    def _named(self) -> Backend:
+        if self.name == SIMULATED:
+            from polyaccel_conformance.simulated import SimulatedBackend
+
+            return SimulatedBackend()
+        return load(self.name)
 
     def _table(self) -> Backend:
         value = load_attribute(Path(self.path), self.name)
@@ -65,6 +75,17 @@ class Subject:
     def to_json(self) -> dict[str, str]:
         return {name: getattr(self, name) for name in ("kind", "name", "path", "device", "mutant")}
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, str]) -> Subject:
+        """Raises ValueError for anything that :meth:`to_json` does not write."""
+        kind = value["kind"]
+        if kind not in ("backend", "table"):
+            raise ValueError(f"a subject is a backend or a table, not {kind!r}")
+        return cls(
+            kind="backend" if kind == "backend" else "table",
+            **{name: value[name] for name in ("name", "path", "device", "mutant")},
+        )
+
 
 def load_attribute(path: Path, name: str) -> object:
     """An attribute of a Python file that the user names on the command line; the file is run.
@@ -78,7 +99,10 @@ def load_attribute(path: Path, name: str) -> object:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path} raised {type(error).__name__} when it was run: {error}") from error
     if not hasattr(module, name):
         raise UsageError(f"{path} has no {name!r}")
     value: object = getattr(module, name)

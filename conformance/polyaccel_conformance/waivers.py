@@ -114,17 +114,24 @@ class Applied:
 
     Attributes:
         covered: positions of the failures that some waiver covers.
+        failures: how many there were.
         problems: sentences about waivers that have expired or cover nothing; one is enough to fail a run.
     """
 
     covered: frozenset[int]
     problems: tuple[str, ...]
+    failures: int = 0
+
+    @property
+    def uncovered(self) -> int:
+        return self.failures - len(self.covered)
 
 
 def apply_waivers(waivers: Sequence[Waiver], failures: Iterable[tuple[Case, str]], today: datetime.date) -> Applied:
     """Match waivers with failures, each a case and the name of the check that failed. An expired waiver covers
     nothing."""
     covered: set[int] = set()
+    position = -1
     used: set[int] = set()
     for position, (case, check) in enumerate(failures):
         for number, waiver in enumerate(waivers):
@@ -138,4 +145,4 @@ def apply_waivers(waivers: Sequence[Waiver], failures: Iterable[tuple[Case, str]
             problems.append(f"waiver {waiver.test} expired on {waiver.expires.isoformat()}")
         elif number not in used:
             problems.append(f"waiver {waiver.test} matches no failure; remove it")
-    return Applied(covered=frozenset(covered), problems=tuple(problems))
+    return Applied(covered=frozenset(covered), problems=tuple(problems), failures=position + 1)

@@ -31,7 +31,7 @@ def _spec(spec: OperatorSpec) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    # The repr of a mapping proxy or an enumeration is stable, but says more than the value; JSON of the fields does not.
+    # A repr says more than the value; JSON of the fields does not.
     return json.dumps(_plain(value), sort_keys=True)
 
 
@@ -51,7 +51,7 @@ def suite_digest() -> str:
 
 
 def core_digest() -> str:
-    """Of ``polyaccel.backend``: the composites and storage classes that a backend runs on are part of what was tested."""
+    """Of ``polyaccel.backend``: a backend runs on its composites and storage classes, so they were tested too."""
     return tree_digest(Path(str(polyaccel.backend.__file__)).parent)
 
 

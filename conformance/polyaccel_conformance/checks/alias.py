@@ -38,7 +38,7 @@ class Allowed(Check):
     name = "alias.allowed"
 
     def applies(self, case: Case, problem: Problem) -> bool:
-        return bool(pairs(problem))
+        return super().applies(case, problem) and bool(pairs(problem))
 
     def run(self, trial: Trial) -> Failure | None:
         case = trial.problem.case
@@ -62,11 +62,8 @@ class Allowed(Check):
     def control(self, bench: Bench) -> Control:
         def wrap(fn: Function) -> Function:
             def in_place(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor) -> object:
-                x.add_(residual)
-                zeros = torch.zeros_like(residual)
-                if x.data_ptr() == residual.data_ptr():
-                    zeros = residual.clone()
-                return fn(x, weight, eps, zeros)
+                residual.mul_(0.5)
+                return fn(x, weight, eps, residual * 2)
 
             return in_place
 

@@ -216,9 +216,9 @@ class Barrier(RankCheck):
         call_by_name(call, ("comm",), prepared.arguments)
         bench.synchronize()
         left = time.monotonic()
-        times = bench.control.gather((came, left))
-        last = max(came for came, _ in times)  # type: ignore[misc]
-        early = [rank for rank, (_, left) in enumerate(times) if left < last]  # type: ignore[misc]
+        times = [moments for moments in bench.control.gather((came, left)) if isinstance(moments, tuple)]
+        last = max(moments[0] for moments in times)
+        early = [rank for rank, moments in enumerate(times) if moments[1] < last]
         if early:
             return self.fail("left early", f"ranks {early} left before the last rank had come")
         return None

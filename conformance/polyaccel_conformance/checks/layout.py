@@ -33,7 +33,9 @@ class Arguments(Check):
     name = "layout.arguments"
 
     def applies(self, case: Case, problem: Problem) -> bool:
-        return any(case.layout(name) != CONTIGUOUS and operand.values.size for name, operand in problem.operands.items())
+        return super().applies(case, problem) and any(
+            case.layout(name) != CONTIGUOUS and operand.values.size for name, operand in problem.operands.items()
+        )
 
     def run(self, trial: Trial) -> Failure | None:
         observed = trial.observe(POISONED)

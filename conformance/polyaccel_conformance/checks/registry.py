@@ -6,8 +6,30 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from polyaccel_conformance.check import Check
+from polyaccel_conformance.checks.alias import ALIAS_CHECKS
 from polyaccel_conformance.checks.comm import COMM_CHECKS
+from polyaccel_conformance.checks.evidence import EVIDENCE_CHECKS
 from polyaccel_conformance.checks.groups import GROUP_CHECKS
+from polyaccel_conformance.checks.invariance import INVARIANCE_CHECKS
+from polyaccel_conformance.checks.layout import LAYOUT_CHECKS
+from polyaccel_conformance.checks.memory import MEMORY_CHECKS
+from polyaccel_conformance.checks.nonfinite import NON_FINITE_CHECKS
+from polyaccel_conformance.checks.numerics import NUMERICS_CHECKS
+from polyaccel_conformance.checks.support import SUPPORT_CHECKS
 from polyaccel_conformance.checks.values import VALUE_CHECKS
 
-CHECKS: Mapping[str, Check] = MappingProxyType({**VALUE_CHECKS, **COMM_CHECKS, **GROUP_CHECKS})
+CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        **VALUE_CHECKS,
+        **MEMORY_CHECKS,
+        **LAYOUT_CHECKS,
+        **ALIAS_CHECKS,
+        **EVIDENCE_CHECKS,
+        **SUPPORT_CHECKS,
+        **INVARIANCE_CHECKS,
+        **NUMERICS_CHECKS,
+        **NON_FINITE_CHECKS,
+        **COMM_CHECKS,
+        **GROUP_CHECKS,
+    }
+)

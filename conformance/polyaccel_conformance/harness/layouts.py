@@ -22,6 +22,12 @@ LAYOUTS: dict[Layout, tuple[str, ...]] = {
 """Names of the layouts that an argument's spec promises to accept."""
 
 
+def accepted(argument: Argument, dimensions: int = 2) -> tuple[str, ...]:
+    """The names for an argument of so many dimensions; one without rows has no padded ones."""
+    names = dict.fromkeys(name for layout in argument.layouts for name in LAYOUTS[layout])
+    return tuple(name for name in names if dimensions > 1 or name not in (ROW_PADDED, TRANSPOSED))
+
+
 def promised(argument: Argument, layout: str) -> bool:
     """Whether the contract makes implementations accept an argument in this layout."""
     return any(layout in LAYOUTS[known] for known in argument.layouts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from polyaccel.backend.levels import Span
+from polyaccel.backend.levels import DEVICES, Span
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.levels.cell import Cell, Index
 from polyaccel_conformance.levels.facts import facts
@@ -19,6 +19,8 @@ def covered(case: Case, table: Index) -> Iterator[Cell]:
                 axes = {**case.axes(), **facts(case)}
             values = (True,) if axis == "" else _values(axes, axis)
             for cell in group:
+                if cell.needs == DEVICES and case.ranks < 2:
+                    continue
                 if _hits(cell, values) and all(_holds(axes, name, value) for name, value in cell.where):
                     yield cell
 

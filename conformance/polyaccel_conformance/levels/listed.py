@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from polyaccel.backend.levels import Span, Value
+from polyaccel.backend.levels import DEVICES, Span, Value
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.levels.cell import Cell, index
 from polyaccel_conformance.levels.coverage import covered
 from polyaccel_conformance.levels.evidence import required
+from polyaccel_conformance.levels.facts import axes_of_fact
 from polyaccel_conformance.problem import ProblemSet
+
+SIZE = 17
+"""Of the dimensions that a cell does not ask for: no tile divides it, and a large neighbour keeps the case small."""
 
 
 def listed_cases(problem_set: ProblemSet, have: Iterable[Case], *, ranks: int = 1, seed: int = 0) -> tuple[Case, ...]:
     """Cases that fill the required cells of an operator which none of ``have`` lies in.
 
-    Deterministic. A case is the plainest one with the cell's value; one case may fill several cells. Cells that the
-    operator's axes cannot express are left empty: a level will say so.
+    Deterministic. A case is a plain one with the cell's value; one case may fill several cells. Cells that the
+    operator's axes cannot express are left empty: a level will say so. ``ranks``: above 1 for a set of that world size,
+    which fills the cells that need several devices and no others.
     """
-    wanted = [cell for cell in required(ranks) if cell.operator == problem_set.operator]
+    wanted = [
+        cell
+        for cell in required(ranks)
+        if cell.operator == problem_set.operator and (cell.needs == DEVICES) is (ranks > 1)
+    ]
     table = index(wanted)
-    open_cells = dict.fromkeys(cell for cell in wanted if not (cell.needs and ranks < 2))
+    open_cells = dict.fromkeys(wanted)
     for case in have:
         for cell in covered(case, table):
             open_cells.pop(cell, None)
     found: list[Case] = []
-    for cell in tuple(open_cells):
+    for cell in wanted:
         if cell not in open_cells:
             continue
-        for axes in _attempts(problem_set, cell, open_cells):
+        for axes in _attempts(problem_set, cell, len(found)):
             mended = problem_set.mend(axes)
             if mended is None:
                 continue
@@ -42,15 +51,24 @@ def listed_cases(problem_set: ProblemSet, have: Iterable[Case], *, ranks: int = 
     return tuple(found)
 
 
-def _attempts(problem_set: ProblemSet, cell: Cell, _open: Iterable[Cell]) -> Iterator[dict[str, Choice]]:
+def _attempts(problem_set: ProblemSet, cell: Cell, number: int) -> Iterator[dict[str, Choice]]:
     axes = problem_set.axes()
     plain: dict[str, Choice] = {path: values[0] for path, values in axes.items() if values}
+    # Simple data see simple bugs only: the cases take turns through the kinds.
+    kinds = axes.get("data", ())
+    if kinds:
+        plain["data"] = kinds[number % len(kinds)]
     if cell.dtype:
         plain["dtype"] = cell.dtype
-    for name, value in cell.where:
-        plain |= _set(name, value)
-    for value in _representatives(cell.value):
-        yield {**plain, **_set(cell.axis, value)} if cell.axis else dict(plain)
+    sized = {path: SIZE for path, values in axes.items() if path.startswith("dims.") and SIZE in values}
+    for base in ({**plain, **sized}, plain):
+        for name, value in cell.where:
+            base |= axes_of_fact(problem_set.operator, name, value) or {name: value}
+        for value in _representatives(cell.value):
+            if not cell.axis:
+                yield dict(base)
+            elif cell.axis != "ranks" or value in axes.get("ranks", ()):
+                yield {**base, **(axes_of_fact(problem_set.operator, cell.axis, value) or {cell.axis: value})}
 
 
 def _representatives(value: Value | Span) -> Iterator[Value]:
@@ -60,8 +78,3 @@ def _representatives(value: Value | Span) -> Iterator[Value]:
             yield value.low
     else:
         yield value
-
-
-def _set(axis: str, value: Value) -> dict[str, Choice]:
-    """Axes that make a case have a fact or a value."""
-    return {axis: value} if not axis.startswith("facts.") else {}

@@ -23,16 +23,35 @@ class Answer:
     margins: tuple[float, ...]
 
 
-def ask(llm: LLM, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> list[Answer]:
+def greedy(new_tokens: int, stop: Sequence[int] = ()) -> SamplingParams:
+    """Always the best token; ``stop``: ids that end an answer."""
+    return SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=TOP, stop_token_ids=list(stop)
+    )
+
+
+def seeded(new_tokens: int, seed: int) -> SamplingParams:
+    """A random token, the same for the same seed whatever else runs."""
+    return SamplingParams(temperature=1.0, max_tokens=new_tokens, ignore_eos=True, logprobs=TOP, seed=seed)
+
+
+def ask(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    mixes: Sequence[Mix],
+    params: SamplingParams | Sequence[SamplingParams],
+) -> list[Answer]:
     """All prompts in one call."""
-    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=TOP)
-    done = llm.generate([list(p) for p in prompts], params, adapter=list(mixes))
+    each = params if isinstance(params, SamplingParams) else list(params)
+    done = llm.generate([list(p) for p in prompts], each, adapter=list(mixes))
     return [_answer(c) for c in done]
 
 
-def ask_alone(llm: LLM, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], new_tokens: int) -> list[Answer]:
+def ask_alone(
+    llm: LLM, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], params: Sequence[SamplingParams]
+) -> list[Answer]:
     """One prompt after the other."""
-    return [ask(llm, [p], [m], new_tokens)[0] for p, m in zip(prompts, mixes, strict=True)]
+    return [ask(llm, [p], [m], each)[0] for p, m, each in zip(prompts, mixes, params, strict=True)]
 
 
 def _answer(completion: Completion) -> Answer:
@@ -62,11 +81,13 @@ class Agreement:
     where: tuple[int, int] | None = None
 
 
-def agree(reference: Sequence[Answer], got: Sequence[Answer]) -> Agreement:
+def agree(reference: Sequence[Answer], got: Sequence[Answer], drawn: Sequence[bool] = ()) -> Agreement:
     """Tokens must be equal wherever the reference decided by more than the measured deviation of both candidates.
 
-    A backend that is wrong makes its own deviation large; it is then the power of the comparison that fails.
+    A backend that is wrong makes its own deviation large; it is then the power of the comparison that fails. Answers
+    that are ``drawn`` at random have no margin: all their tokens must be equal.
     """
+    drawn = drawn or [False] * len(reference)
     deviation = 0.0
     for a, b in zip(reference, got, strict=True):
         for ours, theirs, x, y in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=False):
@@ -76,7 +97,12 @@ def agree(reference: Sequence[Answer], got: Sequence[Answer]) -> Agreement:
             # A comparison with NaN is false: it must not look small.
             deviation = max(deviation, difference if difference == difference else float("inf"))
     decided = total = 0
-    for number, (a, b) in enumerate(zip(reference, got, strict=True)):
+    for number, (a, b, random) in enumerate(zip(reference, got, drawn, strict=True)):
+        if random and a.tokens != b.tokens:
+            wrong = f"prompt {number}, drawn with a seed, has the tokens {b.tokens} instead of {a.tokens}"
+            return Agreement(wrong=wrong, deviation=deviation, decided=0.0, where=(number, 0))
+        if random:
+            continue
         if len(a.tokens) != len(b.tokens):
             wrong = f"prompt {number} has {len(b.tokens)} tokens instead of {len(a.tokens)}"
             return Agreement(wrong=wrong, deviation=deviation, decided=0.0, where=(number, 0))
@@ -96,7 +122,5 @@ def agree(reference: Sequence[Answer], got: Sequence[Answer]) -> Agreement:
     share = decided / total if total else 1.0
     wrong_power = None
     if share < POWER:
-        wrong_power = (
-            f"log-probabilities differ by {deviation:.3g}, so only {share:.0%} of the tokens are decided by more than that"
-        )
+        wrong_power = f"log-probabilities differ by {deviation:.3g}; only {share:.0%} of the tokens are decided by more"
     return Agreement(wrong=wrong_power, deviation=deviation, decided=share)

@@ -10,12 +10,12 @@ from typing import Any
 
 from polyaccel import LLM
 from polyaccel.backend import Backend, TableBackend
-from polyaccel_conformance.models.answers import Answer, Mix, ask_alone
+from polyaccel_conformance.models.answers import Answer, Mix, ask_alone, greedy
 from polyaccel_conformance.models.families import ADAPTERS, FAMILIES, prompts, write_adapter, write_model
 from polyaccel_conformance.subject import Subject
 
 LENGTHS = (5, 37, 1, 70, 18, 45)
-NEW_TOKENS = 12
+GREEDY = greedy(12)
 KV_BYTES = 32 << 20
 
 
@@ -69,6 +69,7 @@ class Workshop:
             "timeout": 60.0,
             "adapter_slots": 4,
             "adapter_rank_rows": 64,
+            "graphs": False,
         }
         return LLM(self.model(family), backend=backend, **(settings | options))
 
@@ -76,13 +77,11 @@ class Workshop:
         """Answers of the composites on the CPU: one prompt at a time, nothing overlapped, cached or captured."""
         key = (family, tuple(str(m) for m in mixes), block_size)
         if key not in self._answers:
-            plain = {"overlap": False, "prefix_caching": False, "graphs": False, "max_batched_tokens": 512}
+            plain = {"overlap": False, "prefix_caching": False, "max_batched_tokens": 512}
             used = any(m is not None for m in mixes)
             backend = TableBackend("cpu", {})
-            with self.open(
-                family, backend, adapters=self.adapters(family) if used else None, **plain
-            ) as llm:
-                self._answers[key] = ask_alone(llm, self.prompts(family, block_size), mixes, NEW_TOKENS)
+            with self.open(family, backend, adapters=self.adapters(family) if used else None, **plain) as llm:
+                self._answers[key] = ask_alone(llm, self.prompts(family, block_size), mixes, [GREEDY] * len(mixes))
         return self._answers[key]
 
 

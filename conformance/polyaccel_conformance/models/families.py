@@ -67,7 +67,10 @@ class Family:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the checkpoint."""
         q, kv, h, m = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, h), "model.norm.weight": (h,)}
+        found: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocabulary, h),
+            "model.norm.weight": (h,),
+        }
         if not self.tied:
             found["lm_head.weight"] = (self.vocabulary, h)
         for layer in range(self.layers):
@@ -146,7 +149,9 @@ def tensors(family: Family, seed: int = 0) -> dict[str, Floats32]:
         elif name == "model.embed_tokens.weight" and not family.tied:
             values = drawn
         else:
-            values = drawn * (2.0 if name.endswith(("lm_head.weight", "embed_tokens.weight")) else 1.0) / shape[-1] ** 0.5
+            values = (
+                drawn * (2.0 if name.endswith(("lm_head.weight", "embed_tokens.weight")) else 1.0) / shape[-1] ** 0.5
+            )
         found[name] = values.astype(np.float32)
     return found
 

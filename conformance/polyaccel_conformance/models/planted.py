@@ -12,8 +12,9 @@ from types import MappingProxyType
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 
-from polyaccel.backend import AdapterRows, SampleOutput, StepInput
+from polyaccel.backend import AdapterRows, RowSet, SampleOutput, StepInput, TokenClass
 from polyaccel.engine.adapter_manager import AdapterManager
 from polyaccel.engine.batch_state import BatchState
 from polyaccel.engine.graphs import GraphCache
@@ -40,11 +41,35 @@ def _steps(edit: Edit) -> Iterator[None]:
 
 def _restart_positions(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
     """The positions of a chunk count from its own beginning."""
+    return _restarted(inputs, np.ones(inputs.sequences, dtype=np.bool_))
+
+
+def _restart_middle(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
+    """The same, only of chunks that are neither the first nor the last of their prompt."""
+    last = np.isin(inputs.query_starts[1:] - 1, inputs.logits_rows)
+    return _restarted(inputs, ~last)
+
+
+def _restarted(inputs: StepInput, which: npt.NDArray[np.bool_]) -> StepInput:
     positions = inputs.positions.copy()
-    for begin, end in zip(inputs.query_starts[:-1], inputs.query_starts[1:], strict=True):
+    for begin, end in zip(inputs.query_starts[:-1][which], inputs.query_starts[1:][which], strict=True):
         if end - begin > 1:
             positions[begin:end] = np.arange(end - begin)
     return replace(inputs, positions=positions)
+
+
+def _base_position(_: StepBuilder, state: BatchState, inputs: StepInput) -> StepInput:
+    """Where no request has an adapter, the last of several decoding sequences is one position ahead."""
+    if inputs.token_class is not TokenClass.DECODE or inputs.sequences < 2 or state.mix_sizes.any():
+        return inputs
+    positions = inputs.positions.copy()
+    positions[-1] += 1
+    return replace(inputs, positions=positions)
+
+
+def _uniform_by_row(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
+    """Random numbers follow the row, not the request."""
+    return replace(inputs, uniforms=np.roll(inputs.uniforms, 1))
 
 
 def _known_source(_: StepBuilder, state: BatchState, inputs: StepInput) -> StepInput:
@@ -106,29 +131,37 @@ def _preempted_token_lost() -> Iterator[None]:
 
     def wrong(self: Scheduler) -> None:
         preempt(self)
-        for sequence in _queued(self):
-            if len(sequence.tokens) > len(sequence.request.prompt):
-                sequence.tokens[-1] = 0
+        sequence = self.queue.peek()
+        if sequence is not None and len(sequence.tokens) > len(sequence.request.prompt):
+            sequence.tokens[-1] = 0
 
     with mock.patch.object(Scheduler, "_preempt_youngest", wrong):
         yield
 
 
-def _queued(scheduler: Scheduler) -> list[object]:
-    head = scheduler.queue.peek()
-    return [] if head is None else [head]
+@contextmanager
+def _freed_early() -> Iterator[None]:
+    """A finished sequence's slot and blocks are free although a submitted step still names them."""
+
+    def wrong(self: Scheduler, slot: int) -> None:
+        self._leave(slot)
+        self._state.live[slot] = False
+        self._vacate(slot)
+
+    with mock.patch.object(Scheduler, "retire", wrong):
+        yield
 
 
 @contextmanager
 def _graph_keeps_adapters() -> Iterator[None]:
     """A graph goes on with the adapters that it was captured with."""
     run = GraphCache.run
-    first: dict[tuple[int, int], dict[object, AdapterRows]] = {}
+    first: dict[tuple[int, int], dict[RowSet, AdapterRows]] = {}
 
     def wrong(self: GraphCache, inputs: StepInput, rank_rows: int, spare_request_slot: int) -> SampleOutput:
         if inputs.has_adapters:
             kept = first.setdefault((id(self), inputs.tokens), dict(inputs.adapters))
-            inputs = replace(inputs, adapters=kept)  # type: ignore[arg-type]
+            inputs = replace(inputs, adapters=kept)
         return run(self, inputs, rank_rows, spare_request_slot)
 
     with mock.patch.object(GraphCache, "run", wrong):
@@ -151,6 +184,10 @@ def _scaled_by_padded_rank() -> Iterator[None]:
 PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxyType(
     {
         "engine.chunk_positions_restart": lambda: _steps(_restart_positions),
+        "engine.middle_chunk_positions": lambda: _steps(_restart_middle),
+        "engine.base_decode_position": lambda: _steps(_base_position),
+        "engine.uniform_by_row": lambda: _steps(_uniform_by_row),
+        "engine.freed_early": _freed_early,
         "engine.stale_token_source": lambda: _steps(_known_source),
         "engine.crowd_context": lambda: _steps(_without_last_key),
         "engine.neighbours_adapter": lambda: _steps(_next_slot),

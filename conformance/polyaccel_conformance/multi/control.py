@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, Protocol
@@ -18,8 +17,11 @@ class Abandoned(ConformanceError):
 class ControlPlane(Protocol):
     """What a check may ask of the other ranks, in the same order on all of them."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def gather(self, value: object) -> list[object]:
         """Every rank's small picklable value, in rank order; returns when all have called it.
@@ -82,6 +84,7 @@ class RankIdentity:
     transport: str
     torch_version: str
     simulated: bool = False
+    fork_safe: bool = True
 
 
 Ending = Literal["finished", "abandoned", "refused", "crashed"]
@@ -135,6 +138,3 @@ class RunControl:
     """The control of a check by name."""
 
     check: str
-
-
-Reporter = Callable[[RankVerdict], None]

@@ -128,19 +128,29 @@ def digits(problem: RankedProblem, name: str, shape: tuple[int, ...], rank: int,
     base = radix(problem.case.dtype, problem.world_size, reserve)
     code = problem.source.integers(f"{name} {rank}", shape, 1, max(base - 1, 1))
     sign = 1 - 2 * problem.source.integers(f"{name} sign", shape, 0, 1)
-    return code * sign * base**rank
+    contribution: Ints = code * sign * base**rank
+    return contribution
 
 
-def summed(parts: list[Bounded], out: Format) -> Bounded:
-    """Sum over ranks, in any order and kept in ``out`` between additions: ``(W - 1) u sum |x_i|``."""
+def place_value(dtype: str, world_size: int, rank: int) -> int:
+    """What a rank's digit counts. Worlds too large for a digit each share two, which stays exact up to 8 ranks."""
+    base = radix(dtype, world_size)
+    return base**rank if base >= 4 else 4 ** (rank % 2)
+
+
+def summed(parts: list[Bounded], out: Format, *, last: bool = False) -> Bounded:
+    """Sum over ranks, in any order and kept in ``out`` between additions: ``(W - 1) u sum |x_i|``.
+
+    ``last``: the sum is the result itself, so that its final rounding is the output's own.
+    """
     value = np.sum([part.value for part in parts], axis=0)
     carried = np.sum([part.bound for part in parts], axis=0)
     magnitudes = np.sum([part.magnitude for part in parts], axis=0)
-    steps = len(parts) - 1
+    steps = max(len(parts) - 1 - last, 0)
     total = Bounded(value, np.zeros_like(value))
     if np.any(carried):
         total = total.plus("error of the ranks' parts", carried)
-    return total.plus("sum over ranks", steps * (out.unit * magnitudes + 0.5 * out.smallest) if steps else carried * 0)
+    return total.plus("sum over ranks", steps * (out.unit * magnitudes + 0.5 * out.smallest))
 
 
 def cut(n: int, world_size: int, rank: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import tempfile
 import time
@@ -13,60 +12,19 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Protocol
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Control, Failure
 from polyaccel_conformance.errors import ConformanceError, UsageError
 from polyaccel_conformance.multi.control import Abandon, Gather, Gathered, RankIdentity, RankVerdict, RunCase, RunControl
-from polyaccel_conformance.multi.worker import RankOptions, main
+from polyaccel_conformance.multi.worker import TARGET
 from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.workers.process import ForkServer, Process, Spawn, Starter
 
-StartMethod = Literal["forkserver", "spawn"]
-
-PRELOAD = ("polyaccel_conformance.multi.worker", "polyaccel_conformance.checks.registry")
 GRACE = 0.5
 """Seconds after which ranks that another has left behind in a collective are released from it."""
 CHECK = "comm.ranks"
 """Under this name failures are reported that are no check's: a rank died, hung or crashed."""
-
-
-class RankProcess(Protocol):
-    """One started process."""
-
-    @property
-    def pid(self) -> int | None: ...
-
-    @property
-    def exitcode(self) -> int | None: ...
-
-    def kill(self) -> None: ...
-
-    def join(self, timeout: float | None = None) -> None: ...
-
-
-class Starter(Protocol):
-    """How a rank's process comes into being: ``main(connection, options)`` in it, the other end returned."""
-
-    def start(self, options: RankOptions) -> tuple[RankProcess, Connection]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class MultiprocessingStarter:
-    """Processes of the standard library. ``forkserver`` imports torch once for all of them; a plugin that cannot follow
-    a fork needs ``spawn``."""
-
-    method: StartMethod = "forkserver"
-
-    def start(self, options: RankOptions) -> tuple[RankProcess, Connection]:
-        context = multiprocessing.get_context(self.method)
-        if self.method == "forkserver":
-            context.set_forkserver_preload(list(PRELOAD))
-        ours, theirs = context.Pipe()
-        process = context.Process(target=main, args=(theirs, options), daemon=True, name=f"rank-{options.rank}")
-        process.start()
-        theirs.close()
-        return process, ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +40,7 @@ class RankedResult(CaseResult):
 class _Rank:
     """The parent's side of one rank."""
 
-    process: RankProcess
+    process: Process
     connection: Connection
     verdict: RankVerdict | None = None
     gathered: list[object] = field(default_factory=list)
@@ -102,7 +60,8 @@ class RankPool(AbstractContextManager["RankPool"]):
 
     Args:
         checks: names of the checks to ask; default all that are known.
-        starter: how processes are started.
+        server: a forkserver to share, closed by its owner; else the pool has one of its own. A backend that cannot follow
+            a fork gets new interpreters.
         timeout: seconds that a collective waits before it must raise; also what a rank may take to start.
         withheld: the same for collectives that are meant to fail.
         case_timeout: seconds after which a case has hung.
@@ -118,7 +77,7 @@ class RankPool(AbstractContextManager["RankPool"]):
         world_size: int,
         *,
         checks: Sequence[str] | None = None,
-        starter: Starter | None = None,
+        server: ForkServer | None = None,
         timeout: float = 30.0,
         withheld: float = 2.0,
         case_timeout: float = 60.0,
@@ -131,7 +90,9 @@ class RankPool(AbstractContextManager["RankPool"]):
         self.identities: tuple[RankIdentity, ...] = ()
         self.restarts = -1
         self._checks = tuple(checks) if checks is not None else _all_checks()
-        self._starter = starter if starter is not None else MultiprocessingStarter()
+        self._own = server is None
+        self._server = server if server is not None else ForkServer()
+        self._starter: Starter = self._server
         self._timeout, self._withheld, self._case_timeout = timeout, withheld, case_timeout
         self._hung = hung
         self._ranks: list[_Rank] = []
@@ -178,17 +139,24 @@ class RankPool(AbstractContextManager["RankPool"]):
         """
         self._stop()
         self.restarts += 1
+        self._launch()
+        if any(not identity.fork_safe for identity in self.identities) and self._starter is self._server:
+            self._stop()
+            self._starter = Spawn()
+            self._launch()
+
+    def _launch(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="polyaccel-ranks-"))
         for rank in range(self.world_size):
-            options = RankOptions(
-                subject=self.subject,
-                rank=rank,
-                world_size=self.world_size,
-                folder=str(self._folder),
-                timeout=self._timeout,
-                withheld=self._withheld,
-            )
-            process, connection = self._starter.start(options)
+            arguments = {
+                "subject": self.subject.to_json(),
+                "rank": rank,
+                "world_size": self.world_size,
+                "folder": str(self._folder),
+                "timeout": self._timeout,
+                "withheld": self._withheld,
+            }
+            process, connection = self._starter.start(TARGET, arguments, str(self._folder / f"rank-{rank}.log"))
             self._ranks.append(_Rank(process=process, connection=connection))
         identities, refusals = self._greet(time.monotonic() + 2 * self._timeout)
         if refusals:
@@ -199,6 +167,8 @@ class RankPool(AbstractContextManager["RankPool"]):
     def close(self) -> None:
         """End all processes. Idempotent."""
         self._stop()
+        if self._own:
+            self._server.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -215,9 +185,8 @@ class RankPool(AbstractContextManager["RankPool"]):
                 try:
                     message = connection.recv()
                 except (EOFError, OSError):
-                    process = self._ranks[number].process
-                    process.join(1.0)
-                    refusals.append(f"rank {number}: the process {_exit(process.exitcode)}")
+                    code = self._ranks[number].process.wait(1.0)
+                    refusals.append(f"rank {number}: the process {_exit(code)}")
                     continue
                 if isinstance(message, RankIdentity):
                     identities[number] = message
@@ -234,10 +203,9 @@ class RankPool(AbstractContextManager["RankPool"]):
             rank.connection.close()
         deadline = time.monotonic() + 1.0
         for rank in self._ranks:
-            rank.process.join(max(deadline - time.monotonic(), 0.01))
-            if rank.process.exitcode is None:
+            if rank.process.wait(max(deadline - time.monotonic(), 0.01)) is None:
                 rank.process.kill()
-                rank.process.join()
+                rank.process.wait(5.0)
         self._ranks = []
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -315,14 +283,13 @@ class RankPool(AbstractContextManager["RankPool"]):
         if rank.verdict is not None:
             return rank.verdict if not rank.dead else replace(rank.verdict, broken=True)
         if rank.dead:
-            rank.process.join(1.0)
-            return RankVerdict(ending="crashed", text=f"the process {_exit(rank.process.exitcode)}", broken=True)
+            return RankVerdict(ending="crashed", text=f"the process {_exit(rank.process.wait(1.0))}", broken=True)
         rank.process.kill()
         return RankVerdict(ending="crashed", text=f"no answer within {self._case_timeout:g} s", broken=True)
 
 
 def _alive(rank: _Rank) -> bool:
-    return not rank.dead and rank.process.exitcode is None
+    return not rank.dead
 
 
 def _diverged(rank: _Rank) -> bool:

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
+from polyaccel_conformance.problems.sharded import SHARDED_SETS
 
-RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType({s.operator: s for s in (*COLLECTIVE_SETS,)})
+RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType({s.operator: s for s in (*COLLECTIVE_SETS, *SHARDED_SETS)})
 """The axis ``ranks`` is not listed by the sets: whoever draws a case adds the size of the world before it is mended."""
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import platform
+import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,28 +21,28 @@ from polyaccel_conformance.multi.control import Piped, RankIdentity, RankVerdict
 from polyaccel_conformance.multi.lockstep import ask_control, run_on_rank
 from polyaccel_conformance.subject import Subject
 
+TARGET = "polyaccel_conformance.multi.worker:main"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankOptions:
-    """What a rank needs to know to start. Strings and numbers only.
 
-    ``timeout`` is that of collectives, ``withheld`` of those that are meant to fail, in seconds.
+def main(
+    connection: Connection,
+    subject: Mapping[str, Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    withheld: float,
+) -> None:
+    """Serve until the parent closes the pipe.
+
+    ``folder``: where ranks meet; ``timeout`` is that of collectives, ``withheld`` of those that are meant to fail, in
+    seconds.
     """
-
-    subject: Subject
-    rank: int
-    world_size: int
-    folder: str
-    timeout: float
-    withheld: float
-
-
-def main(connection: Connection, options: RankOptions) -> None:
-    """Serve until the parent closes the pipe."""
-    torch.set_num_threads(1)
+    faulthandler.enable(sys.stderr)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        control = Piped(rank, world_size, connection)
         try:
-            bench, identity = _open(connection, options)
+            bench, identity = _open(Subject(**subject), control, Path(folder), timeout, withheld)
         except Exception as error:
             # Whatever a plugin raises while it starts must reach the parent in words.
             connection.send(RankVerdict(ending="refused", text=_words(error)))
@@ -52,29 +55,19 @@ def main(connection: Connection, options: RankOptions) -> None:
             bench.backend.close()
 
 
-def _open(connection: Connection, options: RankOptions) -> tuple[RankBench, RankIdentity]:
-    backend = options.subject.open()
+def _open(
+    subject: Subject, control: Piped, folder: Path, timeout: float, withheld: float
+) -> tuple[RankBench, RankIdentity]:
+    rank, world_size = control.rank, control.world_size
+    backend = subject.open()
     devices = backend.devices()
-    device = devices[options.rank % len(devices)]
+    device = devices[rank % len(devices)]
     comm = backend.connect(
-        RankAddress(
-            rank=options.rank,
-            world_size=options.world_size,
-            init_method=f"file://{options.folder}/world",
-            timeout=options.timeout,
-        )
+        RankAddress(rank=rank, world_size=world_size, init_method=f"file://{folder}/world", timeout=timeout)
     )
-    bench = RankBench(
-        backend,
-        device,
-        comm,
-        control=Piped(options.rank, options.world_size, connection),
-        folder=Path(options.folder),
-        timeout=options.timeout,
-        withheld=options.withheld,
-    )
+    bench = RankBench(backend, device, comm, control=control, folder=folder, timeout=timeout, withheld=withheld)
     identity = RankIdentity(
-        rank=options.rank,
+        rank=rank,
         pid=os.getpid(),
         host=platform.node(),
         backend=backend.name,
@@ -83,6 +76,7 @@ def _open(connection: Connection, options: RankOptions) -> tuple[RankBench, Rank
         transport=comm.transport,
         torch_version=torch.__version__,
         simulated=bool(getattr(backend, "simulated", False)),
+        fork_safe=backend.fork_safe,
     )
     return bench, identity
 

@@ -111,11 +111,11 @@ class ExpertWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertModule:
-    """What an adapter does to one slice of one expert: ``a: [rank, k]``, ``b: [n, rank]``."""
+    """What an adapter does to one slice, of one expert where the weight has experts: ``a: [rank, k]``, ``b: [n, rank]``."""
 
     site: str
     slice: int
-    expert: int
+    expert: int | None
     a: Floats
     b: Floats
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from polyaccel.backend import OPERATORS
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import format_of
@@ -96,7 +97,7 @@ class LinearProblems(ProblemSet):
             "dims.tokens": SIZES,
             "dims.k": SIZES,
             "dims.n": SIZES,
-            "layouts.x": accepted("linear", "x"),
+            "layouts.x": accepted(OPERATORS["linear"].argument("x")),
             "structure.slices": SLICES,
             "structure.bias": (False, True),
             "structure.weight": FORMS,

@@ -25,7 +25,6 @@ Ints = npt.NDArray[np.int64]
 GATE_UP, DOWN = "experts.gate_up", "experts.down"
 STEEP = 128.0
 """From here on silu is its argument, and zero below the negative."""
-BITS = {"int4": 4, "int8": 8}
 SLOTS = 4
 RANKS: Mapping[str, tuple[int, ...]] = {"one": (1, 1), "mixed": (3, 8), "wide": (16, 5)}
 """True ranks of the adapters in the filled slots; the others are empty."""
@@ -188,10 +187,9 @@ class MoeExpertsProblem(Problem):
     def _weight(self, site: str, held: int, slices: tuple[int, ...], k: int) -> ExpertWeight:
         case, source, n = self.case, self.source, sum(slices)
         values = self._selections(site, held, slices, k) if self.exact else None
-        kind = str(case.structure["gate_up" if site == GATE_UP else "down"])
         codes = None
-        if kind in BITS:
-            codes = self._codes(site, (held, n, k), values, Quantisation(bits=BITS[kind], group_size=self._group()))
+        if case.structure["quantised"]:
+            codes = self._codes(site, (held, n, k), values, self._quantisation())
             values = codes.dequantised(case.dtype)
         elif values is None:
             values = source.normal(site, (held, n, k)) / np.sqrt(max(k, 1))
@@ -217,10 +215,12 @@ class MoeExpertsProblem(Problem):
             bias[::2, slices[0] :] = 0.0
         return bias
 
-    def _group(self) -> int:
-        size = self.case.structure["group_size"]
+    def _quantisation(self) -> Quantisation:
+        bits, size = self.case.structure["bits"], self.case.structure["group_size"]
+        assert isinstance(bits, int)
         assert isinstance(size, int)
-        return size
+        scales = FORMATS[str(self.case.structure["scale_dtype"])]
+        return Quantisation(bits=bits, group_size=size, scale_dtype=scales.torch)
 
     def _selections(self, site: str, held: int, slices: tuple[int, ...], k: int) -> Floats:
         """``[held, n, k]`` with one entry a row: 128 for gates, a code of the expert for up, +-1/128 for down."""
@@ -252,19 +252,18 @@ class MoeExpertsProblem(Problem):
         if wanted is None:
             codes = self.source.integers(f"{site} codes", shape, 0, most)
             zeros = self.source.integers(f"{site} zeros", groups, 0, most)
-            spread = (0.5 + self.source.uniform(f"{site} scales", groups)) / (most * np.sqrt(max(shape[2], 1)))
-            return Codes(
-                codes=codes, zeros=zeros, scales=FORMATS["float16"].round(2 * spread), quantisation=quantisation
-            )
+            spread = (1 + 2 * self.source.uniform(f"{site} scales", groups)) / (most * np.sqrt(max(shape[2], 1)))
+            scales = format_of(quantisation.scale_dtype).round(spread)
+            return Codes(codes=codes, zeros=zeros, scales=scales, quantisation=quantisation)
         # One scale a row, so that its entry is a small integer times it; the sign is the scale's.
         scale = np.sign(wanted.sum(-1, keepdims=True)) * np.where(site == DOWN, 1 / STEEP, 1.0)
         gates = np.abs(wanted).max(-1, keepdims=True) >= STEEP
         scale = np.where(scale == 0, 1.0, np.where(gates, STEEP, scale))
-        scales = np.broadcast_to(scale, groups)
+        scales = np.broadcast_to(scale, groups).copy()
         zeros = self.source.integers(f"{site} zeros", groups, 0, most - 4)
         group = np.arange(shape[2]) // quantisation.group_size
         steps = np.rint(wanted / scale).astype(np.int64)
-        return Codes(codes=steps + zeros[..., group], zeros=zeros, scales=scales.copy(), quantisation=quantisation)
+        return Codes(codes=steps + zeros[..., group], zeros=zeros, scales=scales, quantisation=quantisation)
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -355,9 +354,10 @@ class MoeExpertsProblems(ProblemSet):
             "dims.intermediate": (8, 1, 2, 16, 31),
             "dims.experts": (2, 1, 3, 4, 8),
             "dims.top_k": (1, 2, 4, 8),
-            "structure.gate_up": ("float", "int4", "int8"),
-            "structure.down": ("float", "int4", "int8"),
+            "structure.quantised": (False, True),
+            "structure.bits": (4, 8),
             "structure.group_size": (32, 8, 128),
+            "structure.scale_dtype": ("float16", "bfloat16", "float32"),
             "structure.bias": (False, True),
             "structure.histogram": ("random", "one", "empty", "last"),
             "structure.expert_map": ("none", "identity", "holes", "range", "away"),

@@ -6,6 +6,28 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from polyaccel_conformance.problem import ProblemSet
+from polyaccel_conformance.problems.activation import GeluProblems, SiluAndMulProblems
+from polyaccel_conformance.problems.attention import DenseAttentionProblems, PagedAttentionProblems
+from polyaccel_conformance.problems.kv_cache import WriteKVCacheProblems
 from polyaccel_conformance.problems.linear import LinearProblems
+from polyaccel_conformance.problems.norm import LayerNormProblems, RmsNormProblems
+from polyaccel_conformance.problems.rotary import RotaryProblems
+from polyaccel_conformance.problems.select_rows import SelectRowsProblems
 
-PROBLEM_SETS: Mapping[str, ProblemSet] = MappingProxyType({s.operator: s for s in (LinearProblems(),)})
+PROBLEM_SETS: Mapping[str, ProblemSet] = MappingProxyType(
+    {
+        s.operator: s
+        for s in (
+            LinearProblems(),
+            RmsNormProblems(),
+            LayerNormProblems(),
+            RotaryProblems(),
+            SiluAndMulProblems(),
+            GeluProblems(),
+            SelectRowsProblems(),
+            WriteKVCacheProblems(),
+            PagedAttentionProblems(),
+            DenseAttentionProblems(),
+        )
+    }
+)

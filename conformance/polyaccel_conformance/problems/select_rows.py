@@ -30,7 +30,9 @@ class SelectRowsProblem(Problem):
         super().__init__(case)
         shape = (case.dim("tokens"), case.dim("hidden"))
         x = draw(self.source, "x", shape, "normal")
-        self.operands = {"x": Operand.rounded(poison_row(self.source, x) if case.data == "nonfinite" else x, case.dtype)}
+        self.operands = {
+            "x": Operand.rounded(poison_row(self.source, x) if case.data == "nonfinite" else x, case.dtype)
+        }
         self.rows = self._rows(case.dim("tokens"))
 
     def _rows(self, tokens: int) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from polyaccel_conformance.report.blocks import failure_block
 from polyaccel_conformance.report.model import Report
+from polyaccel_conformance.results import CheckState
 
 
 def markdown(report: Report) -> str:
@@ -49,7 +50,7 @@ def markdown(report: Report) -> str:
                     state.verdict,
                     str(state.cases),
                     str(state.failures),
-                    state.reason or state.control,
+                    why(state),
                 ]
                 for state in result.checks
             ],
@@ -71,6 +72,11 @@ def markdown(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def why(state: CheckState) -> str:
+    """What a check's verdict rests on."""
+    return state.reason or state.control
 
 
 def _list(title: str, items: Iterable[str]) -> list[str]:

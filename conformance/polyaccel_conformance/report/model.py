@@ -124,7 +124,7 @@ def grids(counts: Sequence[CellCount]) -> dict[str, dict[str, dict[str, Square]]
     found: dict[str, dict[str, dict[str, Square]]] = {}
     for count in counts:
         cell = count.cell
-        # The table crosses layouts with ranges; along one of the two, a single value of the other counts all cases once.
+        # The table crosses layouts with ranges: along one of them, one kind of the other counts every case once.
         first_layout = _first(layouts, (cell.operator, cell.dtype), cell.layout)
         first_size = _first(sizes, (cell.operator, cell.dtype), cell.range)
         rows = found.setdefault(cell.operator, {})

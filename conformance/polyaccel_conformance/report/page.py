@@ -21,7 +21,8 @@ h3 { font-size: 1rem; margin: 0 0 .35rem; font-family: ui-monospace, monospace; 
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .6rem; vertical-align: top;
   border-bottom: 1px solid var(--line); } th { font-weight: 600; background: var(--soft); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.verdict { font-size: 1.05rem; font-weight: 600; margin: 0 0 .5rem; } .facts { color: color-mix(in srgb, var(--ink) 70%, transparent); }
+.verdict { font-size: 1.05rem; font-weight: 600; margin: 0 0 .5rem; }
+.facts { color: color-mix(in srgb, var(--ink) 70%, transparent); }
 .good { color: var(--good); } .mid { color: var(--mid); } .bad { color: var(--bad); }
 .scroll { overflow-x: auto; }
 .grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1.25rem; }

@@ -43,7 +43,7 @@ class Failure:
 class VirtualDevice:
     """One device: its streams, what it holds, what it did.
 
-    ``allocated`` and ``peak`` count bytes, ``allocations`` calls; ``activity`` is what a profiler would show.
+    ``allocated`` counts bytes held, ``ever`` those of freed memory too; ``trace`` is what a profiler would show, while one is attached: name and kind.
     """
 
     runtime: Runtime
@@ -51,9 +51,8 @@ class VirtualDevice:
     capacity: int
     streams: list[Stream] = field(default_factory=list)
     allocated: int = 0
-    peak: int = 0
-    allocations: int = 0
-    activity: list[Task] = field(default_factory=list)
+    ever: int = 0
+    trace: list[tuple[str, str]] | None = None
     failure: Failure | None = None
     surfaced: bool = False
 
@@ -74,8 +73,7 @@ class Memory:
             )
         self.device, self.nbytes = device, nbytes
         device.allocated += nbytes
-        device.allocations += 1
-        device.peak = max(device.peak, device.allocated)
+        device.ever += nbytes
         weakref.finalize(self, _release, device, nbytes)
 
 
@@ -270,7 +268,8 @@ class Runtime:
         device = stream.device
         if device.failure is not None:
             return
-        device.activity.append(task)
+        if device.trace is not None:
+            device.trace.append((task.kernel, task.kind))
         self._kernel_device = device
         try:
             # Device work is invisible to whoever watches the host's operators.

@@ -47,7 +47,7 @@ class @Class@Backend(Backend):
         return [@Class@Device(name, index=i) for i, name in enumerate(["cpu"] if TYPE == "cpu" else names)]
 
     def operators(self) -> Mapping[str, Implementations]:
-        # What is not named here runs as a composite: plain torch on the device. Next step, a first operator of your own:
+        # All else runs as a composite: plain torch on the device. Next step, a first operator of your own:
         #     "silu_and_mul": Entry(self._silu_and_mul, evidence=("aten::silu", "aten::mul")),
         return {"linear": linear, "dequantize": dequantize}
 

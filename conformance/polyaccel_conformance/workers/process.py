@@ -75,9 +75,7 @@ class ForkServer:
             self._launch()
         assert self._control is not None
         try:
-            socket.send_fds(
-                self._control, [json.dumps(request).encode()], [] if descriptor is None else [descriptor]
-            )
+            socket.send_fds(self._control, [json.dumps(request).encode()], [] if descriptor is None else [descriptor])
             data = self._control.recv(1 << 16)
         except OSError as error:
             raise ConformanceError(f"the forkserver does not answer: {error}") from error

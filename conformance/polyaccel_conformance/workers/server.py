@@ -19,7 +19,13 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOAD = ("polyaccel_conformance.workers.worker", "polyaccel_conformance.problems.registry")
+PRELOAD = (
+    "polyaccel_conformance.workers.worker",
+    "polyaccel_conformance.problems.registry",
+    "polyaccel_conformance.checks.registry",
+    "polyaccel_conformance.multi.worker",
+    "polyaccel.backend.composite.communicator",
+)
 LONGEST = 1 << 20
 
 

@@ -47,7 +47,8 @@ class Worker:
 
     def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
         (check,) = checks_named([request["check"]])
-        return {"control": check.control(self.bench)}
+        reason = check.unavailable(self.bench)
+        return {"control": "impossible here" if reason else check.control(self.bench), "reason": reason}
 
     def dump(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from polyaccel_conformance.dump import dump
@@ -68,7 +69,7 @@ def main(connection: Connection, subject: Mapping[str, str], device: int) -> Non
     """Serve until the parent closes the connection."""
     faulthandler.enable(sys.stderr)
     try:
-        bench, facts = open_bench(Subject(**subject), device)
+        bench, facts = open_bench(Subject.from_json(subject), device)
     except Exception as error:
         _send(connection, {"error": {"type": type(error).__name__, "message": str(error)}})
         return
@@ -103,13 +104,14 @@ def open_bench(subject: Subject, device: int) -> tuple[Bench, dict[str, Any]]:
     if not availability.usable:
         raise BackendUnavailable(f"backend {backend.name!r} cannot be used here: {availability.reason}")
     devices = list(backend.devices())
-    bench = Bench(backend, devices[device % len(devices)])
+    bench = Bench(backend, devices[device % len(devices)], subject=subject)
     facts = {
         "fork_safe": backend.fork_safe,
         "devices": len(devices),
+        "device_type": bench.device.torch_device.type,
         "scope": sorted(backend.given) if isinstance(backend, TableBackend) and subject.kind == "table" else None,
         "graphs": "; ".join(backend.graph_refusals()),
-        "environment": _environment(backend, bench, subject),
+        "environment": {**_environment(backend, bench, subject), **_sources(backend, subject)},
     }
     return bench, facts
 
@@ -137,6 +139,13 @@ def _environment(backend: Backend, bench: Bench, subject: Subject) -> dict[str, 
             if entry.dist is not None:
                 found["distribution"] = f"{entry.dist.name} {entry.dist.version}"
     return found
+
+
+def _sources(backend: Backend, subject: Subject) -> dict[str, str]:
+    """What a certificate states beyond that. Hashing takes a while, and nobody certifies a planted bug or a table."""
+    from polyaccel_conformance.certificate.environment import environment
+
+    return environment(subject.name, backend) if subject.kind == "backend" and not subject.mutant else {}
 
 
 def _where(error: Exception) -> str:

@@ -1,0 +1,94 @@
+"""Every figure of a run worked out again from its log alone: what a certificate states and what verifying repeats."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import replace
+
+from polyaccel_conformance.certificate.environment import machine
+from polyaccel_conformance.check import CaseResult
+from polyaccel_conformance.levels.evidence import gather
+from polyaccel_conformance.levels.grant import LevelResult, grant
+from polyaccel_conformance.log import Logged
+from polyaccel_conformance.report.model import Report
+from polyaccel_conformance.results import FailureGroup, RunResult
+from polyaccel_conformance.tally import Tally
+from polyaccel_conformance.waivers import Waiver, apply_waivers
+
+
+def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: bool = False) -> Report:
+    """The report that a log leads to. Waivers are judged by the day on which the run began."""
+    results = [result for _, result in logged.results]
+    tally = Tally(results=results, controls=dict(logged.controls))
+    for case_result in results:
+        tally.plan(case_result.case.operator)
+    checks = tally.check_states(logged.header.checks)
+    incomplete = "" if logged.ended else "the log has no end: the run was interrupted"
+    if logged.header.selection:
+        incomplete = f"only {logged.header.selection} was selected"
+    result = RunResult(
+        header=logged.header,
+        operators=tally.operator_states(logged.header),
+        checks=checks,
+        cells=tally.cells(),
+        failures=failure_groups(results, logged.groups),
+        incomplete=incomplete,
+        seconds=round(sum(r.seconds for r in results), 3),
+    )
+    failures = [(position, r.case, f.check) for position, r in enumerate(results) for f in r.failures]
+    applied = apply_waivers(waivers, [(case, check) for _, case, check in failures], day(logged.header.started))
+    waived = _waived(results, failures, applied.covered)
+    levels: tuple[LevelResult, ...] = ()
+    if logged.header.subject.kind == "backend":
+        ranks = max((result.case.ranks for result in results), default=1)
+        evidence = gather(
+            results,
+            checks,
+            machine(logged.header.environment, ranks),
+            waived=waived,
+            complete=not incomplete and not applied.problems,
+        )
+        levels = grant(evidence, require_native=require_native)
+    return Report(result=result, levels=levels, waivers=tuple(waivers), applied=applied)
+
+
+def day(started: str) -> datetime.date:
+    """The day of an ISO 8601 time; the first day there is for one that says nothing."""
+    try:
+        return datetime.datetime.fromisoformat(started).date()
+    except ValueError:
+        return datetime.date.min
+
+
+def _waived(
+    results: Sequence[CaseResult], failures: Sequence[tuple[int, object, str]], covered: frozenset[int]
+) -> frozenset[int]:
+    """Positions of the cases of which every failure is covered."""
+    open_cases = {position for i, (position, _, _) in enumerate(failures) if i not in covered}
+    return frozenset(p for p, result in enumerate(results) if not result.passed and p not in open_cases)
+
+
+def failure_groups(results: Sequence[CaseResult], minimal: Sequence[FailureGroup] = ()) -> tuple[FailureGroup, ...]:
+    """Failures by operator, check and cause, each shown by its minimal case where the log has one, else by its first."""
+    shown = {(group.operator, group.check, group.cause): group for group in minimal}
+    groups: dict[tuple[str, str, str], FailureGroup] = {}
+    for result in results:
+        for failure in result.failures:
+            key = (result.case.operator, failure.check, failure.cause)
+            known = groups.get(key)
+            if known is not None:
+                groups[key] = replace(known, cases=known.cases + 1)
+            elif key in shown:
+                groups[key] = replace(shown[key], cases=1)
+            else:
+                groups[key] = FailureGroup(
+                    operator=key[0],
+                    check=key[1],
+                    cause=key[2],
+                    cases=1,
+                    failure=failure,
+                    result=result,
+                    original=result.case,
+                )
+    return tuple(groups[key] for key in sorted(groups))

@@ -1,0 +1,141 @@
+"""Whether a result depends on what it may not depend on: the run, and the other rows of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.check import Check, Control, Failure
+from polyaccel_conformance.harness.controls import linear_problem, verdict
+from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.trial import Observation, Setting, Trial, by_token
+
+Function = Callable[..., Any]
+
+
+class RunToRun(Check):
+    """The same call on the same data gives the same bits again."""
+
+    name = "invariance.run_to_run"
+    tier = 3
+
+    def run(self, trial: Trial) -> Failure | None:
+        first, again = trial.ask(), trial.ask(Setting(repeat=1))
+        for name, output in first.outputs.items():
+            other = again.outputs[name]
+            if other.bits.shape == output.bits.shape and np.array_equal(other.bits, output.bits):
+                continue
+            return Failure(
+                check=self.name,
+                cause="not deterministic",
+                message=f"{name} differs between two calls with the same data",
+                output=name,
+            )
+        return None
+
+    def control(self, bench: Bench) -> Control:
+        calls = iter(range(1000))
+
+        def wrap(fn: Function) -> Function:
+            def counts(x: torch.Tensor, weight: object) -> object:
+                return fn(x, weight) + float(next(calls))
+
+            return counts
+
+        return verdict(bench, self, linear_problem(), wrap)
+
+
+class Batch(Check):
+    """A row alone gives the same bits as in its batch.
+
+    A failure only where the contract promises it (the row's result then depends on nothing but that row); elsewhere it
+    is measured and noted. Operators whose rows meet in a step bring the lone row themselves (``Problem.alone``).
+    """
+
+    name = "invariance.batch"
+    tier = 3
+
+    def applies(self, case: Case, problem: Problem) -> bool:
+        if not super().applies(case, problem):
+            return False
+        if problem.alone(0) is not None:
+            return True
+        kinds = {argument.kind for argument in problem.spec.arguments}
+        rows = [len(o.values) for n, o in problem.operands.items() if by_token(problem.spec.argument(n).shape)]
+        return kinds <= {"tensor", "weight", "attribute"} and bool(rows) and min(rows) > 1
+
+    def run(self, trial: Trial) -> Failure | None:
+        differing = self._differing(trial)
+        if not differing or not promised_by_row(trial.problem):
+            return None
+        return Failure(
+            check=self.name,
+            cause="depends on the batch",
+            message=f"{', '.join(differing)} of a row alone differ from those of the row in its batch",
+            output=differing[0],
+        )
+
+    def notes(self, trial: Trial) -> Sequence[str]:
+        if promised_by_row(trial.problem):
+            return ()
+        return ("batch: not invariant",) if self._differing(trial) else ("batch: invariant",)
+
+    def _differing(self, trial: Trial) -> list[str]:
+        together = trial.ask()
+        row = self._row(trial.problem)
+        alone = self._alone(trial, row)
+        found = []
+        for name, output in together.outputs.items():
+            other = alone.outputs.get(name)
+            if other is None or not output.bits.ndim or other.bits.shape[1:] != output.bits.shape[1:]:
+                continue
+            if not np.array_equal(other.bits[0], output.bits[row]):
+                found.append(name)
+        return found
+
+    def _row(self, problem: Problem) -> int:
+        rows = [len(o.values) for n, o in problem.operands.items() if by_token(problem.spec.argument(n).shape)]
+        return int(problem.source.integers("row alone", (1,), 0, max(min(rows, default=1) - 1, 0))[0])
+
+    def _alone(self, trial: Trial, row: int) -> Observation:
+        problem = trial.problem.alone(row)
+        if problem is None:
+            return trial.ask(Setting(row=row))
+        other = Trial(trial.bench, problem)
+        try:
+            return other.ask()
+        finally:
+            other.close()
+
+    def control(self, bench: Bench) -> Control:
+        def wrap(fn: Function) -> Function:
+            def scaled(x: torch.Tensor, weight: object) -> object:
+                return fn(x, weight) * (1 if len(x) == 1 else 2)
+
+            return scaled
+
+        return verdict(bench, _Promised(), linear_problem(), wrap)
+
+
+class _Promised(Batch):
+    """The same question of an operator that promises nothing, as if it did."""
+
+    def run(self, trial: Trial) -> Failure | None:
+        differing = self._differing(trial)
+        return Failure(check=self.name, cause="depends on the batch", message="") if differing else None
+
+
+PROMISED_BY_ROW = frozenset({"sample", "moe_route", "embedding", "select_rows", "rotary_embedding"})
+"""Operators whose contract defines a row's bits by that row alone: lookups, choices, and products of two numbers."""
+
+
+def promised_by_row(problem: Problem) -> bool:
+    return problem.spec.name in PROMISED_BY_ROW or problem.exact is True
+
+
+INVARIANCE_CHECKS: Mapping[str, Check] = {check.name: check for check in (RunToRun(), Batch())}

@@ -1,0 +1,215 @@
+"""Whether a backend's answers about what it can do, and its refusals of bad operands, are what the contract asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from polyaccel.backend import Entry, OperatorError, PolyaccelError, Query
+from polyaccel.backend.stations import STATIONS, parts_of
+from polyaccel_conformance.bench import SITE, Bench
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.check import Check, Control, Failure
+from polyaccel_conformance.harness.controls import all_of, linear_problem, verdict, wrong_bench
+from polyaccel_conformance.harness.evidence import Watch
+from polyaccel_conformance.harness.layouts import CONTIGUOUS
+from polyaccel_conformance.harness.memory import Poison
+from polyaccel_conformance.problem import Prepared, Problem
+from polyaccel_conformance.trial import Setting, Trial, by_token
+
+Function = Callable[..., Any]
+
+
+class Pure(Check):
+    """``supports`` answers from the query alone: twice the same, on the host, in sentences; and what it refuses has a
+    composite."""
+
+    name = "support.pure"
+
+    def applies(self, case: Case, problem: Problem) -> bool:
+        return super().applies(case, problem) and problem.spec.group != "ranks"
+
+    def run(self, trial: Trial) -> Failure | None:
+        prepared = trial.prepare()
+        try:
+            return self._ask(trial, prepared)
+        finally:
+            trial.release(prepared)
+
+    def _ask(self, trial: Trial, prepared: Prepared) -> Failure | None:
+        bench, operator = trial.bench, trial.problem.case.operator
+        query = Query(
+            site=SITE,
+            operator=operator,
+            token_class=prepared.token_class,
+            adapters=prepared.adapters,
+            static=prepared.static,
+            ranges=prepared.ranges,
+        )
+        queries = [query]
+        if operator in STATIONS:
+            queries += [query.for_part(part) for part in parts_of(operator, query)]
+        table, composites = bench.backend.table(), bench.backend.composites()
+        for asked in queries:
+            entries = table.get(asked.operator, ())
+            refused = True
+            for entry in entries:
+                found = self._entry(bench, asked, entry)
+                if found is not None:
+                    return found
+                refused = refused and bool(entry.supports(asked))
+            if refused and asked.operator not in composites and asked.operator not in STATIONS:
+                message = f"every entry of {asked.operator} refuses this, and there is no composite to run instead"
+                return Failure(check=self.name, cause="refused without a composite", message=message)
+        return None
+
+    def _entry(self, bench: Bench, query: Query, entry: Entry) -> Failure | None:
+        launches = bench.backend.ledger.launches
+        with Watch(Poison.ZERO, {}) as watch:
+            first, second = entry.supports(query), entry.supports(replace(query))
+        if first != second:
+            message = f"{query.operator}: first {first}, then {second}"
+            return Failure(check=self.name, cause="answers differ", message=message)
+        if watch.activity().dispatched or bench.backend.ledger.launches != launches:
+            message = f"{query.operator}: supports() used the device; it has to answer on the host, from the query"
+            return Failure(check=self.name, cause="not host-only", message=message)
+        for reason in first:
+            if not isinstance(reason, str) or len(reason.split()) < 3:
+                message = f"{query.operator}: {reason!r} is no sentence with the limit and the value asked for"
+                return Failure(check=self.name, cause="reason is no sentence", message=message)
+        return None
+
+    def control(self, bench: Bench) -> Control:
+        answers = iter(range(1000))
+
+        def fickle(query: Query) -> list[str]:
+            return [f"asked {next(answers)} times before, which is too often"]
+
+        def device(query: Query) -> list[str]:
+            return ["the device is too full"] if torch.zeros(2).sum() else []
+
+        def mute(query: Query) -> list[str]:
+            return ["no"]
+
+        return all_of(*(self._control(bench, supports) for supports in (fickle, device, mute)))
+
+    def _control(self, bench: Bench, supports: Callable[[Query], list[str]]) -> Control:
+        problem = linear_problem()
+        entry = next(iter(wrong_bench(bench, problem, lambda fn: fn).backend.table()["linear"]))
+        from polyaccel_conformance.harness.overlay import Overlay
+
+        wrong = Bench(Overlay(bench.backend, {"linear": replace(entry, supports=supports)}), bench.device, bench.comm)
+        trial = Trial(wrong, problem)
+        try:
+            return "did not fail" if self.run(trial) is None else "failed as it must"
+        finally:
+            trial.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bad:
+    """A call with one operand that the contract does not allow."""
+
+    argument: str
+    what: str
+    tensor: torch.Tensor
+
+
+class BadArguments(Check):
+    """An operand of another dtype, width or device is refused by a typed error that names it, before anything is
+    computed. Asked of cases whose operands are all contiguous."""
+
+    name = "errors.arguments"
+
+    def applies(self, case: Case, problem: Problem) -> bool:
+        plain = all(case.layout(name) == CONTIGUOUS for name in problem.operands) and case.alias == "none"
+        ordinary = case.stream == "default" and case.device == "current" and problem.spec.group != "ranks"
+        return super().applies(case, problem) and plain and ordinary and bool(problem.operands)
+
+    def run(self, trial: Trial) -> Failure | None:
+        setting = Setting()
+        tensors = trial.tensors(trial.guarded(setting), setting)
+        for bad in self._bad(trial, tensors):
+            found = self._refused(trial, bad, {**tensors, bad.argument: bad.tensor})
+            if found is not None:
+                return found
+        return None
+
+    def _bad(self, trial: Trial, tensors: Mapping[str, torch.Tensor]) -> list[_Bad]:
+        found = []
+        here = trial.bench.torch_device
+        elsewhere = "meta" if here.type == "cpu" else "cpu"
+        for name, tensor in tensors.items():
+            argument = trial.problem.spec.argument(name)
+            other = torch.float64 if tensor.dtype.is_floating_point else torch.float32
+            found.append(_Bad(argument=name, what=f"dtype {other}", tensor=tensor.to(other)))
+            if tensor.dim() and "," in argument.shape or not by_token(argument.shape):
+                shape = (*tensor.shape[:-1], tensor.shape[-1] + 1)
+                wide = tensor.new_zeros(shape)
+                found.append(_Bad(argument=name, what=f"shape {list(shape)}", tensor=wide))
+            if not isinstance(tensor, torch.Tensor) or type(tensor) is torch.Tensor:
+                found.append(_Bad(argument=name, what=f"device {elsewhere}", tensor=tensor.to(elsewhere)))
+        return found
+
+    def _refused(self, trial: Trial, bad: _Bad, tensors: Mapping[str, torch.Tensor]) -> Failure | None:
+        prepared = trial.prepare()
+        try:
+            resolved = trial.resolve(prepared)
+            with Watch(Poison.ZERO, {}) as watch:
+                trial.call(resolved, prepared, tensors)
+                trial.bench.synchronize()
+        except OperatorError as error:
+            return self._error(bad, error, watch)
+        except PolyaccelError as error:
+            return self._failure("another error", bad, f"raised {type(error).__name__}, not OperatorError: {error}")
+        except Exception as error:
+            return self._failure("untyped error", bad, f"raised {type(error).__name__}: {error}")
+        finally:
+            trial.release(prepared)
+        return self._failure("accepted", bad, "was accepted")
+
+    def _error(self, bad: _Bad, error: OperatorError, watch: Watch) -> Failure | None:
+        computed = watch.activity().operators
+        if computed:
+            return self._failure("refused late", bad, f"was refused after {', '.join(computed)} had been executed")
+        named = any(operand.name == bad.argument for operand in error.operands)
+        if not named and re.search(rf"\b{re.escape(bad.argument)}\b", error.reason) is None:
+            return self._failure("error names no argument", bad, f"was refused without naming it: {error}")
+        return None
+
+    def _failure(self, cause: str, bad: _Bad, message: str) -> Failure:
+        kind = bad.what.partition(" ")[0]
+        return Failure(
+            check=self.name,
+            cause=f"{kind} of {bad.argument!r}: {cause}",
+            message=f"argument {bad.argument!r} of {bad.what} {message}",
+        )
+
+    def control(self, bench: Bench) -> Control:
+        def takes_all(fn: Function) -> Function:
+            def wrong(x: torch.Tensor, weight: object) -> torch.Tensor:
+                return torch.zeros(5, 8, device=bench.torch_device)
+
+            return wrong
+
+        def untyped(fn: Function) -> Function:
+            def wrong(x: torch.Tensor, weight: object) -> torch.Tensor:
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+            return wrong
+
+        def nameless(fn: Function) -> Function:
+            def wrong(x: torch.Tensor, weight: object) -> torch.Tensor:
+                raise OperatorError("linear", "bad call")
+
+            return wrong
+
+        problem = linear_problem(layout=CONTIGUOUS)
+        return all_of(*(verdict(bench, self, problem, wrap) for wrap in (takes_all, untyped, nameless)))
+
+
+SUPPORT_CHECKS: Mapping[str, Check] = {check.name: check for check in (Pure(), BadArguments())}

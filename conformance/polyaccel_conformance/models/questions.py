@@ -1,0 +1,128 @@
+"""Whole-model questions as cases, logged and replayed like any operator's. The engine is imported when one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, ClassVar
+
+from polyaccel.backend import Backend
+from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.check import Level
+from polyaccel_conformance.device_check import DeviceCheck, DeviceProblem, DeviceQuestion, Facts
+from polyaccel_conformance.problem import Problem
+
+if TYPE_CHECKING:
+    from polyaccel_conformance.models.answers import Agreement
+    from polyaccel_conformance.models.engines import Workshop
+
+FAMILIES = ("llama", "qwen3", "mixtral")
+WORLDS = (2, 4)
+
+
+class ModelProblem(DeviceProblem):
+    """One small model, run in the two ways that the question compares."""
+
+    def drive(self, bench: Bench, facts: Facts) -> None:
+        from polyaccel_conformance.models.variations import NotExercised
+
+        try:
+            found = self._ask(bench)
+        except NotExercised as error:
+            facts.notes.append(str(error))
+            return
+        facts.check(self.case.operator, found.wrong is None, found.wrong or "")
+
+    def _ask(self, bench: Bench) -> Agreement:
+        from polyaccel_conformance.models.planted import CONTROLS, PLANTED
+        from polyaccel_conformance.models.variations import VARIATIONS
+
+        name, family = self.case.operator, str(self.case.attributes["family"])
+        shop, vary = workshop(bench), VARIATIONS[name]
+        found = vary(shop, family, opener(bench))
+        if not self.sabotaged:
+            return found
+        # The reference's answers are known by now and stay right.
+        with PLANTED[CONTROLS[name]]():
+            return vary(shop, family, opener(bench))
+
+
+class RanksProblem(ModelProblem):
+    """Tensor parallelism. Workers find the backend by its name, so that it must be installed."""
+
+    def _ask(self, bench: Bench) -> Agreement:
+        from polyaccel_conformance.models.variations import BASE, MANY, NotExercised, ranks, wrong_adapter
+
+        subject, family = bench.subject, str(self.case.attributes["family"])
+        world = self.case.attributes["world"]
+        assert isinstance(world, int)
+        if subject is None or subject.kind != "backend" or subject.mutant:
+            raise NotExercised("the engine's workers find a backend by its entry point only")
+        if bench.device.torch_device.type != "cpu" and len(bench.backend.devices()) < world:
+            raise NotExercised(f"{len(bench.backend.devices())} devices for {world} ranks")
+        shop = workshop(bench)
+        if self.sabotaged:
+            for mixes in (BASE, MANY):
+                shop.reference(family, mixes)
+        with wrong_adapter() if self.sabotaged else nullcontext():
+            return ranks(shop, family, subject.name, world)
+
+
+class ModelQuestion(DeviceCheck):
+    """A question asked of every family."""
+
+    levels: ClassVar[tuple[Level, ...]] = ("L2", "L3")
+    kind: type[ModelProblem] = ModelProblem
+
+    def __init__(self, name: str, *, families: Sequence[str] = FAMILIES) -> None:
+        self.operator = name
+        self._families = tuple(families)
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {"attributes.family": self._families}
+
+    def problem(self, case: Case) -> Problem:
+        return self.kind(case)
+
+
+class RanksQuestion(ModelQuestion):
+    """The same for each world size."""
+
+    levels: ClassVar[tuple[Level, ...]] = ("L6",)
+    kind = RanksProblem
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {**super().axes(), "attributes.world": WORLDS}
+
+
+QUESTIONS: tuple[ModelQuestion, ...] = (
+    ModelQuestion("model.tokens"),
+    ModelQuestion("model.adapters"),
+    ModelQuestion("model.crowd"),
+    ModelQuestion("model.overlap"),
+    ModelQuestion("model.chunks"),
+    ModelQuestion("model.prefix_cache"),
+    ModelQuestion("model.preemption"),
+    ModelQuestion("model.graphs"),
+    RanksQuestion("model.ranks"),
+)
+
+MODEL_CHECKS: Mapping[str, DeviceQuestion] = {question.operator: DeviceQuestion(question) for question in QUESTIONS}
+
+
+def workshop(bench: Bench) -> Workshop:
+    """The small models of this process."""
+    from polyaccel_conformance.models.engines import Workshop
+
+    shop = bench.memo.get("workshop")
+    if not isinstance(shop, Workshop):
+        shop = bench.memo["workshop"] = Workshop()
+    return shop
+
+
+def opener(bench: Bench) -> Callable[[], Backend]:
+    """New instances of the backend on the bench: an engine closes its own."""
+    if bench.subject is not None:
+        return bench.subject.open
+    return type(bench.backend)

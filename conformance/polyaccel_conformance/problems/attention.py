@@ -1,0 +1,556 @@
+"""Cases of ``paged_attention`` and ``dense_attention``.
+
+Exact ones (``selection``): keys are codes of +-1, neighbours differ in one place of the code; a query chooses a key, or
+all keys that agree in some places, by a score of zero against at most -160 for the others. The weights are then 1 and 0
+to the last bit, and the output is the mean of one, two or four rows of integers. The chosen keys' neighbours beyond
+the mask would be chosen too, if they were seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from polyaccel.backend import DeviceState, StepInput, TokenClass
+from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.formats import FORMATS, format_of
+from polyaccel_conformance.operand import Operand
+from polyaccel_conformance.oracle.attention import attention
+from polyaccel_conformance.oracle.bounded import Bounded, Expected, concatenate, finish
+from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
+from polyaccel_conformance.problems.kv_cache import fill, kv_spec
+from polyaccel_conformance.problems.rows import coarsest
+from polyaccel_conformance.problems.steps import BLOCK_ORDERS, Paging, build_step
+from polyaccel_conformance.problems.weights import tensor_of
+from polyaccel_conformance.words import Source
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+EXACT = "selection"
+LAYERS = 3
+PHASES = ("prefill", "decode", "chunked", "mixed", "padded")
+UNREAD = ("nan", "inf", "huge")
+KINDS = ("normal", EXACT, "peaked", "flat", "positive", "outliers", "nonfinite")
+
+# Scores of keys that are not chosen, in units of 1 over the scale. A power of two, at least 160 below zero.
+GAP = 256.0
+# Queries x keys x heads x head_dim that one case may cost.
+WORK = 1.5e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Keys and values of one sequence, ``[context, kv_heads, head_dim]``; ``codes: [context, kv_heads]`` where keys are
+    chosen by them."""
+
+    k: Floats
+    v: Floats
+    codes: Ints
+    places: Ints
+
+
+class AttentionData:
+    """Draws queries, keys and values of a case."""
+
+    def __init__(self, problem: Problem, scale: float, longest: int) -> None:
+        case = problem.case
+        self.source, self.kind, self.dtype = problem.source, case.data, case.dtype
+        self.heads, self.kv_heads = case.dim("kv_heads") * case.dim("group"), case.dim("kv_heads")
+        self.head_dim = case.dim("head_dim")
+        self.scale = scale
+        self.bits = code_bits(longest)
+        # Values are integers; the sum of four of them is representable in the output, and does not fit into TF32 where
+        # that is not permitted.
+        self.limit = 2 ** (min(format_of(case.dtype).bits, 16) - 2) - 1
+
+    def keys(self, name: str, context: int) -> Keys:
+        """All different. ``name`` tells sequences apart."""
+        shape = (context, self.kv_heads, self.head_dim)
+        if self.kind == EXACT:
+            return self._codes(name, shape)
+        k, v = self.source.normal(f"{name} k", shape), self.source.normal(f"{name} v", shape)
+        if self.kind == "positive":
+            v = np.abs(v)
+        elif self.kind == "outliers":
+            v[..., self.source.choose("hot", self.head_dim, max(self.head_dim // 64, 1))] *= 32
+        codes = np.zeros(shape[:2], dtype=np.int64)
+        return Keys(k=self._rounded(k), v=self._rounded(v), codes=codes, places=np.zeros(0, dtype=np.int64))
+
+    def _codes(self, name: str, shape: tuple[int, int, int]) -> Keys:
+        context, kv_heads, head_dim = shape
+        bits = self.bits
+        places = self.source.permutation("places", head_dim)[: bits + 1]
+        index = np.arange(context, dtype=np.int64)
+        gray = index ^ (index >> 1)
+        codes = gray[:, None] ^ self.source.integers("mask", (kv_heads,), 0, 2**bits - 1)
+        k = 1.0 - 2 * self.source.integers(f"{name} k", shape, 0, 1)
+        k[..., places[:bits]] = 1.0 - 2 * ((codes[..., None] >> np.arange(bits)) & 1)
+        # A query puts minus its largest score here.
+        k[..., places[bits]] = 1.0
+        v = self.source.integers(f"{name} v", shape, -self.limit, self.limit).astype(np.float64)
+        return Keys(k=k, v=v, codes=codes, places=places)
+
+    def queries(self, name: str, count: int, keys: Keys, visible: Mask) -> Floats:
+        """``[count, heads, head_dim]``; ``visible: [count, context]``."""
+        shape = (count, self.heads, self.head_dim)
+        if self.kind == EXACT:
+            return self._choices(name, shape, keys, visible)
+        q = self.source.normal(f"{name} q", shape)
+        factor = {"peaked": 4.0, "flat": 2.0**-6}.get(self.kind, 1.0)
+        return self._rounded(q * factor)
+
+    def _choices(self, name: str, shape: tuple[int, int, int], keys: Keys, visible: Mask) -> Floats:
+        count, heads, _ = shape
+        q = np.zeros(shape)
+        context = visible.shape[1]
+        if not count or not context:
+            return q
+        bits = self.bits
+        codes = keys.codes[:, np.arange(heads) // (heads // self.kv_heads)].T
+        target, ignored = self._targets(name, (count, heads), visible, codes, bits)
+        wanted = np.take_along_axis(np.broadcast_to(codes, (count, heads, context)), target[..., None], -1)
+        same = ((codes[None] ^ wanted) & ~ignored[..., None]) == 0
+        seen = (same & visible[:, None, :]).sum(-1)
+        # The mean of three or five rows is no short number: then the query asks for its key alone.
+        ignored = np.where((seen & (seen - 1) == 0) & (seen <= 4), ignored, 0)
+        used = 1 - ((ignored[..., None] >> np.arange(bits)) & 1)
+        signs = 1 - 2 * ((wanted >> np.arange(bits)) & 1)
+        strength = GAP / 2 / self.scale
+        q[..., keys.places[:bits]] = strength * used * signs
+        q[..., keys.places[bits]] = -strength * used.sum(-1)
+        return q
+
+    def _targets(self, name: str, shape: tuple[int, int], visible: Mask, codes: Ints, bits: int) -> tuple[Ints, Ints]:
+        """A visible key for each query and head, and the places of the code that it does not ask for.
+
+        The last visible key and the one behind it, the first visible one and the one before, or any key and any
+        places.
+        """
+        first = np.argmax(visible, axis=1)[:, None]
+        last = visible.shape[1] - 1 - np.argmax(visible[:, ::-1], axis=1)[:, None]
+        chosen = first + self.source.integers(f"{name} key", shape, 0, 1 << 20) % (last - first + 1)
+        mode = self.source.integers(f"{name} mode", shape, 0, 3)
+        target = np.where(mode == 0, last, np.where(mode == 1, first, chosen))
+        beyond = np.clip(np.where(mode == 0, target + 1, target - 1), 0, visible.shape[1] - 1)
+        head = np.arange(shape[1])[None, :]
+        neighbours = codes[head, target] ^ codes[head, beyond]
+        places = self.source.integers(f"{name} places", (*shape, 2), 0, max(bits - 1, 0))
+        anywhere = (1 << places[..., 0]) | (1 << places[..., 1])
+        return target, np.where(mode <= 1, neighbours, np.where(mode == 2, anywhere & (2**bits - 1), 0))
+
+    def _rounded(self, values: Floats) -> Floats:
+        return format_of(self.dtype).round(values)
+
+
+class AttentionProblem(Problem):
+    """What both operators share: queries of several sequences joined, and the oracle of each."""
+
+    longest: str
+    data: AttentionData
+    sequences: list[Keys]
+    visible: list[Mask]
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.exact = case.data == EXACT
+        scale = case.attributes["scale"]
+        assert isinstance(scale, float)
+        self.scale = scale
+        self.data = AttentionData(self, scale, case.dim(self.longest))
+
+    def poison_query(self, q: Floats) -> Floats:
+        """One NaN in one head of one query: no other head and no other query may show it."""
+        if self.case.data == "nonfinite" and q.size:
+            q = q.copy()
+            q.reshape(-1)[int(self.source.integers("poisoned", (1,), 0, q.size - 1)[0])] = np.nan
+        return q
+
+    def attend(self, q: Floats, first: int) -> list[Bounded]:
+        """The oracle of the sequences whose queries lie behind one another from row ``first`` of ``q``."""
+        ulps = self.spec.numerics.ulps
+        parts = []
+        for keys, visible in zip(self.sequences, self.visible, strict=True):
+            end = first + len(visible)
+            parts.append(
+                attention(
+                    q[first:end],
+                    keys.k,
+                    keys.v,
+                    visible,
+                    self.scale,
+                    p_format=coarsest(self.spec, "p", self.case.dtype),
+                    exp_ulps=ulps["exp"],
+                    divide_ulps=ulps["divide"],
+                )
+            )
+            first = end
+        return parts
+
+    def joined(self, parts: list[Bounded], q: Floats) -> Mapping[str, Expected | Exactly]:
+        empty = Bounded.exact(np.zeros((0, *q.shape[1:])))
+        return {"out": finish(concatenate([empty, *parts], 0), format_of(self.case.dtype), exact=self.exact)}
+
+    def static(self) -> dict[str, int | float | str | bool | None]:
+        return {
+            "dtype": self.case.dtype,
+            "heads": self.data.heads,
+            "kv_heads": self.data.kv_heads,
+            "head_dim": self.data.head_dim,
+            "scale": self.scale,
+            "world_size": 1,
+        }
+
+
+class PagedAttentionProblem(AttentionProblem):
+    """Sequences of one phase, or of all; what no query may read is poisoned."""
+
+    longest = "context"
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        window = case.attributes["window"]
+        assert window is None or isinstance(window, int)
+        self.window = window
+        self.counts, self.contexts = self._lengths()
+        self.padding = 2 if case.structure["phase"] == "padded" else 0
+        self.sequences, self.visible, queries = [], [], []
+        common = self.data.keys("common", max(self.contexts, default=0))
+        for i, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
+            own = self.data.keys(f"{i}", context)
+            if case.structure["blocks"] == "shared":
+                # What a prefix cache may share: everything that this step does not write.
+                own = _with_prefix(own, common, context - count)
+            self.sequences.append(own)
+            self.visible.append(causal(count, context, window))
+            queries.append(self.data.queries(f"{i}", count, own, self.visible[-1]))
+        shape = (self.padding, self.data.heads, self.data.head_dim)
+        queries.append(format_of(case.dtype).round(self.source.normal("padding", shape)))
+        self.operands = {"q": Operand.rounded(self.poison_query(np.concatenate(queries)), case.dtype)}
+
+    def _lengths(self) -> tuple[list[int], list[int]]:
+        """Queries and contexts of the sequences; the first has the case's context, the others are any shorter."""
+        case, source = self.case, self.source
+        sequences, longest, phase = case.dim("sequences"), case.dim("context"), case.structure["phase"]
+        contexts = [longest, *source.integers("contexts", (max(sequences - 1, 0),), 1, longest).tolist()][:sequences]
+        chunks = source.integers("chunks", (sequences,), 1, 1 << 20).tolist()
+        kinds = source.integers("phases", (sequences,), 0, 3).tolist()
+        counts = []
+        for context, chunk, kind in zip(contexts, chunks, kinds, strict=True):
+            part = 1 + chunk % context
+            by_kind = (1, context, part, part)[kind]
+            counts.append({"prefill": context, "chunked": part, "mixed": by_kind}.get(str(phase), 1))
+        return counts, contexts
+
+    def prepare(self, bench: Bench) -> Prepared:
+        case, size = self.case, bench.backend.kv_block_size()
+        order = str(case.structure["blocks"])
+        paging = Paging.of(self.source, self.counts, self.contexts, size, order)
+        decode = case.structure["phase"] in ("decode", "padded")
+        step = build_step(self.source, self.counts, contexts=self.contexts, paging=paging, decode=decode)
+        if self.padding:
+            step = padded(step, self.padding)
+        kv = bench.backend.allocate_kv(kv_spec(case, paging, LAYERS), bench.device)
+        layer = case.attributes["layer"]
+        assert isinstance(layer, int)
+        slots, k, v = self._placed(paging)
+        fill(bench, kv, layer, slots, Operand(k, case.dtype).torch(), Operand(v, case.dtype).torch())
+        unread = np.setdiff1d(np.arange(paging.blocks * size), slots)
+        poison = torch.full(
+            (len(unread), *k.shape[1:]),
+            unread_value(str(case.structure["unread"]), FORMATS[case.dtype].max),
+            dtype=FORMATS[case.dtype].torch,
+        )
+        fill(bench, kv, layer, unread, poison, poison)
+        tokens = len(self.operands["q"].values)
+        return Prepared(
+            arguments={
+                "kv": kv,
+                "layer": layer,
+                "step": bench.begin_step(step, DeviceState(kv=kv)),
+                "scale": self.scale,
+                "window": self.window,
+            },
+            collect=lambda result, _: {"out": tensor_of(result)},
+            static={**self.static(), "window": self.window},
+            ranges={
+                "tokens": (tokens, max(tokens, 1)),
+                "context": (0, max(self.contexts, default=0)),
+            },
+            token_class=TokenClass.DECODE if decode else TokenClass.MIXED,
+        )
+
+    def _placed(self, paging: Paging) -> tuple[Ints, Floats, Floats]:
+        """The slots that some query reads, each once, with their keys and values."""
+        shape = (0, self.data.kv_heads, self.data.head_dim)
+        slots, ks, vs = [np.zeros(0, dtype=np.int64)], [np.zeros(shape)], [np.zeros(shape)]
+        for i, (keys, visible) in enumerate(zip(self.sequences, self.visible, strict=True)):
+            read = np.flatnonzero(visible.any(axis=0))
+            slots.append(paging.slots(i, 0, visible.shape[1])[read])
+            ks.append(keys.k[read])
+            vs.append(keys.v[read])
+        found, first = np.unique(np.concatenate(slots), return_index=True)
+        return found, np.concatenate(ks)[first], np.concatenate(vs)[first]
+
+    def expected(self) -> Mapping[str, Expected | Exactly]:
+        q = self.operands["q"].values.astype(np.float64)
+        parts = self.attend(q, 0)
+        if self.padding:
+            parts.append(Bounded.exact(np.zeros((self.padding, *q.shape[1:]))))
+        return self.joined(parts, q)
+
+    def digests(self) -> dict[str, str]:
+        found = {}
+        for i, keys in enumerate(self.sequences):
+            found |= {
+                f"k{i}": Operand(keys.k, self.case.dtype).digest(),
+                f"v{i}": Operand(keys.v, self.case.dtype).digest(),
+            }
+        return super().digests() | found
+
+
+class DenseAttentionProblem(AttentionProblem):
+    """Segments of tokens that see each other, or only what came before."""
+
+    longest = "tokens"
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.starts = self._starts()
+        self.causal = bool(case.attributes["causal"])
+        outside = len_outside(self.starts, case.dim("tokens"))
+        self.sequences, self.visible, queries = [], [], []
+        for i, (begin, end) in enumerate(itertools.pairwise(self.starts)):
+            n = end - begin
+            self.sequences.append(self.data.keys(f"{i}", n))
+            self.visible.append(causal(n, n, None) if self.causal else np.ones((n, n), dtype=np.bool_))
+            queries.append(self.data.queries(f"{i}", n, self.sequences[-1], self.visible[-1]))
+        before, after = outside
+        rest = {name: self._outside(name, before, after) for name in ("q", "k", "v")}
+        joined = {
+            "q": [rest["q"][0], *queries, rest["q"][1]],
+            "k": [rest["k"][0], *(s.k for s in self.sequences), rest["k"][1]],
+            "v": [rest["v"][0], *(s.v for s in self.sequences), rest["v"][1]],
+        }
+        arrays = {name: np.concatenate(parts) for name, parts in joined.items()}
+        arrays["q"] = self.poison_query(arrays["q"])
+        self.operands = {name: Operand.rounded(x, case.dtype) for name, x in arrays.items()}
+
+    def _outside(self, name: str, before: int, after: int) -> tuple[Floats, Floats]:
+        """Tokens of no segment: their keys and values are never read."""
+        heads = self.data.heads if name == "q" else self.data.kv_heads
+        parts = []
+        for where, count in (("before", before), ("after", after)):
+            shape = (count, heads, self.data.head_dim)
+            value = unread_value(str(self.case.structure["unread"]), format_of(self.case.dtype).max)
+            parts.append(np.full(shape, value) if name != "q" else np.ones(shape))
+        return parts[0], parts[1]
+
+    def _starts(self) -> list[int]:
+        tokens, pattern = self.case.dim("tokens"), self.case.attributes["starts"]
+        if pattern == "one":
+            return [0, tokens]
+        if pattern == "each":
+            return list(range(tokens + 1))
+        count = min(4, tokens + 1)
+        cuts = sorted(self.source.choose("cuts", tokens + 1, count).tolist())
+        if pattern == "several":
+            return [0, *cuts, tokens]
+        if pattern == "empty":
+            return [0, *np.repeat(cuts, 2).tolist(), tokens]
+        return cuts
+
+    def prepare(self, bench: Bench) -> Prepared:
+        tokens = self.case.dim("tokens")
+        return Prepared(
+            arguments={"starts": self.starts, "scale": self.scale, "causal": self.causal},
+            collect=lambda result, _: {"out": tensor_of(result)},
+            static={**self.static(), "causal": self.causal},
+            ranges={"tokens": (tokens, max(tokens, 1))},
+        )
+
+    def expected(self) -> Mapping[str, Expected | Exactly]:
+        q = self.operands["q"].values.astype(np.float64)
+        before, after = len_outside(self.starts, len(q))
+        zeros = [Bounded.exact(np.zeros((count, *q.shape[1:]))) for count in (before, after)]
+        return self.joined([zeros[0], *self.attend(q, before), zeros[1]], q)
+
+
+class PagedAttentionProblems(ProblemSet):
+    """Prefill, its chunks and decode, alone and together, in blocks of the backend's size."""
+
+    operator = "paged_attention"
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {
+            "dtype": ("float32", "bfloat16", "float16"),
+            "dims.sequences": (1, 0, 2, 3, 5),
+            "dims.context": (17, 1, 2, 15, 16, 31, 33, 64, 65, 127, 129, 300),
+            "dims.kv_heads": (1, 2, 3),
+            "dims.group": (1, 2, 3, 4, 8),
+            "dims.head_dim": (64, 80, 96, 128, 256, 11, 33),
+            "attributes.layer": (0, 1, LAYERS - 1),
+            "attributes.scale": (0.125, 0.0883883461356163, 0.3, 1.0),
+            "attributes.window": (None, 1, 2, 16, 31, 4096),
+            "layouts.q": ("contiguous", "row_padded", "offset"),
+            "structure.phase": PHASES,
+            "structure.blocks": BLOCK_ORDERS,
+            "structure.unread": UNREAD,
+            "data": KINDS,
+            "device": ("current", "other"),
+            "stream": ("default", "side"),
+        }
+
+    def ranges(self) -> Mapping[str, tuple[int, int]]:
+        return {
+            "dims.sequences": (0, 6),
+            "dims.context": (1, 300),
+            "dims.kv_heads": (1, 4),
+            "dims.group": (1, 8),
+            "dims.head_dim": (1, 256),
+        }
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        size = sizes(axes, "sequences", "context", "kv_heads", "group", "head_dim")
+        if axes["data"] == EXACT:
+            fit_selection(axes, "dims.context")
+        phase = axes["structure.phase"]
+        while True:
+            size = sizes(axes, *size)
+            queries = 1 if phase in ("decode", "padded") else size["context"]
+            work = size["sequences"] * queries * size["context"] * size["kv_heads"] * size["group"] * size["head_dim"]
+            if work <= WORK or not _reduce(axes, ("sequences", 2), ("group", 2), ("kv_heads", 1), ("context", 65)):
+                return axes
+
+    def problem(self, case: Case) -> Problem:
+        return PagedAttentionProblem(case)
+
+
+class DenseAttentionProblems(ProblemSet):
+    """One, several, empty and single-token segments, and tokens of none."""
+
+    operator = "dense_attention"
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {
+            "dtype": ("float32", "bfloat16", "float16"),
+            "dims.tokens": (17, 0, 1, 2, 15, 16, 33, 64, 65, 130),
+            "dims.kv_heads": (1, 2, 3),
+            "dims.group": (1, 2, 4),
+            "dims.head_dim": (64, 80, 96, 128, 256, 11, 33),
+            "attributes.starts": ("one", "several", "empty", "each", "inside"),
+            "attributes.scale": (0.125, 0.0883883461356163, 0.3, 1.0),
+            "attributes.causal": (True, False),
+            "layouts.q": ("contiguous", "row_padded", "offset"),
+            "layouts.k": ("contiguous", "row_padded", "offset"),
+            "layouts.v": ("contiguous", "row_padded", "offset"),
+            "structure.unread": UNREAD,
+            "data": KINDS,
+            "device": ("current", "other"),
+            "stream": ("default", "side"),
+        }
+
+    def ranges(self) -> Mapping[str, tuple[int, int]]:
+        return {"dims.tokens": (0, 130), "dims.kv_heads": (1, 4), "dims.group": (1, 8), "dims.head_dim": (1, 256)}
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        if axes["data"] == EXACT:
+            fit_selection(axes, "dims.tokens")
+        while True:
+            size = sizes(axes, "tokens", "kv_heads", "group", "head_dim")
+            work = size["tokens"] ** 2 * size["kv_heads"] * size["group"] * size["head_dim"]
+            if work <= WORK or not _reduce(axes, ("group", 2), ("kv_heads", 1), ("tokens", 65)):
+                return axes
+
+    def problem(self, case: Case) -> Problem:
+        return DenseAttentionProblem(case)
+
+
+def causal(queries: int, context: int, window: int | None) -> Mask:
+    """``[queries, context]``: the queries are the last ones of the context."""
+    i = np.arange(context - queries, context)[:, None]
+    j = np.arange(context)[None, :]
+    visible: Mask = (j <= i) & (j > i - (context + 1 if window is None else window))
+    return visible
+
+
+def unread_value(kind: str, largest: float) -> float:
+    """What lies where no query may read."""
+    return {"nan": float("nan"), "inf": float("inf")}.get(kind, largest / 2)
+
+
+def padded(step: StepInput, rows: int) -> StepInput:
+    """A decode step with rows of padding, as the engine sends it to a graph: one token each, no context, no slot."""
+
+    def extended(array: npt.NDArray[np.generic], value: int = 0) -> npt.NDArray[np.generic]:
+        return np.concatenate((array, np.full((rows, *array.shape[1:]), value, dtype=array.dtype)))
+
+    tokens = step.tokens
+    return replace(
+        step,
+        token_ids=extended(step.token_ids),
+        positions=extended(step.positions),
+        query_starts=np.arange(tokens + rows + 1, dtype=np.int32),
+        context_lengths=extended(step.context_lengths),
+        block_tables=extended(step.block_tables),
+        kv_slots=extended(step.kv_slots, -1),
+        request_slots=extended(step.request_slots),
+        logits_rows=np.arange(tokens + rows, dtype=np.int32),
+        sample_slots=extended(step.sample_slots),
+        uniforms=extended(step.uniforms),
+    )
+
+
+def code_bits(context: int) -> int:
+    """Places of a code that tells ``context`` keys apart."""
+    return max(context - 1, 1).bit_length()
+
+
+def fit_selection(axes: dict[str, Choice], context: str) -> None:
+    """Room for the code in every head, and a scale that is a power of two."""
+    head_dim, scale = axes["dims.head_dim"], axes["attributes.scale"]
+    assert isinstance(head_dim, int)
+    assert isinstance(scale, float)
+    axes["dims.head_dim"] = head_dim = max(head_dim, 3)
+    longest = axes[context]
+    assert isinstance(longest, int)
+    axes[context] = min(longest, 2 ** min(head_dim - 1, 12))
+    axes["attributes.scale"] = float(2.0 ** round(float(np.log2(scale))))
+
+
+def sizes(axes: Mapping[str, Choice], *names: str) -> dict[str, int]:
+    """Dimensions by name."""
+    found = {}
+    for name in names:
+        value = axes[f"dims.{name}"]
+        assert isinstance(value, int)
+        found[name] = value
+    return found
+
+
+def len_outside(starts: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Tokens before the first and after the last segment."""
+    return starts[0], tokens - starts[-1]
+
+
+def _reduce(axes: dict[str, Choice], *limits: tuple[str, int]) -> bool:
+    """Lower the first dimension that is above its limit."""
+    for name, most in limits:
+        value = axes[f"dims.{name}"]
+        if isinstance(value, int) and value > most:
+            axes[f"dims.{name}"] = most
+            return True
+    return False
+
+
+def _with_prefix(own: Keys, common: Keys, length: int) -> Keys:
+    k, v = own.k.copy(), own.v.copy()
+    k[:length], v[:length] = common.k[:length], common.v[:length]
+    return Keys(k=k, v=v, codes=own.codes, places=own.places)

@@ -1,0 +1,90 @@
+"""The part of a run that needs several ranks: one world size after the other, each on a pool of ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from polyaccel_conformance.check import CaseResult, Failure
+from polyaccel_conformance.errors import ConformanceError
+from polyaccel_conformance.problem import ProblemSet
+from polyaccel_conformance.profiles import Profile
+from polyaccel_conformance.results import RunHeader
+from polyaccel_conformance.schedule import OfRanks, Scheduled, drawn, fixed
+from polyaccel_conformance.selection import Selects
+from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.tally import Tally
+
+CHECK = "comm.ranks"
+
+
+class RankedCases:
+    """Cases of 2 to ``header.devices`` ranks."""
+
+    def __init__(self, subject: Subject, header: RunHeader, profile: Profile, selects: Selects) -> None:
+        from polyaccel_conformance.multi.ranks import RankPool
+
+        self.incomplete = ""
+        self._header, self._profile, self._selects = header, profile, selects
+        self._pools = {
+            world: RankPool(subject, world, checks=header.checks, case_timeout=profile.timeout)
+            for world in range(2, header.devices + 1)
+        }
+
+    def results(
+        self, known: frozenset[str], tally: Tally, deadline: float | None
+    ) -> Iterator[tuple[Scheduled, CaseResult]]:
+        """Every case that is not ``known``, as it is done."""
+        plan = {world: self._cases(world) for world in self._pools}
+        for items in plan.values():
+            for item in items:
+                tally.plan(item.case.operator)
+        for world, items in plan.items():
+            for item in items:
+                if item.case.key in known:
+                    continue
+                if deadline is not None and time.monotonic() >= deadline:
+                    self.incomplete = "the budget was spent among the cases of several ranks; --resume goes on"
+                    return
+                yield item, self._run(world, item)
+            # One world at a time holds processes; a control opens its own again.
+            self._pools[world].close()
+
+    def controls(self, tally: Tally) -> Mapping[str, str]:
+        """Controls of the checks that only cases of several ranks ask."""
+        if not self._pools or self.incomplete:
+            return {}
+        pool = self._pools[2]
+        only = tally.asked(several=True) - tally.asked(several=False)
+        found: dict[str, str] = {}
+        for check in sorted(only & set(self._header.checks)):
+            try:
+                found[check] = pool.control(check)
+            except ConformanceError as error:
+                found[check] = f"did not end: {error}"
+        return found
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+    def _cases(self, world: int) -> list[Scheduled]:
+        items: list[Scheduled] = []
+        for name, problems in self._sets().items():
+            if name in self._header.operators:
+                of_ranks = OfRanks(problems, world)
+                items += fixed(of_ranks, ranks=world)
+                items += drawn(of_ranks, self._profile, self._header.seed, ranks=world)
+        return [item for item in items if self._selects(item.case)]
+
+    def _sets(self) -> Mapping[str, ProblemSet]:
+        from polyaccel_conformance.multi.registry import RANKED_SETS
+
+        return RANKED_SETS
+
+    def _run(self, world: int, item: Scheduled) -> CaseResult:
+        try:
+            return self._pools[world].run(item.case, self._header.checks)
+        except ConformanceError as error:
+            failure = Failure(check=CHECK, cause="ranks did not start", message=str(error))
+            return CaseResult(case=item.case, failures=(failure,), checks=(), implementation="", kind="")

@@ -1,0 +1,487 @@
+"""A run: all scheduled cases on a subject, every check's control, minimal cases of what failed, one result."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from polyaccel.backend.version import API_VERSION, format_version
+from polyaccel_conformance import SUITE_REVISION
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.casefile import CaseFile, spec_revision
+from polyaccel_conformance.check import CaseResult, Failure
+from polyaccel_conformance.errors import UsageError
+from polyaccel_conformance.log import ResultsLog, read_log
+from polyaccel_conformance.problem import ProblemSet
+from polyaccel_conformance.profiles import Profile, profile_of
+from polyaccel_conformance.ranked import RankedCases
+from polyaccel_conformance.results import FailureGroup, Phase, RunHeader, RunResult, result_from_json
+from polyaccel_conformance.schedule import Schedule, Scheduled
+from polyaccel_conformance.selection import parse
+from polyaccel_conformance.shrink import cost, shrink
+from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.tally import Tally
+from polyaccel_conformance.workers.pool import Answer, Job, Pool, WorkerLost
+
+WORKER = "worker"
+"""Under this name failures are reported that are no check's: the process died or hung, or the suite itself failed."""
+CONTROL_SECONDS = 120.0
+MAX_DEATHS = 12
+"""Cases of one operator that may cost a worker before its remaining cases are left out."""
+SHRINK_TOTAL = 180.0
+"""Seconds that all minimal cases of a run may take together."""
+RESULTS = "results.jsonl"
+CASES = "cases"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to run, and how.
+
+    Attributes:
+        profile: name of a profile; ``seed``: of the drawn cases, None for the profile's way.
+        operators, checks: names, empty for all; ``selection``: a ``-k`` expression.
+        devices: ranks at most; ``device``: index of the one for single-rank cases.
+        workers: processes.
+        budget: seconds after which no further case is begun; such a run can be taken up again.
+        folder: for the results log and case files, None to write nothing.
+        resume: take up the log in the folder; ``failed``: only the cases that failed in it.
+        stop_at: end at the first failure of this check.
+        shrink: make failing cases minimal.
+    """
+
+    profile: str = "default"
+    seed: int | None = None
+    operators: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
+    selection: str = ""
+    devices: int = 1
+    device: int = 0
+    workers: int = 2
+    budget: float | None = None
+    folder: Path | None = None
+    resume: bool = False
+    failed: bool = False
+    stop_at: str = ""
+    shrink: bool = True
+
+
+class Watch(Protocol):
+    """Who wants to know while it runs."""
+
+    def progress(self, done: int, expected: int, failed: int, now: str) -> None: ...
+
+    def failure(self, group: FailureGroup) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def progress(self, done: int, expected: int, failed: int, now: str) -> None:
+        return None
+
+    def failure(self, group: FailureGroup) -> None:
+        return None
+
+
+def run(subject: Subject, options: Options = Options(), watch: Watch | None = None) -> RunResult:
+    """Run everything that the options ask for.
+
+    Raises:
+        UsageError: an unknown name, a subject that cannot be opened, more devices than there are, nothing selected.
+    """
+    with Pool(subject, count=options.workers, device=options.device) as pool:
+        return _Run(subject, options, watch if watch is not None else Silent(), pool).run()
+
+
+@dataclass(slots=True)
+class _Group:
+    """Failures of one operator, check and cause as they come in."""
+
+    simplest: CaseResult
+    cost: int
+    cases: int = 1
+    shown: FailureGroup | None = None
+
+
+@dataclass(slots=True)
+class _Run:
+    subject: Subject
+    options: Options
+    watch: Watch
+    pool: Pool
+    tally: Tally = field(default_factory=Tally)
+    groups: dict[tuple[str, str, str], _Group] = field(default_factory=dict)
+    deaths: Counter[str] = field(default_factory=Counter)
+    lost: str = ""
+    incomplete: str = ""
+    stopped: bool = False
+    shrinking: float = 0.0
+    expected: int = 0
+    sets: Mapping[str, ProblemSet] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()
+    ranked: RankedCases | None = None
+
+    def run(self) -> RunResult:
+        started = time.monotonic()
+        deadline = None if self.options.budget is None else started + self.options.budget
+        profile = profile_of(self.options.profile)
+        facts = self.pool.start()
+        header = self._header(profile, facts)
+        schedule = self._schedule(header, profile)
+        path = None if self.options.folder is None else self.options.folder / RESULTS
+        resumed = path is not None and self.options.resume and path.exists()
+        if resumed:
+            assert path is not None
+            header = self._take_up(path, header)
+        with ResultsLog(path, resume=resumed) as log:
+            if not resumed:
+                log.header(header)
+            try:
+                self._everything(schedule, header, profile, log, deadline)
+            except WorkerLost as error:
+                self.lost = str(error)
+            except KeyboardInterrupt:
+                self.incomplete = "interrupted"
+            finally:
+                if self.ranked is not None:
+                    self.ranked.close()
+            result = self._result(header, facts, time.monotonic() - started)
+            for group in result.failures:
+                log.write("failure", group)
+            if not result.incomplete and not result.device_lost:
+                log.write("end", {"cases": result.cases, "seconds": result.seconds})
+        return result
+
+    # -- what to run ---------------------------------------------------------------------------------------------------
+
+    def _header(self, profile: Profile, facts: Mapping[str, Any]) -> RunHeader:
+        from polyaccel_conformance.checks.registry import CHECKS
+        from polyaccel_conformance.problems.registry import PROBLEM_SETS
+
+        options = self.options
+        operators = _names("operator", options.operators, PROBLEM_SETS)
+        checks = _names("check", options.checks, CHECKS)
+        if options.stop_at and options.stop_at not in checks:
+            raise UsageError(f"unknown check {options.stop_at!r}; there are {', '.join(CHECKS)}")
+        most = facts["devices"] if facts["device_type"] != "cpu" else max(facts["devices"], os.cpu_count() or 1, 8)
+        if not 1 <= options.devices <= most:
+            raise UsageError(f"--devices {options.devices}: {self.subject.label} has {facts['devices']}")
+        scope = facts["scope"]
+        outside = tuple(name for name in operators if scope is not None and name not in scope)
+        operators = tuple(name for name in operators if name not in outside)
+        if not operators:
+            raise UsageError(f"{self.subject.label} holds none of the operators asked for: {', '.join(outside)}")
+        seed = options.seed
+        if seed is None:
+            seed = random.SystemRandom().randrange(2**32) if profile.fresh else 0
+        return RunHeader(
+            subject=self.subject,
+            profile=profile.name,
+            seed=seed,
+            checks=checks,
+            operators=operators,
+            out_of_scope=outside,
+            devices=options.devices,
+            selection=self._selection(),
+            environment=facts["environment"],
+            suite_revision=SUITE_REVISION,
+            contract=format_version(API_VERSION),
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+
+    def _selection(self) -> str:
+        options = self.options
+        parts = [f"-k {options.selection}"] if options.selection else []
+        parts += [f"--operators {','.join(options.operators)}"] if options.operators else []
+        parts += [f"--checks {','.join(options.checks)}"] if options.checks else []
+        parts += [f"--stop-at {options.stop_at}"] if options.stop_at else []
+        return " ".join([*parts, *(["--failed"] if options.failed else [])])
+
+    def _schedule(self, header: RunHeader, profile: Profile) -> Schedule:
+        from polyaccel_conformance.problems.registry import PROBLEM_SETS
+
+        self.sets = {name: PROBLEM_SETS[name] for name in header.operators}
+        given: tuple[Case, ...] = ()
+        if self.options.failed:
+            given = self._failed()
+        return Schedule(self.sets, profile, header.seed, parse(self.options.selection), given)
+
+    def _failed(self) -> tuple[Case, ...]:
+        if self.options.folder is None:
+            raise UsageError("--failed needs the folder of an earlier run")
+        logged = read_log(self.options.folder / RESULTS)
+        cases = tuple(r.case for _, r in logged.results if not r.passed and r.case.operator in self.sets)
+        if not cases:
+            raise UsageError(f"no case failed in {self.options.folder / RESULTS}")
+        return cases
+
+    def _take_up(self, path: Path, header: RunHeader) -> RunHeader:
+        """Count what the log holds; its header goes on."""
+        logged = read_log(path)
+        if self.options.seed is None:
+            # A fresh seed was drawn for nothing; the log's is the run's.
+            header = replace(header, seed=logged.header.seed)
+        if logged.header.identity() != header.identity():
+            raise UsageError(f"{path} is of another run: it was started with other options, backend or suite")
+        for phase, result in logged.results:
+            self._count(phase, result)
+        self.tally.controls.update(logged.controls)
+        self.known = frozenset(result.case.key for _, result in logged.results)
+        return header
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def _everything(
+        self, schedule: Schedule, header: RunHeader, profile: Profile, log: ResultsLog, deadline: float | None
+    ) -> None:
+        schedule = replace(schedule, seed=header.seed)
+        fixed = True
+        for chunk in schedule.chunks():
+            if fixed:
+                fixed = False
+                self.expected = schedule.expected(len(chunk))
+                if not chunk and not profile.examples:
+                    break
+            for item in chunk:
+                self.tally.plan(item.case.operator)
+            todo = [item for item in chunk if item.case.key not in self.known]
+            self._run_chunk(todo, header, profile, log, deadline)
+            self._show(profile)
+            if self.stopped or self.incomplete:
+                break
+        if not self.tally.planned:
+            raise UsageError(f"nothing is selected by {header.selection}")
+        if self.stopped:
+            return
+        self._controls(header, log)
+        if not self.incomplete:
+            self._on_ranks(schedule, header, profile, log, deadline)
+            self._show(profile)
+
+    def _controls(self, header: RunHeader, log: ResultsLog) -> None:
+        """Of the checks that were asked, on the same device."""
+        asked = self.tally.asked(several=False)
+        jobs = [
+            Job(name=check, request={"do": "control", "check": check}, seconds=CONTROL_SECONDS)
+            for check in header.checks
+            if check in asked and check not in self.tally.controls
+        ]
+        for answer in self.pool.run(jobs):
+            check = str(answer.job.name)
+            said = _control(answer)
+            self.tally.controls[check] = said
+            log.write("control", {"check": check, "control": said})
+
+    def _run_chunk(
+        self,
+        items: Sequence[Scheduled],
+        header: RunHeader,
+        profile: Profile,
+        log: ResultsLog,
+        deadline: float | None,
+    ) -> None:
+        def jobs() -> Iterator[Job]:
+            for item in items:
+                if self.stopped:
+                    return
+                if deadline is not None and time.monotonic() >= deadline:
+                    self.incomplete = f"the budget of {self.options.budget:g} s was spent; --resume goes on"
+                    return
+                if self.deaths[item.case.operator] < MAX_DEATHS:
+                    yield self._job(item.case, header.checks, profile, item)
+
+        for answer in self.pool.run(jobs()):
+            item = answer.job.name
+            assert isinstance(item, Scheduled)
+            result = self._result_of(answer, item.case)
+            log.case(item.phase, result)
+            self._count(item.phase, result)
+            now = item.case.operator
+            self.watch.progress(self.tally.cases, max(self.expected, self.tally.cases), self.tally.failed, now)
+        log.flush()
+
+    def _job(self, case: Case, checks: Sequence[str], profile: Profile, name: object) -> Job:
+        request = {"do": "case", "case": case.to_json(), "checks": list(checks)}
+        return Job(name=name, request=request, seconds=profile.timeout)
+
+    def _result_of(self, answer: Answer, case: Case) -> CaseResult:
+        if "result" in answer.reply:
+            result = result_from_json(answer.reply["result"])
+            if any(failure.message.startswith("DeviceLost") for failure in result.failures):
+                self.pool.retire()
+            return result
+        if answer.died:
+            self.deaths[case.operator] += 1
+            failure = Failure(check=WORKER, cause=answer.died, message=answer.log or "the process ended")
+        else:
+            # The suite could not build or judge the case: never the backend's success.
+            error = answer.reply["error"]
+            failure = Failure(check=WORKER, cause=f"suite error: {error['type']}", message=error["message"])
+        return CaseResult(case=case, failures=(failure,), checks=(), implementation="", kind="")
+
+    def _count(self, phase: Phase, result: CaseResult) -> None:
+        self.tally.add(result)
+        for failure in result.failures:
+            key = (result.case.operator, failure.check, failure.cause)
+            price = self._cost(result.case)
+            group = self.groups.get(key)
+            if group is None:
+                self.groups[key] = _Group(simplest=result, cost=price)
+            else:
+                group.cases += 1
+                if price < group.cost and group.shown is None:
+                    group.simplest, group.cost = result, price
+            if failure.check == self.options.stop_at:
+                self.stopped = True
+                self.incomplete = f"stopped at the first failure of {failure.check}"
+
+    def _cost(self, case: Case) -> int:
+        problems = self.sets.get(case.operator)
+        return 0 if problems is None else cost(problems, case)
+
+    def _on_ranks(
+        self, schedule: Schedule, header: RunHeader, profile: Profile, log: ResultsLog, deadline: float | None
+    ) -> None:
+        if header.devices < 2 or self.options.failed:
+            return
+        self.ranked = RankedCases(self.subject, header, profile, schedule.selects)
+        for item, result in self.ranked.results(self.known, self.tally, deadline):
+            log.case(item.phase, result)
+            self._count(item.phase, result)
+            self.watch.progress(self.tally.cases, self.tally.planned_cases, self.tally.failed, item.case.operator)
+        self.incomplete = self.incomplete or self.ranked.incomplete
+        for check, control in self.ranked.controls(self.tally).items():
+            self.tally.controls[check] = control
+            log.write("control", {"check": check, "control": control})
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def _show(self, profile: Profile) -> None:
+        for key, group in self.groups.items():
+            if group.shown is None:
+                group.shown = self._minimal(key, group, profile)
+                self.watch.failure(group.shown)
+
+    def _minimal(self, key: tuple[str, str, str], group: _Group, profile: Profile) -> FailureGroup:
+        operator, check, cause = key
+        best, tries, seconds = group.simplest, 0, 0.0
+        # Often one defect fails several checks: its minimal case may be known.
+        shown = [g.shown.result for g in self.groups.values() if g.shown is not None]
+        known = next((r for r in shown if r.case.operator == operator and _fails(r, check, cause)), None)
+        problems = self.sets.get(operator)
+        left = min(profile.shrink_seconds, SHRINK_TOTAL - self.shrinking)
+        if known is not None:
+            best = known
+        elif self.options.shrink and left > 0 and problems is not None and best.case.ranks == 1:
+
+            def run_cases(cases: Sequence[Case]) -> Sequence[CaseResult]:
+                jobs = [self._job(case, self._asked(best), profile, place) for place, case in enumerate(cases)]
+                answers = {answer.job.name: answer for answer in self.pool.run(jobs)}
+                return [self._result_of(answers[place], case) for place, case in enumerate(cases)]
+
+            found = shrink(problems, best, lambda result: _fails(result, check, cause), run_cases, left)
+            best, tries, seconds = found.result, found.tries, found.seconds
+            self.shrinking += seconds
+        failure = next(f for f in best.failures if (f.check, f.cause) == (check, cause))
+        path = self._write(best, failure, group.simplest.case)
+        return FailureGroup(
+            operator=operator,
+            check=check,
+            cause=cause,
+            cases=group.cases,
+            failure=failure,
+            result=best,
+            original=group.simplest.case,
+            shrink=tries,
+            shrink_seconds=seconds,
+            path=path,
+        )
+
+    def _asked(self, result: CaseResult) -> tuple[str, ...]:
+        from polyaccel_conformance.checks.registry import CHECKS
+
+        return result.checks or (self.options.checks or tuple(CHECKS))
+
+    def _write(self, result: CaseResult, failure: Failure, original: Case) -> str:
+        if self.options.folder is None:
+            return ""
+        file = CaseFile(
+            case=result.case,
+            failure=failure,
+            subject=self.subject,
+            digests=result.digests,
+            observed=result.observed,
+            original=original,
+            spec=spec_revision(result.case.operator),
+            environment=self.pool.facts["environment"],
+        )
+        return str(file.write(self.options.folder / CASES))
+
+    # -- the result ----------------------------------------------------------------------------------------------------
+
+    def _result(self, header: RunHeader, facts: Mapping[str, Any], seconds: float) -> RunResult:
+        groups = []
+        for group in self.groups.values():
+            if group.shown is None:
+                key = (group.simplest.case.operator, group.simplest.failures[0].check, group.simplest.failures[0].cause)
+                failure = group.simplest.failures[0]
+                shown = FailureGroup(
+                    operator=key[0],
+                    check=key[1],
+                    cause=key[2],
+                    cases=group.cases,
+                    failure=failure,
+                    result=group.simplest,
+                    original=group.simplest.case,
+                )
+            else:
+                shown = replace(group.shown, cases=group.cases)
+            groups.append(shown)
+        checks = self.tally.check_states(header.checks)
+        empty: tuple[str, ...] = ()
+        whole = header.complete and not self.incomplete and not self.lost
+        if whole and self.subject.kind == "backend":
+            empty = self.tally.empty_cells(header, checks, facts)
+        return RunResult(
+            header=header,
+            operators=self.tally.operator_states(header),
+            checks=checks,
+            cells=self.tally.cells(),
+            failures=tuple(sorted(groups, key=lambda g: (g.operator, g.check, g.cause))),
+            incomplete=self.incomplete,
+            device_lost=self.lost,
+            empty_cells=empty,
+            seconds=seconds,
+        )
+
+
+def _fails(result: CaseResult, check: str, cause: str) -> bool:
+    return any((failure.check, failure.cause) == (check, cause) for failure in result.failures)
+
+
+def _control(answer: Answer) -> str:
+    """What a control did, with the reason where it is impossible."""
+    control, reason = answer.reply.get("control"), answer.reply.get("reason")
+    if control is None:
+        return f"did not end: {answer.died or _error(answer)}"
+    return f"{control}: {reason}" if reason else str(control)
+
+
+def _error(answer: Answer) -> str:
+    error = answer.reply.get("error", {})
+    return f"{error.get('type')}: {error.get('message')}"
+
+
+def _names(what: str, asked: tuple[str, ...], known: Mapping[str, object]) -> tuple[str, ...]:
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise UsageError(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    return asked or tuple(known)

@@ -1,0 +1,112 @@
+"""Which cases a run consists of, operator by operator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.covering import covering, large
+from polyaccel_conformance.draw import examples
+from polyaccel_conformance.problem import Problem, ProblemSet
+from polyaccel_conformance.profiles import Profile
+from polyaccel_conformance.results import Phase
+from polyaccel_conformance.selection import Selects
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """A case and the part of the run that it belongs to."""
+
+    phase: Phase
+    case: Case
+
+
+class OfRanks(ProblemSet):
+    """A set of cases for several ranks, at one world size."""
+
+    def __init__(self, problems: ProblemSet, ranks: int) -> None:
+        self.operator = problems.operator
+        self._problems, self._ranks = problems, ranks
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {**self._problems.axes(), "ranks": (self._ranks,)}
+
+    def ranges(self) -> Mapping[str, tuple[int, int]]:
+        return self._problems.ranges()
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        return self._problems.mend(axes)
+
+    def problem(self, case: Case) -> Problem:
+        return self._problems.problem(case)
+
+
+def fixed(problems: ProblemSet, *, ranks: int = 1) -> tuple[Scheduled, ...]:
+    """An operator's fixed list: pairwise, large sizes, then what the levels' required tables ask for beyond those."""
+    from polyaccel_conformance.levels.listed import listed_cases
+
+    limits = {"ranks": ranks}
+    found: dict[str, Scheduled] = {}
+    for case in covering(problems, limits).cases:
+        found.setdefault(case.key, Scheduled(phase="covering", case=case))
+    for case in large(problems):
+        found.setdefault(case.key, Scheduled(phase="large", case=case))
+    have = [item.case for item in found.values()]
+    for case in listed_cases(problems, have, ranks=ranks):
+        found.setdefault(case.key, Scheduled(phase="large", case=case))
+    return tuple(found.values())
+
+
+def drawn(problems: ProblemSet, profile: Profile, seed: int, *, ranks: int = 1) -> tuple[Scheduled, ...]:
+    """A profile's further cases of an operator under the run's seed."""
+    digest = hashlib.sha256(f"{seed}:{problems.operator}:{ranks}".encode()).digest()
+    base = int.from_bytes(digest[:4], "little")
+    limits = {"ranks": ranks}
+    cases = examples(problems, profile.examples, base, scale=profile.scale, limits=limits)
+    return tuple(Scheduled(phase="drawn", case=case) for case in cases)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """All cases of a run: every operator's fixed list first, then every operator's drawn cases.
+
+    Drawing takes as long as running, so that it happens chunk by chunk.
+    """
+
+    sets: Mapping[str, ProblemSet]
+    profile: Profile
+    seed: int
+    selects: Selects
+    given: tuple[Case, ...] = ()
+    ranks: int = 1
+
+    def chunks(self) -> Iterator[tuple[Scheduled, ...]]:
+        """Groups after which new failures are shrunk and shown."""
+        if self.given:
+            yield tuple(Scheduled(phase="given", case=case) for case in self.given)
+            return
+        first: list[Scheduled] = []
+        for problems in self.sets.values():
+            first += self._selected(fixed(problems, ranks=self.ranks))
+        yield tuple(first)
+        for names in self._batches():
+            chunk: list[Scheduled] = []
+            for name in names:
+                chunk += self._selected(drawn(self.sets[name], self.profile, self.seed, ranks=self.ranks))
+            yield tuple(chunk)
+
+    def _batches(self) -> Iterator[list[str]]:
+        """Operators whose drawn cases make one chunk: few chunks where the profile is short."""
+        names = list(self.sets)
+        size = max(200 // max(self.profile.examples, 1), 1)
+        for start in range(0, len(names), size):
+            yield names[start : start + size]
+
+    def _selected(self, items: Sequence[Scheduled]) -> list[Scheduled]:
+        return [item for item in items if self.selects(item.case)]
+
+    def expected(self, fixed_cases: int) -> int:
+        """About how many cases there will be, once the fixed ones are known."""
+        return fixed_cases if self.given else fixed_cases + self.profile.examples * len(self.sets)
