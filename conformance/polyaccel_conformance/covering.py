@@ -51,8 +51,8 @@ def covering(problems: ProblemSet, limits: Mapping[str, int] | None = None) -> C
     """The covering list of an operator.
 
     Args:
-        limits: largest value of an integer axis, such as ``{"ranks": 2}`` where only two devices exist; an axis of which
-            nothing is left keeps no case.
+        limits: largest value of an integer axis, such as ``{"ranks": 2}`` where only two devices exist. Where nothing
+            is left of an axis there is no case.
     """
     axes = {path: _within(values, (limits or {}).get(path)) for path, values in problems.axes().items()}
     if any(not values for values in axes.values()):

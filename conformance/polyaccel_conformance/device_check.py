@@ -86,7 +86,7 @@ class DeviceProblem(Problem, ABC):
     """
 
     operands: Mapping[str, Operand] = MappingProxyType({})
-    exact: bool | None = None
+    arithmetic = False
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)

@@ -20,16 +20,16 @@ Array = npt.NDArray[np.generic]
 DEPTH = 4
 
 
-def dump(bench: Bench, problem: Problem, path: Path) -> None:
-    """Run the case once and write the archive.
+def dump(bench: Bench, problem: Problem, path: Path, *, run: bool = True) -> None:
+    """Run the case once, unless it must not be, and write the archive.
 
-    Names: ``input.<name>`` (exact values, float64 or int64), ``expected.<output>``, ``tolerance.<output>`` (0 where bits
-    are compared), ``term.<output>.<name>`` (what the tolerance is made of), ``got.<output>``, ``case`` (JSON).
+    Names: ``input.<name>`` (exact values, float64 or int64), ``expected.<output>``, ``tolerance.<output>`` (0 where
+    bits are compared), ``term.<output>.<name>`` (what the tolerance is made of), ``got.<output>``, ``case`` (JSON).
     """
-    np.savez_compressed(path, allow_pickle=False, **arrays(bench, problem))
+    np.savez_compressed(path, allow_pickle=False, **arrays(bench, problem, run=run))
 
 
-def arrays(bench: Bench, problem: Problem) -> dict[str, Array]:
+def arrays(bench: Bench, problem: Problem, *, run: bool = True) -> dict[str, Array]:
     """Everything that :func:`dump` writes, by name."""
     found: dict[str, Array] = {"case": np.asarray(json.dumps(problem.case.to_json()))}
     for name, operand in inputs_of(problem).items():
@@ -44,6 +44,8 @@ def arrays(bench: Bench, problem: Problem) -> dict[str, Array]:
                 found[key] = found[key] + values if key in found else np.asarray(values)  # type: ignore[operator]
         elif not callable(expected.values):
             found[f"expected.{name}"] = np.asarray(expected.values)
+    if not run:
+        return found
     observation = trial.observe()
     for name, output in observation.outputs.items():
         found[f"got.{name}"] = output.values

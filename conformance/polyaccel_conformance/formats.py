@@ -47,6 +47,9 @@ class Format:
     def round(self, x: npt.ArrayLike) -> Floats:
         """To nearest, ties to even; overflow gives infinity, subnormals are kept."""
         x = np.asarray(x, dtype=np.float64)
+        if self.torch is torch.float32:
+            with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+                return x.astype(np.float32).astype(np.float64)
         quantum = self.quantum(x)
         with np.errstate(invalid="ignore", over="ignore"):
             rounded = np.where(np.isfinite(x), np.rint(x / quantum) * quantum, x)

@@ -61,12 +61,13 @@ class Problem(ABC):
 
     Attributes:
         operands: tensor arguments by name in the contract; optional ones that are absent are missing.
-        exact: the data are such that a right implementation's result is determined bit by bit (tier 1). None: the
-            problem is no arithmetic, and a check of its own judges it.
+        exact: the data are such that a right implementation's result is determined bit by bit (tier 1).
+        arithmetic: its outputs are compared with what is expected; otherwise a check of its own judges it.
     """
 
     operands: Mapping[str, Operand]
-    exact: bool | None = False
+    exact: bool = False
+    arithmetic: bool = True
 
     def __init__(self, case: Case) -> None:
         self.case = case

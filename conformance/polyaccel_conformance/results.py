@@ -222,7 +222,7 @@ class RunResult:
 
 
 def encode(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as JSON values; numbers that JSON lacks become ``"nan"``, ``"inf"``, ``"-inf"``."""
+    """Dataclasses, mappings and tuples as JSON values; numbers that JSON lacks become ``"nan"`` and ``"inf"``."""
     if isinstance(value, Case):
         return value.to_json()
     if isinstance(value, Subject):

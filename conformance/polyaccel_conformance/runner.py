@@ -50,6 +50,7 @@ class Options:
         operators, checks: names, empty for all; ``selection``: a ``-k`` expression.
         devices: ranks at most; ``device``: index of the one for single-rank cases.
         workers: processes.
+        timeout: seconds after which a case counts as hanging, None for the profile's.
         budget: seconds after which no further case is begun; such a run can be taken up again.
         folder: for the results log and case files, None to write nothing.
         resume: take up the log in the folder; ``failed``: only the cases that failed in it.
@@ -65,6 +66,7 @@ class Options:
     devices: int = 1
     device: int = 0
     workers: int = 2
+    timeout: float | None = None
     budget: float | None = None
     folder: Path | None = None
     resume: bool = False
@@ -133,6 +135,8 @@ class _Run:
         started = time.monotonic()
         deadline = None if self.options.budget is None else started + self.options.budget
         profile = profile_of(self.options.profile)
+        if self.options.timeout is not None:
+            profile = replace(profile, timeout=self.options.timeout)
         facts = self.pool.start()
         header = self._header(profile, facts)
         schedule = self._schedule(header, profile)
@@ -318,14 +322,8 @@ class _Run:
             if any(failure.message.startswith("DeviceLost") for failure in result.failures):
                 self.pool.retire()
             return result
-        if answer.died:
-            self.deaths[case.operator] += 1
-            failure = Failure(check=WORKER, cause=answer.died, message=answer.log or "the process ended")
-        else:
-            # The suite could not build or judge the case: never the backend's success.
-            error = answer.reply["error"]
-            failure = Failure(check=WORKER, cause=f"suite error: {error['type']}", message=error["message"])
-        return CaseResult(case=case, failures=(failure,), checks=(), implementation="", kind="")
+        self.deaths[case.operator] += bool(answer.died)
+        return lost_result(answer, case)
 
     def _count(self, phase: Phase, result: CaseResult) -> None:
         self.tally.add(result)
@@ -461,6 +459,16 @@ class _Run:
             empty_cells=empty,
             seconds=seconds,
         )
+
+
+def lost_result(answer: Answer, case: Case) -> CaseResult:
+    """The result of a case whose worker died or hung, or which the suite could not build or judge: never a pass."""
+    if answer.died:
+        failure = Failure(check=WORKER, cause=answer.died, message=answer.log or "the process ended")
+    else:
+        error = answer.reply["error"]
+        failure = Failure(check=WORKER, cause=f"suite error: {error['type']}", message=error["message"])
+    return CaseResult(case=case, failures=(failure,), checks=(), implementation="", kind="")
 
 
 def _fails(result: CaseResult, check: str, cause: str) -> bool:

@@ -88,8 +88,8 @@ Needs torch and numpy alone.
     python THIS.py kernel.py:function           run function(inputs, case), compare what it returns
     python THIS.py kernel.py:function cuda:0    the same on a device
 
-``inputs``: tensors by name, in the layouts of the case. ``case``: sizes and attributes. The function returns one tensor,
-or a dictionary of them by output name. Exit code 0: right, 1: wrong.
+``inputs``: tensors by name, in the layouts of the case. ``case``: sizes and attributes. The function returns one
+tensor, or a dictionary of them by output name. Exit code 0: right, 1: wrong.
 """
 
 import base64

@@ -35,8 +35,9 @@ class Setting:
     """How a call is made. Two settings that differ must give the same bits, but for ``row`` and ``equal``.
 
     Attributes:
-        poison: what lies around, between and in new memory. Calls with ``NAN`` and ``LARGE`` are watched: their
-            observation has an activity.
+        poison: what lies around, between and in new memory.
+        watched: new memory is poisoned and guarded, and the observation has an activity. Always so with ``NAN`` and
+            ``LARGE``; torch then calls Python for every operator.
         repeat: tells calls apart that are made alike.
         contiguous: every tensor dense, whatever the case's layouts.
         row: only this token of every tensor whose first dimension is T.
@@ -45,6 +46,7 @@ class Setting:
     """
 
     poison: Poison = Poison.ZERO
+    watched: bool = False
     repeat: int = 0
     contiguous: bool = False
     row: int | None = None
@@ -213,7 +215,8 @@ class Trial:
         guarded = self.guarded(setting)
         tensors = self.tensors(guarded, setting)
         storages = {buffer.storage: name for name, buffer in guarded.items()}
-        watch = None if setting.poison is Poison.ZERO else Watch(setting.poison, storages)
+        watched = setting.watched or setting.poison is not Poison.ZERO
+        watch = Watch(setting.poison, storages) if watched else None
         prepared = self.prepare()
         planned: Planned | None = None
         outputs: dict[str, Output] = {}

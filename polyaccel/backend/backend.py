@@ -18,6 +18,7 @@ from polyaccel.backend.adapter_store import AdapterStore
 from polyaccel.backend.communicator import Communicator, SingleRank
 from polyaccel.backend.device import Device
 from polyaccel.backend.errors import ConfigurationError, UnsupportedError
+from polyaccel.backend.failure import UNTYPED, typed
 from polyaccel.backend.graph import Graph, GraphKey, StepFunction
 from polyaccel.backend.guard import Launcher
 from polyaccel.backend.kv_cache import KVCache, KVSpec
@@ -178,7 +179,7 @@ class Backend(ABC):
         """
         from polyaccel.backend.composite.operators import CompositeOperators
 
-        return {name: _counted(name, fn, self.ledger) for name, fn in CompositeOperators(self).table().items()}
+        return {name: _counted(name, fn, self.launcher) for name, fn in CompositeOperators(self).table().items()}
 
     def dequantize(self, weight: Weight) -> torch.Tensor:
         """Call the mandatory ``dequantize``: ``[n, k]`` or ``[experts, n, k]`` of the weight's dtype."""
@@ -200,10 +201,18 @@ def _entries(backend: str, operator: str, value: Implementations) -> tuple[Entry
         raise ConfigurationError(
             f"backend {backend!r}: operator {operator!r} maps to {value!r}, expected a callable or an Entry"
         )
-    return (Entry(value),)
+    return (Entry(value, evidence=_known_evidence(operator, value)),)
 
 
-def _counted(operator: str, fn: Callable[..., object], ledger: Ledger) -> Callable[..., object]:
+def _known_evidence(operator: str, fn: Callable[..., object]) -> tuple[str, ...]:
+    """What the plain-torch forms that a backend may bring as its own are known to execute."""
+    from polyaccel.backend.composite import linear as plain
+
+    return plain.EVIDENCE[operator] if fn in (plain.linear, plain.dequantize) else ()
+
+
+def _counted(operator: str, fn: Callable[..., object], launcher: Launcher) -> Callable[..., object]:
+    ledger = launcher.ledger
     name, nested = f"{COMPOSITE_PREFIX}{operator}", f"{NESTED_PREFIX}{operator}"
 
     @functools.wraps(fn)
@@ -220,6 +229,8 @@ def _counted(operator: str, fn: Callable[..., object], ledger: Ledger) -> Callab
         ledger.enter(None)
         try:
             return fn(*args, **kwargs)
+        except UNTYPED as error:
+            raise typed(operator, error, args, kwargs, launcher.rank) from error
         finally:
             ledger.leave(None)
 

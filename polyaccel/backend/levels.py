@@ -105,6 +105,10 @@ def _rows(
     return tuple(Requirement(operator=name, where=where, dtypes=dtypes) for name in operators)
 
 
+def _dtypes(collective: str) -> tuple[str, ...]:
+    return () if collective == "barrier" else ("float32", HALF)
+
+
 _GEMM: Mapping[str, tuple[Value | Span, ...]] = MappingProxyType(
     {
         "dims.tokens": _sizes(0),
@@ -115,6 +119,14 @@ _GEMM: Mapping[str, tuple[Value | Span, ...]] = MappingProxyType(
 )
 _RANKS = tuple(range(1, MOST_RANK + 1))
 _COLLECTIVES = tuple(name for name, spec in OPERATORS.items() if spec.group == "ranks")
+_SHARDED = (
+    "column_linear",
+    "row_parallel_linear",
+    "row_parallel_add_norm",
+    "embedding",
+    "sgmv",
+    "moe_experts",
+)
 _DENSE = (
     "embedding",
     "rms_norm",
@@ -138,7 +150,9 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
     {
         level.name: level
         for level in (
-            Level(name="L0", title="device", checks=("device.copy_paths",)),
+            Level(
+                name="L0", title="device", checks=("device.copy_paths", "device.wrong_current", "errors.async_operator")
+            ),
             Level(
                 name="L1",
                 title="linear and copies",
@@ -147,9 +161,15 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     Requirement(operator="linear", each=_GEMM),
                     Requirement(operator="dequantize"),
                 ),
-                checks=("device.copy_paths",),
+                checks=("storage.weight",),
             ),
-            Level(name="L2", title="dense model", builds_on=("L1",), table=_rows(_DENSE)),
+            Level(
+                name="L2",
+                title="dense model",
+                builds_on=("L1",),
+                table=_rows(_DENSE),
+                checks=("storage.kv", "storage.sampling"),
+            ),
             Level(
                 name="L3",
                 title="LoRA",
@@ -168,7 +188,7 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     ),
                     *_rows(("sgmv_shrink", "sgmv_expand")),
                 ),
-                checks=("lora.native_evidence", "lora.tp_delta_equal", "lora.load_cost"),
+                checks=("storage.adapters", "lora.native_evidence", "lora.tp_delta_equal", "lora.load_cost"),
             ),
             Level(name="L4", title="mixture of experts", builds_on=("L1",), table=_rows(("moe_route", "moe_experts"))),
             Level(
@@ -181,11 +201,23 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                 name="L6",
                 title="several devices",
                 builds_on=("L1",),
-                table=tuple(
-                    Requirement(operator=name, dtypes=() if name == "barrier" else ("float32", HALF), needs=DEVICES)
-                    for name in (*_COLLECTIVES, "row_parallel_linear")
+                table=(
+                    *(Requirement(operator=name, dtypes=_dtypes(name), needs=DEVICES) for name in _COLLECTIVES),
+                    # Layouts and attributes are the business of the levels that these operators belong to.
+                    *(Requirement(operator=name, needs=DEVICES, layouts=False, attributes=False) for name in _SHARDED),
                 ),
-                checks=("comm.row_parallel_operands",),
+                checks=(
+                    "comm.row_parallel_operands",
+                    "comm.collectives",
+                    "comm.trace",
+                    "comm.memory",
+                    "comm.barrier",
+                    "comm.back_to_back",
+                    "comm.interleaved",
+                    "comm.subgroups",
+                    "comm.timeout",
+                    "comm.failure_on_one_rank",
+                ),
             ),
             Level(name="L7", title="graphs", builds_on=("L2",), checks=("graph.adapter_cost",)),
         )

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 from polyaccel.backend import stations
 from polyaccel.backend.errors import UnsupportedError
-from polyaccel.backend.ledger import COMPOSITE_PREFIX, Ledger
+from polyaccel.backend.failure import UNTYPED, typed
+from polyaccel.backend.guard import Launcher
+from polyaccel.backend.ledger import COMPOSITE_PREFIX
 from polyaccel.backend.step import Step, TokenClass, plan_key
 from polyaccel.backend.support import Entry, Query, Static
 from polyaccel.backend.vocabulary import OPERATORS
@@ -220,7 +222,7 @@ class Plan:
                 planned = Planned(
                     operator=query.operator, kind=kind, implementation=name, detail=entry.detail, reasons=tuple(reasons)
                 )
-                return planned, _native(name, entry, self.backend.ledger)
+                return planned, _native(name, query.operator, entry, self.backend.launcher)
             reasons += [f"{name}: {reason}" for reason in refusals]
         if query.operator not in self._table:
             reasons.append(f"backend {self.backend.name!r} has no {query.operator}")
@@ -284,14 +286,16 @@ def _choice(planned: Planned) -> list[object]:
     return [planned.operator, planned.kind, planned.implementation, planned.detail, [_choice(p) for p in planned.parts]]
 
 
-def _native(name: str, entry: Entry, ledger: Ledger) -> Call:
-    fn = entry.fn
+def _native(name: str, operator: str, entry: Entry, launcher: Launcher) -> Call:
+    fn, ledger = entry.fn, launcher.ledger
 
     def native(*args: object, **kwargs: object) -> object:
         launched = ledger.launches
         ledger.enter(name)
         try:
             return fn(*args, **kwargs)
+        except UNTYPED as error:
+            raise typed(operator, error, args, kwargs, launcher.rank) from error
         finally:
             ledger.leave(name)
             if ledger.launches == launched:

@@ -22,6 +22,7 @@ class NonFinite(Enum):
     PROPAGATES = "propagates by IEEE arithmetic to every output it contributes to"
     MASKED = "does not reach the output where the element is masked"
     NEVER_READ = "elements outside the described range are never read"
+    SEGMENT = "may reach every output of its own sequence or segment, also where it is masked; no other"
 
 
 class Layout(Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -73,7 +74,7 @@ _DENSE = (
             tensor("x", "[..., hidden]"),
             tensor("weight", "[hidden]"),
             attribute("eps"),
-            tensor("residual", "[..., hidden]", optional=True),
+            tensor("residual", "[..., hidden]", optional=True, alias=("x",)),
         ),
         returns="normed, or (normed, s)",
         numerics=Numerics(
@@ -84,7 +85,10 @@ _DENSE = (
     OperatorSpec(
         name="layer_norm",
         group="dense",
-        semantics="``(x - mean) * rsqrt(var + eps) * weight + bias`` over the last dimension, statistics in float32.",
+        semantics=(
+            "``(x - mean) * rsqrt(var + eps) * weight + bias`` over the last dimension, statistics in float32; var is "
+            "the mean of ``(x - mean)^2``."
+        ),
         arguments=(
             tensor("x", "[..., hidden]"),
             tensor("weight", "[hidden]"),
@@ -140,6 +144,12 @@ _DENSE = (
     ),
 )
 
+
+def _attended(name: str) -> Argument:
+    # A masked weight is 0, and 0 times infinity is NaN: tiles of keys are multiplied as a whole.
+    return Argument(name=name, shape="[T, kv_heads, head_dim]", dtypes=FLOATS, non_finite=NonFinite.SEGMENT)
+
+
 _ATTENTION = (
     OperatorSpec(
         name="write_kv_cache",
@@ -165,7 +175,8 @@ _ATTENTION = (
             "prefill, chunked prefill and decode in one ragged call. Query head h uses key head h // (heads / "
             "kv_heads). With a "
             "window w a query at index i sees keys j with i - w < j <= i. ``softmax(scale * q k^T) v``, float32 "
-            "softmax."
+            "softmax. Queries that see no key give zeros. Slots that no query of the step sees may hold anything, NaN "
+            "included: nothing of it reaches the output."
         ),
         arguments=(
             tensor("q", "[T, heads, head_dim]"),
@@ -182,11 +193,14 @@ _ATTENTION = (
     OperatorSpec(
         name="dense_attention",
         group="attention",
-        semantics="Attention without a cache inside each of the segments ``starts`` (host ints), causal or not.",
+        semantics=(
+            "Attention without a cache inside each of the segments ``starts`` (host ints), causal or not. Tokens of no "
+            "segment give zeros; their keys and values are not read."
+        ),
         arguments=(
             tensor("q", "[T, heads, head_dim]"),
-            tensor("k", "[T, kv_heads, head_dim]"),
-            tensor("v", "[T, kv_heads, head_dim]"),
+            _attended("k"),
+            _attended("v"),
             attribute("starts"),
             attribute("scale"),
             attribute("causal", True, False),
@@ -334,11 +348,12 @@ def _collective(
 
 
 _X = Argument(name="x", shape="[...]", dtypes=FLOATS, layouts=(Layout.CONTIGUOUS,))
+_IN_PLACE = replace(_X, mutated=True)
 _RANKS = (
     _collective(
         "all_reduce",
         "Sum over ranks, in place, identical bits on all.",
-        (_X, COMM),
+        (_IN_PLACE, COMM),
         "x",
         Numerics(accumulator=torch.bfloat16),
     ),
@@ -358,7 +373,7 @@ _RANKS = (
         (_X, COMM, attribute("send_rows"), attribute("receive_rows")),
         "[received, ...]",
     ),
-    _collective("broadcast", "The source's content, in place.", (_X, COMM, attribute("source")), "x"),
+    _collective("broadcast", "The source's content, in place.", (_IN_PLACE, COMM, attribute("source")), "x"),
     _collective("barrier", "Returns when every rank has called it.", (COMM,), "nothing"),
 )
 

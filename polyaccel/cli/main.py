@@ -1,4 +1,4 @@
-"""``polyaccel generate | chat | backends | explain | bench | new-backend``. Options have the names of the Python API, with dashes."""
+"""``polyaccel COMMAND``. Options have the names of the Python API, with dashes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from polyaccel.backend.errors import PolyaccelError
-from polyaccel.cli import backends, bench, chat, explain, generate, new_backend
-from polyaccel.cli.options import UsageError
+from polyaccel.cli import conformance
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -18,8 +17,13 @@ EXIT_INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed (the error is on stderr), 2 wrong usage."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == [conformance.COMMAND]:
+        return conformance.hand_on(words[1:])
+    from polyaccel.cli.options import UsageError
+
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         code = run(options)
@@ -64,12 +68,15 @@ def _one_line(error: PolyaccelError) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, for the program, its help and its documentation test."""
+    # Here, so that the conformance suite can be run without the engine's modules.
+    from polyaccel.cli import backends, bench, chat, explain, generate, new_backend
+
     parser = argparse.ArgumentParser(
         prog="polyaccel", description="An LLM inference engine whose hardware is a plugin."
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (generate, chat, backends, explain, bench, new_backend):
+    for module in (generate, chat, backends, explain, bench, conformance, new_backend):
         module.add_parser(commands)
     return parser
 

@@ -8,7 +8,17 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
-from polyaccel.backend import Entry, Plan, Planned, Query, SiteRequest, TableBackend, TokenClass, UnsupportedError
+from polyaccel.backend import (
+    Entry,
+    OperatorError,
+    Plan,
+    Planned,
+    Query,
+    SiteRequest,
+    TableBackend,
+    TokenClass,
+    UnsupportedError,
+)
 from polyaccel.backend.backend import Implementations
 from polyaccel.backend.plan import KEYS, with_static
 from polyaccel.backend.step import plan_key
@@ -328,9 +338,11 @@ def test_a_call_that_raises_is_left_too() -> None:
 
     backend = TableBackend("cpu", {"rms_norm": broken})
     plan = Plan(backend, [NORM, GELU], policy="allow")
-    with pytest.raises(RuntimeError, match="illegal address"):
+    with pytest.raises(OperatorError, match="illegal address") as caught:
         plan["norm"][WITHOUT](X)
-    with pytest.raises(TypeError):
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert [operand.name for operand in caught.value.operands] == ["x"]
+    with pytest.raises(OperatorError, match="TypeError"):
         plan["gelu"][WITHOUT]()
     assert (backend.ledger.inside_operator, backend.ledger.native) == (False, None)
 

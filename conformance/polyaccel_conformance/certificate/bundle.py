@@ -15,6 +15,7 @@ from typing import Any, Literal
 from polyaccel_conformance.certificate.recount import recount
 from polyaccel_conformance.certificate.signature import Signer
 from polyaccel_conformance.errors import ExitCode, UsageError
+from polyaccel_conformance.levels.grant import NATIVE_REQUIRED
 from polyaccel_conformance.log import read_log
 from polyaccel_conformance.report.markdown import markdown
 from polyaccel_conformance.report.model import Report
@@ -65,7 +66,8 @@ def exit_code(report: Report) -> ExitCode:
     result = report.result
     if result.device_lost:
         return ExitCode.DEVICE_LOST
-    if report.applied.uncovered or report.applied.problems or result.empty_cells:
+    denied = any(NATIVE_REQUIRED in reason for level in report.levels for reason in level.reasons)
+    if report.applied.uncovered or report.applied.problems or result.empty_cells or denied:
         return ExitCode.FAIL
     inconclusive = any(state.verdict == "inconclusive" for state in result.checks)
     return ExitCode.INCONCLUSIVE if result.incomplete or not result.cases or inconclusive else ExitCode.PASS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 
 import numpy
@@ -56,10 +57,8 @@ def driver(device: torch.device) -> str:
     describe = getattr(module, "get_device_properties", None)
     if describe is not None:
         known.append(str(describe(device)))
-    try:
+    with suppress(metadata.PackageNotFoundError):
         known.append(f"torch_{device.type} {metadata.version(f'torch_{device.type}')}")
-    except metadata.PackageNotFoundError:
-        pass
     return ", ".join(known)
 
 

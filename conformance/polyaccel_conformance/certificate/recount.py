@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from polyaccel_conformance.certificate.environment import machine
 from polyaccel_conformance.check import CaseResult
-from polyaccel_conformance.levels.evidence import gather
+from polyaccel_conformance.levels.evidence import empty_cells, gather
 from polyaccel_conformance.levels.grant import LevelResult, grant
 from polyaccel_conformance.log import Logged
 from polyaccel_conformance.report.model import Report
@@ -50,6 +50,8 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
             complete=not incomplete and not applied.problems,
         )
         levels = grant(evidence, require_native=require_native)
+        if not incomplete:
+            result = replace(result, empty_cells=empty_cells(evidence, logged.header.operators))
     return Report(result=result, levels=levels, waivers=tuple(waivers), applied=applied)
 
 
@@ -70,7 +72,7 @@ def _waived(
 
 
 def failure_groups(results: Sequence[CaseResult], minimal: Sequence[FailureGroup] = ()) -> tuple[FailureGroup, ...]:
-    """Failures by operator, check and cause, each shown by its minimal case where the log has one, else by its first."""
+    """Failures by operator, check and cause, shown by the minimal case if the log has one, else by the first."""
     shown = {(group.operator, group.check, group.cause): group for group in minimal}
     groups: dict[tuple[str, str, str], FailureGroup] = {}
     for result in results:

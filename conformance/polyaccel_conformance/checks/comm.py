@@ -239,7 +239,18 @@ def _digests(problem: RankedProblem, observation: Observation) -> dict[str, str]
     return found
 
 
-EVEN_LINEAR: Mapping[str, object] = {}
+EVEN_LINEAR: Mapping[str, object] = {
+    "dims.tokens": 1,
+    "dims.k": 16,
+    "dims.n": 16,
+    "data": "digits",
+    "attributes.reduce": True,
+    "structure.adapters": "none",
+    "structure.ranks": "one",
+    "structure.bias": False,
+    "structure.even": True,
+    "structure.operand": "none",
+}
 
 COMM_CHECKS: Mapping[str, Check] = MappingProxyType(
     {check.name: check for check in (Collectives(), Trace(), Memory(), Barrier())}

@@ -65,9 +65,8 @@ class Batch(Check):
             return False
         if problem.alone(0) is not None:
             return True
-        kinds = {argument.kind for argument in problem.spec.arguments}
         rows = [len(o.values) for n, o in problem.operands.items() if by_token(problem.spec.argument(n).shape)]
-        return kinds <= {"tensor", "weight", "attribute"} and bool(rows) and min(rows) > 1
+        return problem.spec.name in ROW_BY_ROW and bool(rows) and min(rows) > 1
 
     def run(self, trial: Trial) -> Failure | None:
         differing = self._differing(trial)
@@ -129,6 +128,9 @@ class _Promised(Batch):
         differing = self._differing(trial)
         return Failure(check=self.name, cause="depends on the batch", message="") if differing else None
 
+
+ROW_BY_ROW = frozenset({"linear", "rms_norm", "layer_norm", "silu_and_mul", "gelu", "moe_route"})
+"""Operators that compute every row from that row of each operand, so that one can be cut out."""
 
 PROMISED_BY_ROW = frozenset({"sample", "moe_route", "embedding", "select_rows", "rotary_embedding"})
 """Operators whose contract defines a row's bits by that row alone: lookups, choices, and products of two numbers."""

@@ -21,7 +21,7 @@ Function = Callable[..., Any]
 
 
 def never_written(trial: Trial) -> dict[str, Mask]:
-    """By output, the elements that hold either poison in the call with that poison: nobody wrote them."""
+    """By output, the elements that hold each poison in the call with that poison: nobody wrote them."""
     nan, large = trial.ask(POISONED), trial.ask(LARGE)
     found = {}
     for name, output in nan.outputs.items():
@@ -29,6 +29,11 @@ def never_written(trial: Trial) -> dict[str, Mask]:
         if other is None or other.bits.shape != output.bits.shape or not output.bits.size:
             continue
         mask = _holds(output, Poison.NAN) & _holds(other, Poison.LARGE)
+        if mask.any():
+            # What is added to either poison leaves it as it is, and is no more seen than what was not written. It is
+            # added to zero as well.
+            plain = trial.ask(Setting(poison=Poison.ZERO, watched=True)).outputs[name]
+            mask &= _holds(plain, Poison.ZERO)
         if mask.any():
             found[name] = mask
     return found

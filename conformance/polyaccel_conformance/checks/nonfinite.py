@@ -49,6 +49,9 @@ class Rules(Check):
 
     def run(self, trial: Trial) -> Failure | None:
         clean = trial.expected
+        if not all(isinstance(e, Expected) and np.isfinite(e.value).all() for e in clean.values()):
+            # What is chosen among numbers that cannot be compared is nobody's rule.
+            return None
         for argument in _ruled(trial.problem):
             for value in (np.nan, np.inf):
                 problem = planted(trial.problem, argument, value)
@@ -65,7 +68,7 @@ class Rules(Check):
                         continue
                     if output.values.shape != expected.value.shape:
                         continue
-                    found = self._judge(expected, before, output.values.astype(np.float64), value)
+                    found = self._judge(expected, before, output.values.astype(np.float64))
                     if found is not None:
                         cause, mask = found
                         index = tuple(int(i) for i in np.argwhere(mask)[0])
@@ -81,13 +84,9 @@ class Rules(Check):
                         )
         return None
 
-    def _judge(
-        self, expected: Expected, before: Expected, got: npt.NDArray[np.float64], value: float
-    ) -> tuple[str, Mask] | None:
+    def _judge(self, expected: Expected, before: Expected, got: npt.NDArray[np.float64]) -> tuple[str, Mask] | None:
         reached = ~np.isfinite(expected.value)
-        lost: Mask = reached & np.isfinite(got)
-        if np.isnan(value):
-            lost = reached & ~np.isnan(got)
+        lost: Mask = (np.isnan(expected.value) & ~np.isnan(got)) | (reached & np.isfinite(got))
         if lost.any():
             return "does not propagate", lost
         with np.errstate(invalid="ignore"):
@@ -111,13 +110,14 @@ class Rules(Check):
 
 
 def _ruled(problem: Problem) -> list[str]:
-    """Operands of which the contract says that non-finite values propagate."""
+    """Operands of which the contract says that non-finite values propagate, and that hold none yet."""
     return [
         name
         for name, operand in problem.operands.items()
         if problem.spec.argument(name).non_finite is NonFinite.PROPAGATES
         and np.issubdtype(operand.values.dtype, np.floating)
         and operand.values.size
+        and np.isfinite(operand.values).all()
     ]
 
 

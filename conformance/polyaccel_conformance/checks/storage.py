@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from polyaccel.backend import Quantisation, Slice, Weight, WeightSpec
+from polyaccel.backend.support import Static
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.device_check import DeviceCheck, DeviceProblem, Facts
@@ -79,7 +81,6 @@ class WeightProblem(DeviceProblem):
                 continue
             begin = self.spec_of_weight.starts[index]
             rows, columns = slice(begin + row, begin + end), slice(col, stop)
-            where: dict[str, int] = {"row": row, "col": col} | ({} if expert is None else {"expert": expert})
             if isinstance(content, Codes):
                 size = content.quantisation.group_size
                 groups = slice(col // size, col // size + content.quantisation.groups(stop - col))
@@ -88,10 +89,10 @@ class WeightProblem(DeviceProblem):
                     torch.from_numpy(content.zeros[expert or 0, rows, groups].astype(np.uint8)),
                     torch.from_numpy(content.scales[expert or 0, rows, groups]).to(content.quantisation.scale_dtype),
                 )
-                weight.write_quantised(index, *parts, **where)
+                weight.write_quantised(index, *parts, row=row, col=col, expert=expert)
             else:
                 source = self._source(content[expert or 0, rows, columns])
-                weight.write(index, source, **where)
+                weight.write(index, source, row=row, col=col, expert=expert)
                 # The contract: the source may be reused when this returns.
                 source.fill_(float("nan"))
         if bias is not None:
@@ -147,7 +148,7 @@ class WeightProblem(DeviceProblem):
         """Unit rows select columns exactly; with a bias, the row of zeros gives it."""
         spec, k = weight.spec, weight.spec.k
         own = bias is not None and spec.bias
-        static = {
+        static: dict[str, Static] = {
             "dtype": self.case.dtype,
             "k": k,
             "slices": tuple(part.n for part in spec.slices),
@@ -156,7 +157,9 @@ class WeightProblem(DeviceProblem):
             "quantised": spec.quantisation is not None,
         }
         x = torch.zeros((1, k), dtype=wanted.dtype) if own else torch.eye(k, dtype=wanted.dtype)
-        prepared = Prepared(arguments={}, collect=lambda result, _: {}, static=static, ranges={"tokens": (1, max(k, 1))})
+        prepared = Prepared(
+            arguments={}, collect=lambda result, _: {}, static=static, ranges={"tokens": (1, max(k, 1))}
+        )
         y = bench.resolve("linear", prepared).call(bench.upload(x), weight)
         bench.synchronize()
         assert isinstance(y, torch.Tensor)
@@ -174,7 +177,13 @@ class WeightProblem(DeviceProblem):
         beyond = -(-spec.k // size) * size
 
         def refused(
-            name: str, value: object, index: int = 0, row: int = 0, col: int = 0, rows: int = 1, expert: int | None = own
+            name: str,
+            value: object,
+            index: int = 0,
+            row: int = 0,
+            col: int = 0,
+            rows: int = 1,
+            expert: int | None = own,
         ) -> None:
             facts.refused(name, lambda: self._write_ones(weight, index, row, col, rows, expert), str(value))
 
@@ -264,8 +273,8 @@ class WeightProblem(DeviceProblem):
             for expert in self._experts():
                 found += [
                     (index, expert, row, end, col, stop)
-                    for row, end in zip(rows[:-1], rows[1:], strict=True)
-                    for col, stop in zip(columns[:-1], columns[1:], strict=True)
+                    for row, end in itertools.pairwise(rows)
+                    for col, stop in itertools.pairwise(columns)
                     if end > row and stop > col
                 ]
         if order == "shuffled":

@@ -76,9 +76,7 @@ class CacheProblem(DeviceProblem):
                     block = stored[source * size : (source + 1) * size].clone()
                     stored[destination * size : (destination + 1) * size] = block
 
-    def _write(
-        self, bench: Bench, cache: KVCache, layer: int, slots: Ints, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
+    def _write(self, bench: Bench, cache: KVCache, layer: int, slots: Ints, k: torch.Tensor, v: torch.Tensor) -> None:
         cache.write(layer, bench.upload(torch.from_numpy(slots.astype(np.int64))), bench.upload(k), bench.upload(v))
 
     def _compare(
@@ -148,7 +146,9 @@ class SamplingStateProblem(DeviceProblem):
             if self.case.structure["cleared"]:
                 state.clear(slot)
             state.write(slot, SamplingRow(temperature=0.0))
-        wanted = [0 if slot in replaced else int(favourites[slot]) for slot in everyone]
+        # A penalty now weighs on the favourite too, since it was sampled once: all are equal again.
+        level = self.case.structure["by"] in ("penalty", "repetition")
+        wanted = [0 if level or slot in replaced else int(favourites[slot]) for slot in everyone]
         self._expect(bench, facts, "some replaced", state, everyone, wanted)
         few = replaced[:1]
         self._expect(bench, facts, "one alone", state, few, [0] * len(few))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyaccel.backend import Entry, OperatorError, PolyaccelError, Query
@@ -14,12 +15,14 @@ from polyaccel.backend.stations import STATIONS, parts_of
 from polyaccel_conformance.bench import SITE, Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
+from polyaccel_conformance.compare import excess
 from polyaccel_conformance.harness.controls import all_of, linear_problem, verdict, wrong_bench
 from polyaccel_conformance.harness.evidence import Watch
 from polyaccel_conformance.harness.layouts import CONTIGUOUS
 from polyaccel_conformance.harness.memory import Poison
-from polyaccel_conformance.problem import Prepared, Problem
-from polyaccel_conformance.trial import Setting, Trial, by_token
+from polyaccel_conformance.oracle.bounded import Expected
+from polyaccel_conformance.problem import Exactly, Prepared, Problem
+from polyaccel_conformance.trial import Output, Setting, Trial, returned
 
 Function = Callable[..., Any]
 
@@ -120,8 +123,8 @@ class _Bad:
 
 
 class BadArguments(Check):
-    """An operand of another dtype, width or device is refused by a typed error that names it, before anything is
-    computed. Asked of cases whose operands are all contiguous."""
+    """An operand of another dtype, width or device is refused by a typed error that names it, before any operand is
+    written to; or the result is right all the same. Asked of cases whose operands are all contiguous."""
 
     name = "errors.arguments"
 
@@ -132,36 +135,39 @@ class BadArguments(Check):
 
     def run(self, trial: Trial) -> Failure | None:
         setting = Setting()
-        tensors = trial.tensors(trial.guarded(setting), setting)
-        for bad in self._bad(trial, tensors):
-            found = self._refused(trial, bad, {**tensors, bad.argument: bad.tensor})
-            if found is not None:
-                return found
+        for name in trial.problem.operands:
+            tensors = trial.tensors(trial.guarded(setting), setting)
+            for bad in self._bad(trial, name, tensors[name]):
+                found = self._refused(trial, bad, {**tensors, name: bad.tensor})
+                if found is not None:
+                    return found
         return None
 
-    def _bad(self, trial: Trial, tensors: Mapping[str, torch.Tensor]) -> list[_Bad]:
+    def _bad(self, trial: Trial, name: str, tensor: torch.Tensor) -> list[_Bad]:
         found = []
-        here = trial.bench.torch_device
-        elsewhere = "meta" if here.type == "cpu" else "cpu"
-        for name, tensor in tensors.items():
-            argument = trial.problem.spec.argument(name)
-            other = torch.float64 if tensor.dtype.is_floating_point else torch.float32
-            found.append(_Bad(argument=name, what=f"dtype {other}", tensor=tensor.to(other)))
-            if tensor.dim() and "," in argument.shape or not by_token(argument.shape):
-                shape = (*tensor.shape[:-1], tensor.shape[-1] + 1)
-                wide = tensor.new_zeros(shape)
-                found.append(_Bad(argument=name, what=f"shape {list(shape)}", tensor=wide))
-            if not isinstance(tensor, torch.Tensor) or type(tensor) is torch.Tensor:
-                found.append(_Bad(argument=name, what=f"device {elsewhere}", tensor=tensor.to(elsewhere)))
+        other = torch.float64 if tensor.dtype.is_floating_point else torch.float32
+        found.append(_Bad(argument=name, what=f"dtype {other}", tensor=tensor.to(other)))
+        if tensor.dim() and tensor.shape[-1] > 1 and _width_is_fixed(trial.problem, name):
+            shape = (*tensor.shape[:-1], tensor.shape[-1] + 1)
+            found.append(_Bad(argument=name, what=f"shape {list(shape)}", tensor=tensor.new_zeros(shape)))
+        if trial.bench.torch_device.type != "cpu" and len(trial.problem.operands) > 1:
+            found.append(_Bad(argument=name, what="device cpu", tensor=tensor.cpu()))
         return found
 
     def _refused(self, trial: Trial, bad: _Bad, tensors: Mapping[str, torch.Tensor]) -> Failure | None:
         prepared = trial.prepare()
+        storages = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+        watch = Watch(Poison.ZERO, storages)
         try:
             resolved = trial.resolve(prepared)
-            with Watch(Poison.ZERO, {}) as watch:
-                trial.call(resolved, prepared, tensors)
+            with watch:
+                result = trial.call(resolved, prepared, tensors)
                 trial.bench.synchronize()
+            untouched = all(not t.numel() or t.untyped_storage().data_ptr() in storages for t in returned(result))
+            if untouched and not watch.activity().operators:
+                # There was nothing to do, and nothing was done with the operand.
+                return None
+            return self._handled(trial, bad, prepared, result, tensors)
         except OperatorError as error:
             return self._error(bad, error, watch)
         except PolyaccelError as error:
@@ -170,12 +176,22 @@ class BadArguments(Check):
             return self._failure("untyped error", bad, f"raised {type(error).__name__}: {error}")
         finally:
             trial.release(prepared)
-        return self._failure("accepted", bad, "was accepted")
+
+    def _handled(
+        self, trial: Trial, bad: _Bad, prepared: Prepared, result: object, tensors: Mapping[str, torch.Tensor]
+    ) -> Failure | None:
+        """Taken, which the contract does not ask for: then it has to be right."""
+        if not bad.what.startswith("shape"):
+            outputs = {name: Output.of(tensor) for name, tensor in prepared.collect(result, tensors).items()}
+            trial.bench.synchronize()
+            if all(_right(expected, outputs[name]) for name, expected in trial.expected.items() if name in outputs):
+                return None
+        return self._failure("accepted", bad, "was accepted, and the result is wrong")
 
     def _error(self, bad: _Bad, error: OperatorError, watch: Watch) -> Failure | None:
-        computed = watch.activity().operators
-        if computed:
-            return self._failure("refused late", bad, f"was refused after {', '.join(computed)} had been executed")
+        writes = watch.activity().operand_writes
+        if writes:
+            return self._failure("refused late", bad, f"was refused after operands had been written to: {dict(writes)}")
         named = any(operand.name == bad.argument for operand in error.operands)
         if not named and re.search(rf"\b{re.escape(bad.argument)}\b", error.reason) is None:
             return self._failure("error names no argument", bad, f"was refused without naming it: {error}")
@@ -210,6 +226,31 @@ class BadArguments(Check):
 
         problem = linear_problem(layout=CONTIGUOUS)
         return all_of(*(verdict(bench, self, problem, wrap) for wrap in (takes_all, untyped, nameless)))
+
+
+def _width_is_fixed(problem: Problem, argument: str) -> bool:
+    """Whether an argument's last dimension is that of a weight, a cache or a vector as well."""
+    shape = problem.spec.argument(argument).shape
+    width = shape.strip("[]").rpartition(",")[2].strip()
+    for other in problem.spec.arguments:
+        if other.kind in ("weight", "kv") and width in ("k", "n", "head_dim"):
+            return True
+        given = other.name in problem.operands and other.name != argument
+        if given and other.kind == "tensor" and width == other.shape.strip("[]").rpartition(",")[2].strip():
+            return other.shape.count(",") == 0 or shape.count(",") == 0
+    return False
+
+
+def _right(expected: Expected | Exactly, output: Output) -> bool:
+    if isinstance(expected, Exactly):
+        wanted = expected.values
+        if callable(wanted):
+            return wanted(output.values) is None
+        return isinstance(wanted, np.ndarray) and np.array_equal(wanted, output.values)
+    values = expected.format.round(output.values.astype(np.float64)) if expected.exact else output.values
+    if values.shape != expected.value.shape:
+        return False
+    return not bool((excess(expected, values.astype(np.float64)) > 1).any())
 
 
 SUPPORT_CHECKS: Mapping[str, Check] = {check.name: check for check in (Pure(), BadArguments())}

@@ -23,7 +23,7 @@ class _Values(Check):
     exact: bool
 
     def applies(self, case: Case, problem: Problem) -> bool:
-        return problem.exact is self.exact
+        return problem.arithmetic and problem.exact is self.exact
 
     def run(self, trial: Trial) -> Failure | None:
         observation = trial.ask()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from polyaccel.backend import Device
 from polyaccel_conformance.bench import Bench
@@ -160,7 +161,7 @@ class CudaStream(SideStream):
 
     def delay(self, amount: float) -> None:
         with torch.cuda.stream(self.stream):
-            torch.cuda._sleep(int(amount * _CYCLES))
+            torch.cuda._sleep(int(amount * _CYCLES))  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         self.stream.synchronize()
@@ -227,14 +228,15 @@ class CudaInstruments(Instruments):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             yield found
             torch.cuda.synchronize(self.device.torch_device)
-        events = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [e for e in profile.events() or () if e.device_type != DeviceType.CPU and not e.is_user_annotation]
         found.activities = tuple(Activity(name=e.name, kind=_cuda_kind(e.name)) for e in events)
 
     def _own(self) -> _CudaStreams:
         if self._streams is None:
             where = self.device.torch_device
-            side = CudaStream(torch.cuda.Stream(device=where))
-            self._streams = _CudaStreams(side, torch.cuda.Stream(device=where))
+            side = CudaStream(torch.cuda.Stream(device=where))  # type: ignore[no-untyped-call]
+            reader = torch.cuda.Stream(device=where)  # type: ignore[no-untyped-call]
+            self._streams = _CudaStreams(side, reader)
         return self._streams
 
 

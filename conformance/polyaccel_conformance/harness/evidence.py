@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyaccel_conformance.harness.allocation import DENSE, OTHER, Allocations
+from polyaccel_conformance.harness.dispatch import PlainDispatchMode
 from polyaccel_conformance.harness.memory import Poison
 
 Category = Literal["view", "allocate", "fill", "copy", "read", "compute"]
@@ -106,7 +106,7 @@ class Activity:
     dispatched: int = 0
 
 
-class Watch(TorchDispatchMode):
+class Watch(PlainDispatchMode):
     """Records every operator that is dispatched, and poisons and guards new memory.
 
     ``storages``: address of each operand's buffer and the argument's name.

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
+import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.errors import ConformanceError
+from polyaccel_conformance.workers.process import ForkServer, Spawn, Starter
 
 Ending = Literal["value", "error", "killed", "timeout"]
-Method = Literal["forkserver", "spawn"]
 
-PRELOADED = ("torch", "numpy", "polyaccel_conformance.harness.isolation")
+PRELOAD = ("polyaccel_conformance.harness.faults", "polyaccel_conformance.simulated", "torch.distributed.tensor")
+"""The last is imported by torch when the first tensor of a subclass is indexed."""
+
+_SERVE = "polyaccel_conformance.harness.isolation:serve"
+_LEAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,44 +47,39 @@ class Outcome:
         return f"was ended by {self.signal}" if self.ending == "killed" else "did not end in time"
 
 
-def run_isolated(
-    target: str, *arguments: object, timeout: float = 60.0, method: Method = "forkserver"
-) -> Outcome:
-    """Call ``module:function`` with picklable arguments in a new process.
+def run_isolated(starter: Starter, target: str, *arguments: object, timeout: float = 60.0) -> Outcome:
+    """Call ``module:function`` in a new process; arguments and value are what JSON can hold.
 
-    ``method``: a forkserver has imported torch already (and has touched no device); ``spawn`` is for what cannot
-    follow a fork.
+    ``starter``: a forkserver, which has imported torch and touched no device, or :class:`Spawn` for what cannot follow
+    a fork.
 
     Raises:
         ConformanceError: no such function.
     """
     resolve(target)
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(list(PRELOADED))
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(sender, target, arguments), daemon=True)  # type: ignore[attr-defined]
-    process.start()
-    sender.close()
+    process, connection = starter.start(_SERVE, {"target": target, "arguments": list(arguments)})
     try:
-        if not receiver.poll(timeout):
+        if not connection.poll(timeout):
             return Outcome(ending="timeout")
-        ending, *parts = receiver.recv()
-    except EOFError:
-        process.join()
-        code = process.exitcode
+        answer: dict[str, Any] = json.loads(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        code = process.wait(_LEAVE_SECONDS)
         name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return Outcome(ending="killed", signal=name)
     finally:
-        if process.is_alive():
-            process.join(1.0)
-        if process.is_alive():
+        if process.wait(0) is None:
             process.kill()
-        process.join()
-        receiver.close()
-    if ending == "value":
-        return Outcome(ending="value", value=parts[0])
-    return Outcome(ending="error", error=parts[0], message=parts[1])
+            process.wait(_LEAVE_SECONDS)
+        connection.close()
+    return Outcome(**answer)
+
+
+def starter_of(bench: Bench) -> Starter:
+    """How processes with this bench's backend are started: one forkserver a bench, which ends with this process."""
+    found = bench.memo.get("starter")
+    if not isinstance(found, ForkServer | Spawn):
+        found = bench.memo["starter"] = ForkServer(PRELOAD) if bench.backend.fork_safe else Spawn()
+    return found
 
 
 def resolve(target: str) -> Callable[..., object]:
@@ -98,11 +99,13 @@ def resolve(target: str) -> Callable[..., object]:
     return function
 
 
-def _serve(sender: Connection, target: str, arguments: tuple[object, ...]) -> None:
+def serve(connection: Connection, target: str, arguments: list[object]) -> None:
+    """In the new process."""
+    answer: Mapping[str, object]
     try:
-        value = resolve(target)(*arguments)
+        answer = {"ending": "value", "value": resolve(target)(*arguments)}
     except BaseException as error:
-        sender.send(("error", type(error).__name__, str(error)))
-    else:
-        sender.send(("value", value))
-    sender.close()
+        answer = {"ending": "error", "error": type(error).__name__, "message": str(error)}
+    with suppress(BrokenPipeError):
+        connection.send_bytes(json.dumps(answer).encode())
+    connection.close()

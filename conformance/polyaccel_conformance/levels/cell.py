@@ -67,7 +67,8 @@ def _cells(row: Requirement, dtype: str, ranks: int) -> Iterator[Cell]:
                     yield cell(f"layouts.{argument.name}", name)
     if row.attributes:
         for argument in spec.arguments:
-            for listed in argument.values:
+            # An attribute with one value has no axis.
+            for listed in argument.values if len(argument.values) > 1 else ():
                 if isinstance(listed, int | str | bool):
                     yield cell(f"attributes.{argument.name}", listed)
     if row.needs == DEVICES:

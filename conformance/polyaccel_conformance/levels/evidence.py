@@ -14,6 +14,7 @@ from polyaccel_conformance.levels.cell import HALVES, Cell, Index, cells, index
 from polyaccel_conformance.levels.coverage import covered
 from polyaccel_conformance.levels.grant import Asked, Evidence, Tally
 from polyaccel_conformance.results import CheckState
+from polyaccel_conformance.tally import IMPOSSIBLE
 
 WAIVED = "waived"
 
@@ -75,7 +76,7 @@ def gather(
         tallies=tallies,
         failures=failures,
         waived=covers,
-        checks={state.check: asked_state(state) for state in checks},
+        checks={state.check: Asked(state.verdict) for state in checks if was_asked(state)},
         asked={operator: frozenset(names) for operator, names in asked.items()},
         native=native,
         composite=composite,
@@ -106,9 +107,9 @@ def _stations(names: frozenset[str]) -> frozenset[str]:
     return frozenset(name for name in names if name in STATIONS)
 
 
-def asked_state(state: CheckState) -> Asked:
-    """The verdict of a run's check in the words of the levels."""
-    return Asked(state.verdict)
+def was_asked(state: CheckState) -> bool:
+    """Whether a check was asked, or could not be on this machine. One that no case asks was forgotten."""
+    return state.cases > 0 or state.control == IMPOSSIBLE
 
 
 def empty_cells(evidence: Evidence, operators: Iterable[str]) -> tuple[str, ...]:

@@ -148,6 +148,7 @@ def _level(level: Level, evidence: Evidence, below: Mapping[str, LevelResult], r
     return min(attempts, key=lambda found: (_ORDER.index(found.verdict), len(found.reasons), len(found.refused)))
 
 
+NATIVE_REQUIRED = "composites where native was required"
 _ORDER = (
     Verdict.GRANTED,
     Verdict.RESTRICTED,
@@ -190,14 +191,14 @@ def _judged(
     if failed and not wrong:
         reasons.append(f"failed: {summary(failed)}")
     if empty:
-        reasons.append(f"no case covers {summary(empty)}")
+        reasons.append(f"no case covers {_brief(empty, required)}")
     more, unexercised = _checks(level, evidence)
     reasons += more
     idle += unexercised
     native = tuple(name for name in level.operators if name in evidence.native and name not in evidence.composite)
     composite = tuple(name for name in level.operators if name in evidence.composite)
     if require_native and composite:
-        reasons.append(f"composites where native was required: {', '.join(composite)}")
+        reasons.append(f"{NATIVE_REQUIRED}: {', '.join(composite)}")
     verdict = Verdict.NOT_GRANTED if reasons else Verdict.RESTRICTED if refused else Verdict.GRANTED
     return LevelResult(
         level=level,
@@ -210,6 +211,15 @@ def _judged(
         composite=composite,
         waived=sum(evidence.waived.get(name, 0) for name in level.operators),
     )
+
+
+def _brief(some: Sequence[Cell], every: Sequence[Cell]) -> str:
+    """Cells in words; an operator of which every cell is meant by its name alone."""
+    missing = set(some)
+    names = dict.fromkeys(cell.operator for cell in some)
+    whole = [name for name in names if all(cell in missing for cell in every if cell.operator == name)]
+    rest = summary(cell for cell in some if cell.operator not in whole)
+    return "; ".join([*([f"{', '.join(whole)} at all"] if whole else []), *([rest] if rest else [])])
 
 
 def _checks(level: Level, evidence: Evidence) -> tuple[list[str], list[str]]:

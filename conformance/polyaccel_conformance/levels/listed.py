@@ -9,7 +9,7 @@ from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.levels.cell import Cell, index
 from polyaccel_conformance.levels.coverage import covered
 from polyaccel_conformance.levels.evidence import required
-from polyaccel_conformance.levels.facts import axes_of_fact
+from polyaccel_conformance.levels.facts import Axes, axes_of_fact
 from polyaccel_conformance.problem import ProblemSet
 
 SIZE = 17
@@ -62,13 +62,20 @@ def _attempts(problem_set: ProblemSet, cell: Cell, number: int) -> Iterator[dict
         plain["dtype"] = cell.dtype
     sized = {path: SIZE for path, values in axes.items() if path.startswith("dims.") and SIZE in values}
     for base in ({**plain, **sized}, plain):
-        for name, value in cell.where:
-            base |= axes_of_fact(problem_set.operator, name, value) or {name: value}
         for value in _representatives(cell.value):
-            if not cell.axis:
-                yield dict(base)
-            elif cell.axis != "ranks" or value in axes.get("ranks", ()):
-                yield {**base, **(axes_of_fact(problem_set.operator, cell.axis, value) or {cell.axis: value})}
+            wanted = [*cell.where, *([(cell.axis, value)] if cell.axis else [])]
+            changes = [_axes(axes, name, item) for name, item in wanted]
+            if None not in changes:
+                yield {**base, **{path: item for change in changes if change for path, item in change.items()}}
+
+
+def _axes(axes: Axes, name: str, value: Value) -> dict[str, Choice] | None:
+    if name.startswith("facts."):
+        return axes_of_fact(axes, name, value)
+    # A size may be any integer; everything else is one of the listed values, and an axis that is not listed is none.
+    if name not in axes or (name == "ranks" and value not in axes[name]):
+        return None
+    return {name: value}
 
 
 def _representatives(value: Value | Span) -> Iterator[Value]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from polyaccel.backend import Backend, Communicator, Device, RankAddress, SingleRank
 from polyaccel.backend.plan import Policy
 from polyaccel_conformance.bench import Bench, Resolved
-from polyaccel_conformance.multi.control import ControlPlane
+from polyaccel_conformance.multi.control import Alone, ControlPlane
 from polyaccel_conformance.problem import Prepared
 
 Call = Callable[..., object]
@@ -69,28 +69,32 @@ class RankBench(Bench):
             )
         )
 
+    def alone(self) -> RankBench:
+        """The same device in a world of one, with whatever is wrong on this bench."""
+        return _SpoiledBench(self, lambda call: call, alone=True)
+
     def spoiled(self, spoil: Callable[[Call], Call]) -> RankBench:
         """The same bench on which every planned call is replaced by something wrong: for controls."""
         return _SpoiledBench(self, spoil)
 
 
 class _SpoiledBench(RankBench):
-    def __init__(self, bench: RankBench, spoil: Callable[[Call], Call]) -> None:
+    def __init__(self, bench: RankBench, spoil: Callable[[Call], Call], *, alone: bool = False) -> None:
         super().__init__(
             bench.backend,
             bench.device,
-            bench.comm,
-            control=bench.control,
+            SingleRank() if alone else bench.comm,
+            control=Alone() if alone else bench.control,
             folder=bench.folder,
             timeout=bench.timeout,
             withheld=bench.withheld,
         )
         # Names of meeting places are never used twice.
         self._groups = bench._groups
-        self._spoil = spoil
+        self._inner, self._spoil = bench, spoil
 
     def resolve(self, operator: str, prepared: Prepared) -> Resolved:
-        found = super().resolve(operator, prepared)
+        found = self._inner.resolve(operator, prepared)
         return Resolved(call=self._spoil(found.call), planned=found.planned)
 
 

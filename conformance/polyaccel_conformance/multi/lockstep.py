@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from polyaccel.backend import CommunicationError
+from polyaccel.backend import CommunicationError, DeviceLost
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, run_case
 from polyaccel_conformance.multi.bench import RankBench
 from polyaccel_conformance.multi.control import Abandoned, RankVerdict, RunCase
 from polyaccel_conformance.multi.problem import RankedProblem
 from polyaccel_conformance.multi.registry import ranked_set
+
+_SPOILING = (CommunicationError.__name__, DeviceLost.__name__)
+"""Errors after which nothing on this rank can be trusted."""
 
 
 def run_on_rank(bench: RankBench, order: RunCase) -> RankVerdict:
@@ -28,7 +31,7 @@ def run_on_rank(bench: RankBench, order: RunCase) -> RankVerdict:
         result = run_case(bench, problem, checks_named(names))
     except Abandoned as error:
         return RankVerdict(ending="abandoned", text=str(error), broken=True)
-    broken = any(_is_communication(failure.message) for failure in result.failures)
+    broken = any(failure.message.startswith(_SPOILING) for failure in result.failures)
     abandoned = any(failure.message.startswith(Abandoned.__name__) for failure in result.failures)
     return RankVerdict(
         ending="abandoned" if abandoned else "finished", result=result, broken=broken or abandoned or bool(only)
@@ -54,7 +57,3 @@ def checks_named(names: tuple[str, ...]) -> list[Check]:
     if unknown:
         raise UsageError(f"unknown checks {unknown}")
     return [CHECKS[name] for name in names]
-
-
-def _is_communication(message: str) -> bool:
-    return message.startswith(CommunicationError.__name__)

@@ -17,6 +17,7 @@ from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Control, Failure
 from polyaccel_conformance.errors import ConformanceError, UsageError
 from polyaccel_conformance.multi.control import Abandon, Gather, Gathered, RankIdentity, RankVerdict, RunCase, RunControl
+from polyaccel_conformance.multi.registry import lockstep_checks
 from polyaccel_conformance.multi.worker import TARGET
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer, Process, Spawn, Starter
@@ -59,7 +60,7 @@ class RankPool(AbstractContextManager["RankPool"]):
     case gets fresh processes.
 
     Args:
-        checks: names of the checks to ask; default all that are known.
+        checks: names of the checks to ask; default those that ranks ask together.
         server: a forkserver to share, closed by its owner; else the pool has one of its own. A backend that cannot follow
             a fork gets new interpreters.
         timeout: seconds that a collective waits before it must raise; also what a rank may take to start.
@@ -89,7 +90,7 @@ class RankPool(AbstractContextManager["RankPool"]):
         self.world_size = world_size
         self.identities: tuple[RankIdentity, ...] = ()
         self.restarts = -1
-        self._checks = tuple(checks) if checks is not None else _all_checks()
+        self._checks = tuple(checks) if checks is not None else lockstep_checks()
         self._own = server is None
         self._server = server if server is not None else ForkServer()
         self._starter: Starter = self._server
@@ -119,8 +120,8 @@ class RankPool(AbstractContextManager["RankPool"]):
         return result
 
     def control(self, check: str) -> Control:
-        """The check's control on all ranks: as it must where it failed on at least one of them and on every rank that
-        it can fail on."""
+        """The check's control, asked by all ranks together: as it must where it failed on at least one of them, since
+        that fails a case."""
         verdicts = self._order(RunControl(check), self._case_timeout)
         found = [verdict.control for verdict in verdicts]
         if any(verdict.ending == "crashed" for verdict in verdicts):
@@ -309,12 +310,6 @@ def _exit(code: int | None) -> str:
     if code is None:
         return "closed its connection"
     return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-
-
-def _all_checks() -> tuple[str, ...]:
-    from polyaccel_conformance.checks.registry import CHECKS
-
-    return tuple(CHECKS)
 
 
 # -- one result of many ------------------------------------------------------------------------------------------------

@@ -9,9 +9,21 @@ from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
 from polyaccel_conformance.problems.sharded import SHARDED_SETS
+from polyaccel_conformance.problems.sharded_sum import SUMMED_SETS
 
-RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType({s.operator: s for s in (*COLLECTIVE_SETS, *SHARDED_SETS)})
+RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType({s.operator: s for s in (*COLLECTIVE_SETS, *SHARDED_SETS, *SUMMED_SETS)})
 """The axis ``ranks`` is not listed by the sets: whoever draws a case adds the size of the world before it is mended."""
+
+LOCKSTEP = ("values.", "memory.", "invariance.", "comm.", "lora.tp_")
+"""Checks that ranks ask together. The others look at one call on one device, which a world of one shows as well, and
+may end on one rank while the others are still in a collective."""
+
+
+def lockstep_checks() -> tuple[str, ...]:
+    """Names of the checks for cases of several ranks, in their order."""
+    from polyaccel_conformance.checks.registry import CHECKS
+
+    return tuple(name for name in CHECKS if name.startswith(LOCKSTEP))
 
 
 def ranked_set(operator: str) -> ProblemSet:

@@ -1,4 +1,4 @@
-"""Activations: SiLU (Hendrycks and Gimpel, arXiv 1606.08415; gated as in Shazeer, arXiv 2002.05202) and GELU (the first)."""
+"""Activations: GELU and SiLU (Hendrycks and Gimpel, arXiv 1606.08415), SiLU as a gate (Shazeer, arXiv 2002.05202)."""
 
 from __future__ import annotations
 

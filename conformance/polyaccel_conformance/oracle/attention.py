@@ -49,10 +49,10 @@ def attention(
     # The query heads of one key head are rows of one product.
     rows = q.reshape(n, kv_heads, group, head_dim).transpose(1, 0, 2, 3).reshape(kv_heads, n * group, head_dim)
     keys, values = k.transpose(1, 2, 0), v.transpose(1, 0, 2)
-    seen = np.repeat(visible, group, axis=0)[None]
+    seen: Mask = np.asarray(np.repeat(visible, group, axis=0).reshape(1, n * group, visible.shape[1]))
     with np.errstate(invalid="ignore"):
         out, terms = _attend(rows, keys, values, seen, scale, p_format, exp_ulps, divide_ulps)
-    sees = visible.any(axis=1)[:, None, None]
+    sees = np.asarray(visible.any(axis=1)).reshape(n, 1, 1)
 
     def restore(x: Floats) -> Floats:
         x = x.reshape(kv_heads, n, group, width).transpose(1, 0, 2, 3).reshape(n, heads, width)
@@ -70,11 +70,11 @@ def _attend(
     s = scale * (q @ k)
     squares = scale**2 * (q**2 @ k**2)
     masked = np.where(seen, s, -np.inf)
-    top = masked.max(-1, keepdims=True)
-    top = np.where(np.isneginf(top), 0.0, top)
+    sees = seen.any(-1, keepdims=True)
+    top = np.where(sees, masked.max(-1, keepdims=True), 0.0)
     p = np.exp(masked - top)
     weight = p.sum(-1, keepdims=True)
-    p = p / np.where(weight == 0, 1.0, weight)
+    p = p / np.where(sees, weight, 1.0)
     out = p @ v
     spread = np.sqrt(np.maximum(p @ v**2 - out**2, 0.0))
 
@@ -92,7 +92,7 @@ def _attend(
     contributions = p**2 @ v**2
     numerator = _accumulated(out, contributions, sizes, count, out.size)
     denominator = _accumulated(np.ones_like(top), (p**2).sum(-1, keepdims=True), np.ones_like(top), count, top.size)
-    terms = (
+    terms: tuple[tuple[str, Floats], ...] = (
         ("scores", slack * np.sqrt(np.maximum(quadrature, 0.0))),
         ("weights", slack * error * spread),
         ("sum of weighted values", numerator),

@@ -81,6 +81,10 @@ class Bounded:
             noise = Noise(extra, scale) if known is None else Noise(known.bound + extra, np.hypot(known.scale, scale))
         return Bounded(self.value, self.bound + extra, (*self.terms, (name, extra)), noise)
 
+    def at(self, value: Floats) -> Bounded:
+        """The same bound around another value."""
+        return replace(self, value=value)
+
     def map(self, function: Callable[[Floats], Floats]) -> Bounded:
         """Views and rearrangements: applied to value, bound and terms alike (reshape, transpose, index)."""
         terms = tuple((n, function(t)) for n, t in self.terms)

@@ -19,6 +19,9 @@ def linear(x: Floats, weight: Floats, bias: Floats | None = None, order: Order =
 
     The bias is one more term of the sum: it may be where the accumulator starts, or be added last.
     """
+    if order == "exact":
+        value = x @ weight.T
+        return Bounded.exact(value if bias is None else value + bias)
     with np.errstate(invalid="ignore", over="ignore"):
         value, squares, magnitudes = x @ weight.T, x**2 @ (weight**2).T, np.abs(x) @ np.abs(weight).T
         terms = x.shape[1]

@@ -54,7 +54,7 @@ class Triples:
 def shrink(x: Floats, a: Floats, kept: Format, order: Order = "random") -> Bounded:
     """``x @ a.T`` for ``x: [rows, k]``, ``a: [rank, k]``, kept in ``kept`` or float32."""
     h = matmul(Bounded.exact(x), Bounded.exact(a.T), order)
-    return h if kept.name == "float32" else cast(h, kept, "h rounded")
+    return h if kept.name == "float32" or order == "exact" else cast(h, kept, "h")
 
 
 def lookup(a: Floats, columns: Ints, inside: npt.NDArray[np.bool_]) -> Bounded:
@@ -88,11 +88,13 @@ class Delta:
         weights = mix[:, None]
         factor = b.T
         self._value[where] += weights * (h.value @ factor)
+        self.touched[where] = True
+        if self._order == "exact":
+            return
         self._squares[where] += weights**2 * (h.value**2 @ factor**2)
         magnitudes = np.abs(weights) * (np.abs(h.value) @ np.abs(factor))
         self._magnitudes[where] += magnitudes
         self._terms[where] += b.shape[1]
-        self.touched[where] = True
         if np.any(h.bound):
             extra, scale = carried(h, factor, self._order)
             if scale is not None:
@@ -110,6 +112,8 @@ class Delta:
         """y with all deltas, before the output rounding; y itself where nothing was added."""
         y = self._y
         value = y.value + self._value
+        if self._order == "exact":
+            return Bounded.exact(value)
         result = Bounded(value, y.bound, y.terms, y.noise)
         result = result.plus("error of h", self._hard)
         if self._variance.any():

@@ -32,7 +32,7 @@ def exponential(x: Bounded) -> Bounded:
 
 def divide(a: Bounded, b: Bounded) -> Bounded:
     """``a / b`` for positive b; 0 / 0 is 0 (see ``renormalise``)."""
-    divisor = np.where(b.value > 0, b.value, 1.0)
+    divisor = np.where(b.value == 0, 1.0, b.value)
     value = a.value / divisor
     least = np.maximum(divisor - b.bound, divisor * 0.5)
     carried = (a.bound + np.abs(value) * b.bound) / least

@@ -1,4 +1,4 @@
-"""Norms over the last dimension (RMSNorm: Zhang and Sennrich, arXiv 1910.07467; LayerNorm: Ba et al., arXiv 1607.06450).
+"""Norms over the last dimension: RMSNorm (Zhang and Sennrich, arXiv 1910.07467), LayerNorm (Ba, arXiv 1607.06450).
 
 Statistics are float32. The variance is that of the centred values; the mean of squares minus the squared mean loses the
 bits that the mean takes up and is one precision class below.

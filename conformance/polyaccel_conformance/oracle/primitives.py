@@ -7,7 +7,7 @@ error analysis" (2019). The constants are stated once, here.
 The order of a sum's terms decides which bound holds. ``random``: the data are exchangeable, no implementation's order
 of summation knows them, partial sums are those of a random order, and roundings are independent. ``structured``: the
 data were made to hurt (cancelling halves, sorted magnitudes), nothing is known and only the worst case bounds the
-error.
+error. ``exact``: every partial sum is a number of the accumulator's format, there is no error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from polyaccel_conformance.oracle.bounded import Bounded, Noise, deviations
 
 Floats = npt.NDArray[np.float64]
 
-Order = Literal["random", "structured"]
+Order = Literal["random", "structured", "exact"]
 
 ACCUMULATOR = FORMATS["float32"].unit
 SAFETY = 1.5
@@ -37,6 +37,8 @@ def accumulated(result: Bounded, squares: Floats, magnitudes: Floats, terms: Flo
     ``squares``: the sum of the terms' squares, ``magnitudes``: of their magnitudes; ``terms`` may differ by element.
     A product may lose half the smallest number; sums of float32 numbers lose nothing below the smallest normal one.
     """
+    if order == "exact":
+        return result
     count = np.asarray(terms, dtype=np.float64)
     lost = 0.5 * count * FORMATS["float32"].smallest
     # A single product may still be rounded before whatever is added to it.
@@ -88,6 +90,8 @@ def carried(x: Bounded, factor: Floats, order: Order) -> tuple[Floats, Floats | 
 def matmul(a: Bounded, b: Bounded, order: Order = "random") -> Bounded:
     """``a @ b`` with float32 accumulation; stacks of matrices broadcast."""
     value = a.value @ b.value
+    if order == "exact":
+        return Bounded.exact(value)
     squares = (a.value**2) @ (b.value**2)
     magnitudes = np.abs(a.value) @ np.abs(b.value)
     result = Bounded(value, np.zeros_like(value))

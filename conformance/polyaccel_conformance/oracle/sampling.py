@@ -1,8 +1,8 @@
 """Which ids ``sample`` may return, and their log-probabilities, in float64 with bounds.
 
 Filters in the contract's order: penalties (repetition as in CTRL, arXiv 1909.05858; presence and frequency as in
-OpenAI's interface), bias, mask, temperature, top-k, top-p (nucleus, arXiv 1904.09751), min-p (arXiv 2407.01082), then the
-inverse of the cumulative distribution over the kept ids in ascending order.
+OpenAI's interface), bias, mask, temperature, top-k, top-p (nucleus, arXiv 1904.09751), min-p (arXiv 2407.01082), then
+the inverse of the cumulative distribution over the kept ids in ascending order.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class Distribution:
 
     @cached_property
     def logprobs(self) -> Bounded:
-        """``[vocabulary]``: of the adjusted scores, before temperature and filters; minus infinity for no candidates."""
+        """``[vocabulary]``: of the adjusted scores, before temperature and filters; minus infinity where no candidate."""
         value, bound = self.scores.value, self.scores.bound
         top = value[self.candidates].max()
         shifted = np.where(self.candidates, value - top, -np.inf)

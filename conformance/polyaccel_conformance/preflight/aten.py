@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from polyaccel.backend import Backend, Device, PolyaccelError, TableBackend, TorchDevice
 from polyaccel.backend.backend import Implementations
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.harness.dispatch import PlainDispatchMode
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.preflight.facts import first_line
 from polyaccel_conformance.preflight.finding import STORAGE, OperatorNeeds
@@ -80,7 +80,7 @@ class Recording:
             known[key] = Sample(operation=operation, args=_copied(args), kwargs=_copied(dict(kwargs)))
 
 
-class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(PlainDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recording: Recording) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recording = recording

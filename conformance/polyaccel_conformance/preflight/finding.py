@@ -55,6 +55,7 @@ class OperatorNeeds:
 
 
 STORAGE = "storage"
+LOADS = "loads"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,11 @@ class Preflight:
     @property
     def failures(self) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.mark is Mark.FAIL)
+
+    @property
+    def opened(self) -> bool:
+        """Whether the backend was found and loaded."""
+        return any(finding.name == LOADS and finding.mark is Mark.OK for finding in self.findings)
 
     @property
     def lacking(self) -> tuple[OperatorNeeds, ...]:

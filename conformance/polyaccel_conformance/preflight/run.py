@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from polyaccel.backend import API_VERSION, Backend, BackendUnavailable, Device
+from polyaccel.backend import API_VERSION, OPERATORS, STATIONS, Backend, BackendUnavailable, Device
 from polyaccel.backend.registry import InstalledBackend, installed
 from polyaccel.backend.version import format_version
 from polyaccel_conformance.preflight.aten import Execute, Recording, execute_on, needs, record
 from polyaccel_conformance.preflight.facts import device_findings, first_line
-from polyaccel_conformance.preflight.finding import STORAGE, Finding, Mark, OperatorNeeds, Preflight
+from polyaccel_conformance.preflight.finding import LOADS, STORAGE, Finding, Mark, OperatorNeeds, Preflight
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.subject import Subject
 
@@ -31,6 +31,7 @@ def preflight(
     devices: int = 1,
     execute: Execute = execute_on,
     budget: float = BUDGET,
+    examine: bool | None = None,
 ) -> Preflight:
     """Everything that can be known of ``subject`` before the first case. Does not raise for what the backend does.
 
@@ -40,11 +41,13 @@ def preflight(
         devices: how many devices the run wants.
         execute: makes a recorded aten call on a device.
         budget: seconds for running composites.
+        examine: whether to look for missing aten operators; None: unless the device is the CPU, which has them all.
     """
     if problem_sets is None:
         from polyaccel_conformance.problems.registry import PROBLEM_SETS
 
-        problem_sets = PROBLEM_SETS
+        # Questions about devices and storage are no operators.
+        problem_sets = {name: s for name, s in PROBLEM_SETS.items() if name in OPERATORS or name in STATIONS}
     began = time.perf_counter()
     findings = list(_environment())
     if subject.kind == "backend":
@@ -57,7 +60,7 @@ def preflight(
         findings += more
         for device in found:
             findings += device_findings(backend, device)
-        if found:
+        if found and (examine if examine is not None else found[0].torch_device.type != "cpu"):
             table = _aten(backend, found[0], problem_sets, execute, budget)
         backend.close()
     name = subject.name if subject.kind == "backend" else f"{subject.path}:{subject.name}"
@@ -104,8 +107,8 @@ def _open(subject: Subject) -> tuple[Backend | None, list[Finding]]:
     try:
         backend = subject.open()
     except Exception as error:
-        return None, [line("loads", Mark.FAIL, f"{type(error).__name__}: {first_line(error)}")]
-    found = [line("loads", Mark.OK)]
+        return None, [line(LOADS, Mark.FAIL, f"{type(error).__name__}: {first_line(error)}")]
+    found = [line(LOADS, Mark.OK)]
     try:
         availability = backend.probe()
         found.append(line("probe", Mark.OK if availability.usable else Mark.FAIL, availability.reason))

@@ -106,6 +106,16 @@ class HostAdapters:
     def _packed(self, site: str, adapter: HostAdapter) -> PackedAdapter:
         return pack(site, adapter, lookup=self.lookup)
 
+    def scaled(self, shift: int, starts: Sequence[int]) -> HostAdapters:
+        """B times ``2^shift``, the odd outputs of the site negative; ``starts``: first output of each slice."""
+
+        def change(index: int, module: HostModule) -> HostModule:
+            outputs = np.arange(module.b.shape[0])[:, None] + starts[index]
+            b = np.ldexp(module.b.values.astype(np.float64), shift) * (1.0 - 2.0 * (outputs % 2))
+            return HostModule(a=module.a, b=Operand.rounded(b, module.b.dtype))
+
+        return self._mapped(change)
+
     # -- one rank's part ---------------------------------------------------------------------------------------------
 
     def output_rows(self, cuts: Sequence[tuple[int, int]]) -> HostAdapters:
@@ -266,9 +276,9 @@ def _draw_module(
     columns, outputs = (n, k) if lookup else (k, n)
     a_name, b_name = f"{name} a", f"{name} b"
     if data in ("integers", "small"):
-        a = _lookup_integers(source, rank, n, a_name) if lookup else _sparse(source, rank, columns, (1, 1), a_name)
+        a = _lookup_integers(source, rank, n, a_name) if lookup else sparse(source, rank, columns, (1, 1), a_name)
         codes = (2 * index + 1, 2 * index + 2) if data == "integers" else (1 + index % 2, 2)
-        b = _sparse(source, outputs, rank, codes, b_name)
+        b = sparse(source, outputs, rank, codes, b_name)
     elif data == "cancelling":
         a = (
             _lookup_integers(source, rank, n, a_name)
@@ -294,7 +304,7 @@ def _half_bits(n: int) -> int:
     return (max(n, 1).bit_length() - 1) // 2
 
 
-def _sparse(source: Source, rows: int, columns: int, codes: tuple[int, int], name: str) -> Floats:
+def sparse(source: Source, rows: int, columns: int, codes: tuple[int, int], name: str) -> Floats:
     """Two entries of random sign a row, in random columns; the first of row i counts columns from the end, so that
     each is used, the last one always."""
     matrix = np.zeros((rows, columns))

@@ -28,7 +28,6 @@ from polyaccel_conformance.problems.kv_cache import fill, kv_spec
 from polyaccel_conformance.problems.rows import coarsest
 from polyaccel_conformance.problems.steps import BLOCK_ORDERS, Paging, build_step
 from polyaccel_conformance.problems.weights import tensor_of
-from polyaccel_conformance.words import Source
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -42,8 +41,9 @@ KINDS = ("normal", EXACT, "peaked", "flat", "positive", "outliers", "nonfinite")
 
 # Scores of keys that are not chosen, in units of 1 over the scale. A power of two, at least 160 below zero.
 GAP = 256.0
-# Queries x keys x heads x head_dim that one case may cost.
-WORK = 1.5e6
+# Queries x keys x heads of one case.
+WORK = 33_000
+LONGEST_CHUNK = 33
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class AttentionData:
         index = np.arange(context, dtype=np.int64)
         gray = index ^ (index >> 1)
         codes = gray[:, None] ^ self.source.integers("mask", (kv_heads,), 0, 2**bits - 1)
-        k = 1.0 - 2 * self.source.integers(f"{name} k", shape, 0, 1)
+        k: Floats = 1.0 - 2 * self.source.integers(f"{name} k", shape, 0, 1).astype(np.float64)
         k[..., places[:bits]] = 1.0 - 2 * ((codes[..., None] >> np.arange(bits)) & 1)
         # A query puts minus its largest score here.
         k[..., places[bits]] = 1.0
@@ -173,30 +173,23 @@ class AttentionProblem(Problem):
             q.reshape(-1)[int(self.source.integers("poisoned", (1,), 0, q.size - 1)[0])] = np.nan
         return q
 
-    def attend(self, q: Floats, first: int) -> list[Bounded]:
-        """The oracle of the sequences whose queries lie behind one another from row ``first`` of ``q``."""
+    def attend(self, q: Floats, k: Floats, v: Floats, visible: Mask) -> Bounded:
+        """The oracle of one sequence."""
         ulps = self.spec.numerics.ulps
-        parts = []
-        for keys, visible in zip(self.sequences, self.visible, strict=True):
-            end = first + len(visible)
-            parts.append(
-                attention(
-                    q[first:end],
-                    keys.k,
-                    keys.v,
-                    visible,
-                    self.scale,
-                    p_format=coarsest(self.spec, "p", self.case.dtype),
-                    exp_ulps=ulps["exp"],
-                    divide_ulps=ulps["divide"],
-                )
-            )
-            first = end
-        return parts
+        return attention(
+            q,
+            k,
+            v,
+            visible,
+            self.scale,
+            p_format=coarsest(self.spec, "p", self.case.dtype),
+            exp_ulps=ulps["exp"],
+            divide_ulps=ulps["divide"],
+        )
 
     def joined(self, parts: list[Bounded], q: Floats) -> Mapping[str, Expected | Exactly]:
         empty = Bounded.exact(np.zeros((0, *q.shape[1:])))
-        return {"out": finish(concatenate([empty, *parts], 0), format_of(self.case.dtype), exact=self.exact)}
+        return {"out": finish(concatenate([empty, *parts], 0), format_of(self.case.dtype), exact=bool(self.exact))}
 
     def static(self) -> dict[str, int | float | str | bool | None]:
         return {
@@ -222,10 +215,11 @@ class PagedAttentionProblem(AttentionProblem):
         self.counts, self.contexts = self._lengths()
         self.padding = 2 if case.structure["phase"] == "padded" else 0
         self.sequences, self.visible, queries = [], [], []
-        common = self.data.keys("common", max(self.contexts, default=0))
+        shared = case.structure["blocks"] == "shared"
+        common = self.data.keys("common", max(self.contexts, default=0) if shared else 0)
         for i, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
             own = self.data.keys(f"{i}", context)
-            if case.structure["blocks"] == "shared":
+            if shared:
                 # What a prefix cache may share: everything that this step does not write.
                 own = _with_prefix(own, common, context - count)
             self.sequences.append(own)
@@ -244,7 +238,7 @@ class PagedAttentionProblem(AttentionProblem):
         kinds = source.integers("phases", (sequences,), 0, 3).tolist()
         counts = []
         for context, chunk, kind in zip(contexts, chunks, kinds, strict=True):
-            part = 1 + chunk % context
+            part = 1 + chunk % min(context, LONGEST_CHUNK)
             by_kind = (1, context, part, part)[kind]
             counts.append({"prefill": context, "chunked": part, "mixed": by_kind}.get(str(phase), 1))
         return counts, contexts
@@ -301,13 +295,17 @@ class PagedAttentionProblem(AttentionProblem):
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         q = self.operands["q"].values.astype(np.float64)
-        parts = self.attend(q, 0)
+        parts, first = [], 0
+        for keys, visible in zip(self.sequences, self.visible, strict=True):
+            end = first + len(visible)
+            parts.append(self.attend(q[first:end], keys.k, keys.v, visible))
+            first = end
         if self.padding:
             parts.append(Bounded.exact(np.zeros((self.padding, *q.shape[1:]))))
         return self.joined(parts, q)
 
     def digests(self) -> dict[str, str]:
-        found = {}
+        found: dict[str, str] = {}
         for i, keys in enumerate(self.sequences):
             found |= {
                 f"k{i}": Operand(keys.k, self.case.dtype).digest(),
@@ -325,14 +323,13 @@ class DenseAttentionProblem(AttentionProblem):
         super().__init__(case)
         self.starts = self._starts()
         self.causal = bool(case.attributes["causal"])
-        outside = len_outside(self.starts, case.dim("tokens"))
         self.sequences, self.visible, queries = [], [], []
         for i, (begin, end) in enumerate(itertools.pairwise(self.starts)):
             n = end - begin
             self.sequences.append(self.data.keys(f"{i}", n))
             self.visible.append(causal(n, n, None) if self.causal else np.ones((n, n), dtype=np.bool_))
             queries.append(self.data.queries(f"{i}", n, self.sequences[-1], self.visible[-1]))
-        before, after = outside
+        before, after = outside(self.starts, case.dim("tokens"))
         rest = {name: self._outside(name, before, after) for name in ("q", "k", "v")}
         joined = {
             "q": [rest["q"][0], *queries, rest["q"][1]],
@@ -346,12 +343,9 @@ class DenseAttentionProblem(AttentionProblem):
     def _outside(self, name: str, before: int, after: int) -> tuple[Floats, Floats]:
         """Tokens of no segment: their keys and values are never read."""
         heads = self.data.heads if name == "q" else self.data.kv_heads
-        parts = []
-        for where, count in (("before", before), ("after", after)):
-            shape = (count, heads, self.data.head_dim)
-            value = unread_value(str(self.case.structure["unread"]), format_of(self.case.dtype).max)
-            parts.append(np.full(shape, value) if name != "q" else np.ones(shape))
-        return parts[0], parts[1]
+        value = 1.0 if name == "q" else unread_value(str(self.case.structure["unread"]), format_of(self.case.dtype).max)
+        first, last = (np.full((count, heads, self.data.head_dim), value) for count in (before, after))
+        return first, last
 
     def _starts(self) -> list[int]:
         tokens, pattern = self.case.dim("tokens"), self.case.attributes["starts"]
@@ -377,10 +371,14 @@ class DenseAttentionProblem(AttentionProblem):
         )
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
-        q = self.operands["q"].values.astype(np.float64)
-        before, after = len_outside(self.starts, len(q))
+        q, k, v = (self.operands[name].values.astype(np.float64) for name in ("q", "k", "v"))
+        before, after = outside(self.starts, len(q))
         zeros = [Bounded.exact(np.zeros((count, *q.shape[1:]))) for count in (before, after)]
-        return self.joined([zeros[0], *self.attend(q, before), zeros[1]], q)
+        parts = [
+            self.attend(q[begin:end], k[begin:end], v[begin:end], visible)
+            for (begin, end), visible in zip(itertools.pairwise(self.starts), self.visible, strict=True)
+        ]
+        return self.joined([zeros[0], *parts, zeros[1]], q)
 
 
 class PagedAttentionProblems(ProblemSet):
@@ -392,7 +390,7 @@ class PagedAttentionProblems(ProblemSet):
         return {
             "dtype": ("float32", "bfloat16", "float16"),
             "dims.sequences": (1, 0, 2, 3, 5),
-            "dims.context": (17, 1, 2, 15, 16, 31, 33, 64, 65, 127, 129, 300),
+            "dims.context": (17, 1, 2, 15, 16, 31, 33, 64, 65, 127, 129, 300, 600),
             "dims.kv_heads": (1, 2, 3),
             "dims.group": (1, 2, 3, 4, 8),
             "dims.head_dim": (64, 80, 96, 128, 256, 11, 33),
@@ -411,22 +409,22 @@ class PagedAttentionProblems(ProblemSet):
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {
             "dims.sequences": (0, 6),
-            "dims.context": (1, 300),
+            "dims.context": (1, 700),
             "dims.kv_heads": (1, 4),
             "dims.group": (1, 8),
             "dims.head_dim": (1, 256),
         }
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        size = sizes(axes, "sequences", "context", "kv_heads", "group", "head_dim")
         if axes["data"] == EXACT:
             fit_selection(axes, "dims.context")
-        phase = axes["structure.phase"]
+        # Decode steps are cheap, and so are chunks.
+        most = {"decode": 1, "padded": 1, "chunked": LONGEST_CHUNK}.get(str(axes["structure.phase"]), 1 << 20)
         while True:
-            size = sizes(axes, *size)
-            queries = 1 if phase in ("decode", "padded") else size["context"]
-            work = size["sequences"] * queries * size["context"] * size["kv_heads"] * size["group"] * size["head_dim"]
-            if work <= WORK or not _reduce(axes, ("sequences", 2), ("group", 2), ("kv_heads", 1), ("context", 65)):
+            size = sizes(axes, "sequences", "context", "kv_heads", "group")
+            queries = min(size["context"], most)
+            work = size["sequences"] * queries * size["context"] * size["kv_heads"] * size["group"]
+            if work <= WORK or not _reduce(axes, ("sequences", 1), ("group", 1), ("kv_heads", 1), ("context", 300)):
                 return axes
 
     def problem(self, case: Case) -> Problem:
@@ -463,10 +461,12 @@ class DenseAttentionProblems(ProblemSet):
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         if axes["data"] == EXACT:
             fit_selection(axes, "dims.tokens")
+        if axes["attributes.starts"] == "each":
+            axes["dims.tokens"] = min(sizes(axes, "tokens")["tokens"], 16)
         while True:
-            size = sizes(axes, "tokens", "kv_heads", "group", "head_dim")
-            work = size["tokens"] ** 2 * size["kv_heads"] * size["group"] * size["head_dim"]
-            if work <= WORK or not _reduce(axes, ("group", 2), ("kv_heads", 1), ("tokens", 65)):
+            size = sizes(axes, "tokens", "kv_heads", "group")
+            work = size["tokens"] ** 2 * size["kv_heads"] * size["group"]
+            if work <= WORK or not _reduce(axes, ("group", 1), ("kv_heads", 1)):
                 return axes
 
     def problem(self, case: Case) -> Problem:
@@ -535,7 +535,7 @@ def sizes(axes: Mapping[str, Choice], *names: str) -> dict[str, int]:
     return found
 
 
-def len_outside(starts: Sequence[int], tokens: int) -> tuple[int, int]:
+def outside(starts: Sequence[int], tokens: int) -> tuple[int, int]:
     """Tokens before the first and after the last segment."""
     return starts[0], tokens - starts[-1]
 

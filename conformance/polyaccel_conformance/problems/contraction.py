@@ -32,6 +32,8 @@ EXACT_SUM = 2**24
 
 def order_of(data: str) -> Order:
     """Which bound of sums holds for a kind of data."""
+    if data in EXACT_KINDS:
+        return "exact"
     return "structured" if data in STRUCTURED_KINDS else "random"
 
 
@@ -75,6 +77,9 @@ def integer_columns(source: Source, dtype: str, data: str, n: int, k: int, name:
     if data == "cancelling" and half:
         w[:, half : 2 * half] = -w[:, :half]
         w[:, 2 * half :] = 0
+    elif data == "cancelling":
+        # Nothing cancels in a single product.
+        w = np.sign(w)
     return w.astype(np.float64)
 
 
@@ -87,9 +92,7 @@ def random_rows(source: Source, data: str, rows: int, k: int, name: str = "a") -
         return _scaled(source, x, name)
     if data == "outliers" and k:
         x[:, _hot(source, k)] *= 32
-    elif data == "ramp":
-        x *= _ramp(k)
-    return x
+    return x * _ramp(k) if data == "ramp" else x
 
 
 def random_columns(source: Source, data: str, n: int, k: int, name: str = "b") -> Floats:
@@ -99,9 +102,7 @@ def random_columns(source: Source, data: str, n: int, k: int, name: str = "b") -
         return np.abs(w)
     if data == "wide":
         return _scaled(source, w, name)
-    if data == "ramp":
-        w *= _ramp(k)
-    return w
+    return w * _ramp(k) if data == "ramp" else w
 
 
 def spoil(source: Source, x: Operand, *, infinities: bool = True) -> Operand:
@@ -126,7 +127,7 @@ def overflowing(x: Floats, w: Floats, dtype: str) -> tuple[Floats, Floats]:
     shift = round(top - np.log2(mean)) if mean > 0 else 0
     first = shift // 2
     sign = 1.0 - 2.0 * (np.arange(w.shape[0])[:, None] % 2)
-    right: Floats = sign * np.ldexp(w, shift - first)
+    right = np.asarray(sign * np.ldexp(w, shift - first), dtype=np.float64)
     return np.ldexp(x, first), right
 
 
@@ -134,8 +135,9 @@ def _scaled(source: Source, x: Floats, name: str) -> Floats:
     return np.ldexp(x, source.integers(f"scale {name}", (x.shape[0], 1), -5, 5))
 
 
-def _ramp(k: int) -> npt.NDArray[np.float64]:
-    return np.ldexp(1.0, -(np.arange(k) * 8 // max(k, 1)))
+def _ramp(k: int) -> Floats:
+    fall: Floats = np.ldexp(np.ones(k), -(np.arange(k) * 8 // max(k, 1)))
+    return fall
 
 
 def _hot(source: Source, k: int) -> npt.NDArray[np.int64]:

@@ -111,7 +111,7 @@ class ExpertWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertModule:
-    """What an adapter does to one slice, of one expert where the weight has experts: ``a: [rank, k]``, ``b: [n, rank]``."""
+    """What an adapter does to one slice, of one expert where there are any: ``a: [rank, k]``, ``b: [n, rank]``."""
 
     site: str
     slice: int

@@ -80,7 +80,7 @@ class LinearProblem(Problem):
             None if bias is None else bias.values.astype(np.float64),
             order_of(self.case.data),
         )
-        return {"y": finish(y, format_of(self.case.dtype), exact=self.exact)}
+        return {"y": finish(y, format_of(self.case.dtype), exact=bool(self.exact))}
 
     def digests(self) -> dict[str, str]:
         return super().digests() | self.weight.digests()
@@ -140,10 +140,12 @@ def contraction(
     form: str = "float",
     bias: bool = False,
     pieces: int = 1,
+    data: str | None = None,
+    infinities: bool = True,
 ) -> tuple[Operand, HostWeight]:
-    """x ``[rows, k]`` and a weight of the case's kind of data."""
+    """x ``[rows, k]`` and a weight of a kind of data, the case's by default; ``infinities``: among what is not finite."""
     case, source, n = problem.case, problem.source, sum(slices)
-    dtype, data = case.dtype, case.data
+    dtype, data = case.dtype, case.data if data is None else data
     quantised = None
     exact = data in EXACT_KINDS
     if form != "float":
@@ -167,7 +169,7 @@ def contraction(
         matrix = Operand.rounded(w, dtype)
     operand = Operand.rounded(x, dtype)
     if data == "nonfinite":
-        operand = spoil(source, operand)
+        operand = spoil(source, operand, infinities=infinities)
     weight = HostWeight(
         matrix=matrix,
         slices=slices,

@@ -286,9 +286,7 @@ class MoeExpertsProblem(Problem):
             found[slot] = modules
         return found
 
-    def _matrices(
-        self, weight: ExpertWeight, index: int, rank: int, slot: int, held: int
-    ) -> tuple[Floats, Floats]:
+    def _matrices(self, weight: ExpertWeight, index: int, rank: int, slot: int, held: int) -> tuple[Floats, Floats]:
         """``a: [experts, rank, k]`` and ``b: [experts, n, rank]`` of one slice."""
         source, k, n = self.source, weight.matrix.shape[2], weight.slices[index]
         name = f"{weight.site} {index} {slot}"

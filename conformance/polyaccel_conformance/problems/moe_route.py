@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from polyaccel.backend.support import Static
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import FORMATS
@@ -27,8 +28,8 @@ class MoeRouteProblem(Problem):
     """Weights and ids of the chosen experts.
 
     Scores of a row are either equal, by equal operands, or further apart than their bounds: the ids are determined.
-    Rows that are not so are drawn again; the last resort is a row of zeros, whose scores differ by the bias alone, which
-    lies on a grid. ``redrawn`` counts those.
+    Rows that are not so are drawn again; the last resort is a row of zeros, whose scores differ by the bias alone,
+    which lies on a grid. ``redrawn`` counts those.
     """
 
     def __init__(self, case: Case) -> None:
@@ -41,7 +42,7 @@ class MoeRouteProblem(Problem):
             renormalise=bool(case.attributes["renormalise"]),
             groups=_integer(case, "groups"),
             topk_groups=_integer(case, "topk_groups"),
-            scale=float(case.attributes["scale"] or 0),
+            scale=_number(case.attributes["scale"]),
         )
         self._bias = self._draw_bias(experts)
         logits = FORMATS[case.dtype].round(self._draw(tokens, experts, 0))
@@ -59,7 +60,7 @@ class MoeRouteProblem(Problem):
 
     def prepare(self, bench: Bench) -> Prepared:
         case, routing = self.case, self.routing
-        attributes = {
+        attributes: dict[str, Static] = {
             "top_k": routing.top_k,
             "scoring": routing.scoring,
             "renormalise": routing.renormalise,
@@ -84,6 +85,9 @@ class MoeRouteProblem(Problem):
     def expected(self) -> Mapping[str, Expected | Exactly]:
         logits = self.operands["logits"].values.astype(np.float64)
         routed = self._route(logits)
+        if not np.isfinite(logits).all() and self.routing.scoring != "softmax_topk":
+            # Where a NaN sorts is not defined, and the others' weights follow from what was chosen.
+            return {"ids": Exactly(values=_undefined), "weights": Exactly(values=_undefined)}
         return {"ids": Exactly(values=routed.ids), "weights": finish(routed.weights, FORMATS["float32"])}
 
     def _route(self, logits: Floats) -> Routed:
@@ -114,10 +118,19 @@ class MoeRouteProblem(Problem):
         return drawn * 4.0 if kind == "wide" else drawn
 
 
+def _undefined(_: npt.NDArray[np.generic]) -> None:
+    """Nothing is said about an output."""
+
+
 def _collect(result: object, _: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     if not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(f"expected (weights, ids), got {type(result).__name__}")
     return {"weights": result[0], "ids": result[1]}
+
+
+def _number(value: Choice) -> float:
+    assert isinstance(value, int | float)
+    return float(value)
 
 
 def _integer(case: Case, name: str) -> int:

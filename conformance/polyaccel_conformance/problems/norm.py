@@ -122,7 +122,7 @@ class RmsNormProblem(NormProblem):
                 rsqrt_ulps=numerics.ulps["rsqrt"],
                 exact_sum=case.data == EXACT,
             )
-            return {"normed": finish(y, self.format, exact=self.exact), **found}
+            return {"normed": finish(y, self.format, exact=bool(self.exact)), **found}
 
 
 class LayerNormProblem(NormProblem):
@@ -164,7 +164,7 @@ class LayerNormProblem(NormProblem):
                 self.eps,
                 rsqrt_ulps=self.spec.numerics.ulps["rsqrt"],
             )
-            return {"y": finish(y, self.format, exact=self.exact)}
+            return {"y": finish(y, self.format, exact=bool(self.exact))}
 
 
 class RmsNormProblems(ProblemSet):
@@ -261,7 +261,7 @@ def _settled_weight(source: Source, n: int, to: Format) -> Floats:
     limit = 2 ** min(to.bits, 12) - 1
     candidates = source.integers("weight", (n, _CHOICES), -limit, limit).astype(np.float64)
     products = candidates[:, :, None] * np.array([1.0, 2.0, 3.0])
-    return first_of(candidates, settled(products, to).all(axis=-1), 1.0)
+    return first_of(candidates, np.asarray(settled(products, to).all(axis=-1)), 1.0)
 
 
 def _settled_affine(source: Source, n: int, to: Format, values: Floats, bias: bool) -> tuple[Floats, Floats]:

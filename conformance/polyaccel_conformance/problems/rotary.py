@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from polyaccel.backend import DeviceState, RopeTable, TokenClass
 from polyaccel_conformance.bench import Bench
@@ -92,13 +93,14 @@ class RotaryProblem(Problem):
             style=self.style,
         )
 
-        def collect(result: object, _: object) -> dict[str, object]:
-            q, k = result  # type: ignore[misc]
-            return {"q": tensor_of(q), "k": tensor_of(k)}
+        def collect(result: object, _: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            if not isinstance(result, tuple):
+                raise TypeError(f"expected (q, k), got {type(result).__name__}")
+            return {name: tensor_of(part) for name, part in zip(("q", "k"), result, strict=True)}
 
         return Prepared(
             arguments={"rope": rope, "step": bench.begin_step(step, DeviceState())},
-            collect=collect,  # type: ignore[arg-type]
+            collect=collect,
             static={
                 "dtype": case.dtype,
                 "heads": case.dim("heads"),
@@ -118,7 +120,7 @@ class RotaryProblem(Problem):
         out = format_of(self.case.dtype)
         with np.errstate(invalid="ignore", over="ignore"):
             return {
-                name: finish(rotate(x.values.astype(np.float64), cos, sin, self.style), out, exact=self.exact)
+                name: finish(rotate(x.values.astype(np.float64), cos, sin, self.style), out, exact=bool(self.exact))
                 for name, x in self.operands.items()
             }
 

@@ -83,6 +83,7 @@ class SampleProblem(Problem):
         self.slots = np.arange(rows)
         if case.structure["slots"] == "permuted":
             self.slots = self.source.choose("slots", self.request_slots, rows)
+        self._alone: tuple[Bench, torch.Tensor] | None = None
         self.requests: list[Request] = []
         self.distributions: list[Distribution] = []
         logits = np.zeros((rows, vocabulary))
@@ -152,7 +153,13 @@ class SampleProblem(Problem):
         return build_step(self.source, queries, request_slots=slots.tolist(), uniforms=np.array(uniforms))
 
     def _elsewhere(self, bench: Bench) -> torch.Tensor:
-        """The ids of the same rows: the first alone, the others in reverse order, each in a state of its own."""
+        """The ids of the same rows: the first alone, the others in reverse order, each in a state of its own. Found
+        once: nothing that differs between calls can change them."""
+        if self._alone is None or self._alone[0] is not bench:
+            self._alone = (bench, self._draw_elsewhere(bench))
+        return self._alone[1]
+
+    def _draw_elsewhere(self, bench: Bench) -> torch.Tensor:
         rows = list(range(len(self.requests)))
         logits = self.operands["logits"].torch()
         prepared = Prepared(arguments={}, collect=lambda result, _: {}, static=self._static())
@@ -354,7 +361,8 @@ class SampleProblem(Problem):
         """Tokens of the steps before this one, of those that the row may sample."""
         steps = self.case.dim("steps")
         free = np.flatnonzero(_open(row, self.case.dim("vocabulary")))
-        return free[self.source.integers(f"forced {index}", (steps,), 0, len(free) - 1)]
+        forced: Ints = free[self.source.integers(f"forced {index}", (steps,), 0, len(free) - 1)]
+        return forced
 
 
 def _open(row: SamplingRow, vocabulary: int) -> Bools:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,19 @@ KINDS = (DIGITS, "normal", "outliers")
 TOKENS = (1, 0, 2, 3, 7, 16, 33)
 WIDTHS = (8, 1, 2, 5, 16, 31, 64, 129)
 PATTERNS = ("none", "one", "gaps", "each", "runs", "last", "mixes", "cleared")
+OPERANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "x": ("x", "row_padded"),
+        "x.transposed": ("x", "transposed"),
+        "weight": ("weight", "transposed"),
+        "bias": ("bias", "stepped"),
+        "residual": ("residual", "row_padded"),
+        "residual.transposed": ("residual", "transposed"),
+    }
+)
+"""Operands that are not contiguous, by name of the axis value: argument and layout. A weight and a bias are written
+from such tensors."""
+MODULES = ("none", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EVEN = 128
 """Rows and columns of each rank in cases of ``even``: no backend needs to pad them."""
 
@@ -446,6 +460,8 @@ class _ShardedSet(ProblemSet):
             axes["structure.adapters"] = "each"
         if axes.get("structure.even"):
             axes["dims.k"] = axes["dims.n"] = EVEN * world
+            if axes.get("structure.slices", "one") != "one":
+                axes["structure.slices"] = "pair"
         return axes
 
     def problem(self, case: Case) -> Problem:
@@ -472,6 +488,7 @@ class SgmvProblems(_ShardedSet):
         return {
             "structure.slices": ("one", "pair", "qkv", "narrow"),
             "structure.layer": ("row", "column"),
+            "structure.module": MODULES,
             "layouts.y": ("contiguous", "row_padded", "offset"),
         }
 
@@ -490,7 +507,11 @@ class RowParallelLinearProblems(_ShardedSet):
             "attributes.reduce": (True, False),
             "structure.bias": (False, True),
             "structure.even": (False, True),
+            "structure.operand": ("none", *(name for name, (a, _) in OPERANDS.items() if a != "residual")),
         }
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        return super().mend(_with_operand(axes))
 
 
 class RowParallelAddNormProblems(_ShardedSet):
@@ -504,7 +525,24 @@ class RowParallelAddNormProblems(_ShardedSet):
             "layouts.norm_weight": ("contiguous", "offset"),
             "structure.bias": (False, True),
             "structure.even": (False, True),
+            "structure.operand": ("none", *OPERANDS),
         }
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        return super().mend(_with_operand(axes))
+
+
+def _with_operand(axes: dict[str, Choice]) -> dict[str, Choice]:
+    """A tensor of one row or column is contiguous however it is laid out. Other strides may bring another kernel with
+    other roundings, so that only exact data have the same bits."""
+    if axes["structure.operand"] != "none":
+        axes["data"], axes["structure.even"] = DIGITS, False
+        for name in ("dims.tokens", "dims.n"):
+            axes[name] = max(_integer(axes[name]), 2)
+        axes["dims.k"] = max(_integer(axes["dims.k"]), 2 * _integer(axes.get("ranks", 1)))
+        if axes["structure.operand"] == "bias":
+            axes["structure.bias"] = True
+    return axes
 
 
 def _integer(value: Choice) -> int:

@@ -219,8 +219,9 @@ def _mix_weights(source: Source, count: int, mix: str) -> Floats:
         return np.ones(count)
     if mix == "power":
         sign = 1 - 2 * source.integers("mix sign", (count,), 0, 1)
-        return np.ldexp(sign.astype(np.float64), source.integers("mix", (count,), -2, 1))
-    weights = source.integers("mix", (count,), -(2**20), 2**20 - 1) * 2.0**-19
+        power = np.ldexp(sign.astype(np.float64), source.integers("mix", (count,), -2, 1))
+        return np.asarray(power, dtype=np.float64)
+    weights = np.asarray(source.integers("mix", (count,), -(2**20), 2**20 - 1) * 2.0**-19, dtype=np.float64)
     weights[::5] = 0.0
     return weights
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from polyaccel_conformance.report.blocks import failure_block
+from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.report.model import Report
 from polyaccel_conformance.results import CheckState
 

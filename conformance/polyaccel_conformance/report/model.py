@@ -43,7 +43,7 @@ class Report:
         """One line: what was earned, or why nothing was."""
         if self.result.device_lost:
             return f"device lost: {self.result.device_lost}"
-        wrong = sum(group.cases for group in self.result.failures)
+        wrong = sum(state.failed for state in self.result.operators)
         if self.result.header.subject.kind != "backend":
             return f"{wrong} failing cases" if wrong else "no failing case"
         names = [level.title.partition(":")[0] for level in self.levels if level.earned]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from polyaccel_conformance.report.blocks import failure_block
+from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.report.model import Grid, Report, Square, dtypes, grids
 
 STYLE = """
@@ -20,6 +20,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2
 h3 { font-size: 1rem; margin: 0 0 .35rem; font-family: ui-monospace, monospace; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .6rem; vertical-align: top;
   border-bottom: 1px solid var(--line); } th { font-weight: 600; background: var(--soft); }
+table:not(.grid) td:first-child { min-width: 15rem; } td span.good, td span.mid, td span.bad { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { font-size: 1.05rem; font-weight: 600; margin: 0 0 .5rem; }
 .facts { color: color-mix(in srgb, var(--ink) 70%, transparent); }
@@ -31,7 +32,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .failed { background: var(--bad-soft); font-weight: 700; } .empty { color: var(--line); }
 .bar { position: relative; height: .9rem; min-width: 8rem; background: var(--soft); border: 1px solid var(--line); }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--good); } .bar i.over { background: var(--bad); }
-pre { background: var(--soft); border: 1px solid var(--line); padding: .75rem; overflow-x: auto; font-size: .82rem; }
+pre { background: var(--soft); border: 1px solid var(--line); padding: .75rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .82rem; }
 code { font-family: ui-monospace, monospace; font-size: .9em; } ul { padding-left: 1.2rem; }
 """
 TONES = {"granted": "good", "passed": "good", "restricted": "mid", "not granted": "bad", "failed": "bad"}

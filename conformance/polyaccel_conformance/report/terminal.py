@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from polyaccel_conformance.report.blocks import failure_block
+from polyaccel_conformance.cli.blocks import failure_block
+from polyaccel_conformance.levels.grant import LevelResult
 from polyaccel_conformance.report.model import Report
+
+WIDE = 100
+"""Characters of one reason; the other forms of a report give all of them in full."""
 
 
 def terminal(report: Report) -> str:
@@ -18,11 +22,7 @@ def terminal(report: Report) -> str:
         "",
     ]
     if report.levels:
-        lines += table(
-            ["level", "verdict", "why"],
-            [[level.title, level.verdict.value, "; ".join(level.reasons)] for level in report.levels],
-        )
-        lines.append("")
+        lines += [*levels(report), ""]
     lines += table(
         ["operator", "cases", "failed", "runs as", "worst err/tol"],
         [
@@ -50,6 +50,18 @@ def terminal(report: Report) -> str:
     if result.incomplete:
         lines += ["", f"partial: {result.incomplete}"]
     return "\n".join([*lines, "", report.verdict, ""])
+
+
+def levels(report: Report) -> list[str]:
+    """The levels as a table."""
+    rows = [[level.title, level.verdict.value, _why(level)] for level in report.levels]
+    return table(["level", "verdict", "why"], rows)
+
+
+def _why(level: LevelResult) -> str:
+    first = level.reasons[0] if level.reasons else ""
+    more = f" (and {len(level.reasons) - 1} more reasons)" if len(level.reasons) > 1 else ""
+    return f"{first if len(first) <= WIDE else first[: WIDE - 3] + '...'}{more}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

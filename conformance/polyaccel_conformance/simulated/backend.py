@@ -52,6 +52,7 @@ class SimulatedBackend(Backend):
     name = "simulated"
     priority = None
     isolate = False
+    fork_safe = True
 
     def __init__(self, runtime: Runtime | None = None) -> None:
         super().__init__()
@@ -108,9 +109,9 @@ class SimulatedBackend(Backend):
         device = self._devices[step.buffers.anchor.memory.device.index]
         trace = None if self._communicator is None else self._communicator.trace
         traced = 0 if trace is None else len(trace)
-        with self.ledger.capture() as launches, device.scope():
-            with self.runtime.capture(self.runtime.current_stream(device.virtual)) as tasks:
-                output = fn(step)
+        stream = self.runtime.current_stream(device.virtual)
+        with self.ledger.capture() as launches, device.scope(), self.runtime.capture(stream) as tasks:
+            output = fn(step)
         collectives: list[Collective] = []
         if trace is not None:
             collectives = trace[traced:]

@@ -66,7 +66,7 @@ class SimulatedCommunicator(Communicator):
         outputs: list[Shape] | None = None,
     ) -> list[torch.Tensor]:
         assert isinstance(x, VirtualTensor)
-        host = x.inner
+        host = x.host
 
         def effect() -> torch.Tensor | None:
             result = collective(host)

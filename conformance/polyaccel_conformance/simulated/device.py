@@ -54,7 +54,7 @@ class SimulatedDevice(Device):
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         made = empty_on(self.virtual, shape, dtype)
-        inner = made.inner
+        inner = made.host
         if self.runtime.kernel_device is not None:
             inner.zero_()
         else:
@@ -68,7 +68,7 @@ class SimulatedDevice(Device):
     def upload_later(self, source: torch.Tensor) -> torch.Tensor:
         """As ``upload``, of pinned memory: read when the copy runs."""
         made = empty_on(self.virtual, source.shape, source.dtype)
-        inner = made.inner
+        inner = made.host
         if self.runtime.kernel_device is not None:
             inner.copy_(source)
             return made
@@ -80,7 +80,7 @@ class SimulatedDevice(Device):
 
     def download(self, source: torch.Tensor) -> HostCopy:
         host = torch.empty(source.shape, dtype=source.dtype)
-        inner = source.inner if isinstance(source, VirtualTensor) else source
+        inner = source.host if isinstance(source, VirtualTensor) else source
         self._submit(Task(kernel="download", call=lambda: host.copy_(inner), kind="to host"))
         return SimulatedHostCopy(self.runtime, host, self._mark())
 

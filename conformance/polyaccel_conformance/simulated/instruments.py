@@ -59,7 +59,7 @@ class SimulatedInstruments(Instruments):
 
     def peek(self, tensor: torch.Tensor) -> torch.Tensor:
         assert isinstance(tensor, VirtualTensor)
-        return tensor.inner.clone()
+        return tensor.host.clone()
 
     def allocated(self, device: Device) -> int:
         return _virtual(device).allocated

@@ -81,9 +81,9 @@ class SimulatedOperators:
 
     def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         operands = {"x": x, "weight": weight, "bias": bias}
-        return self._run(
-            "layer_norm", operands, lambda: dense.layer_norm(x, weight, bias, eps), [(x.shape, x.dtype)]
-        )[0]
+        return self._run("layer_norm", operands, lambda: dense.layer_norm(x, weight, bias, eps), [(x.shape, x.dtype)])[
+            0
+        ]
 
     def rotary_embedding(
         self, q: torch.Tensor, k: torch.Tensor, rope: RopeTable, step: Step
@@ -118,9 +118,7 @@ class SimulatedOperators:
     def write_kv_cache(self, k: torch.Tensor, v: torch.Tensor, kv: KVCache, layer: int, step: Step) -> None:
         issued, cache = _issued("write_kv_cache", step), _cache("write_kv_cache", kv)
         operands = {"k": k, "v": v, "kv": cache.buffer, **_step_operand(issued)}
-        self._run(
-            "write_kv_cache", operands, lambda: attention.write_kv_cache(k, v, cache, layer, issued.running())
-        )
+        self._run("write_kv_cache", operands, lambda: attention.write_kv_cache(k, v, cache, layer, issued.running()))
 
     def paged_attention(
         self, q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None
@@ -154,9 +152,7 @@ class SimulatedOperators:
         self._run("sgmv", operands, lambda: _in_place(lora.sgmv(y, x, weight, issued.running(), row_set)))
         return y
 
-    def sgmv_shrink(
-        self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens"
-    ) -> torch.Tensor:
+    def sgmv_shrink(self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
         issued, slices = _issued("sgmv_shrink", step), len(weight.spec.slices)
         store, triples, largest = issued.state.adapters, len(issued.input.rows(row_set)), 0
         if store is not None and triples:
@@ -308,5 +304,3 @@ def _cache(operator: str, kv: KVCache) -> SimulatedKVCache:
 
 def _in_place(result: torch.Tensor) -> None:
     """The operator has written to its argument; there is nothing to copy."""
-
-

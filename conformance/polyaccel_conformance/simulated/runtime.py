@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -43,7 +43,8 @@ class Failure:
 class VirtualDevice:
     """One device: its streams, what it holds, what it did.
 
-    ``allocated`` counts bytes held, ``ever`` those of freed memory too; ``trace`` is what a profiler would show, while one is attached: name and kind.
+    ``allocated`` counts bytes held, ``ever`` those of freed memory too; ``trace`` is what a profiler would show, while
+    one is attached: name and kind.
     """
 
     runtime: Runtime
@@ -295,6 +296,3 @@ def _nothing() -> None:
 def operand_infos(tensors: Sequence[tuple[str, torch.Tensor | None]]) -> tuple[OperandInfo, ...]:
     """What an error will say about a kernel's operands."""
     return tuple(OperandInfo.of(name, tensor) for name, tensor in tensors if tensor is not None)
-
-
-Effect = Callable[[], object]

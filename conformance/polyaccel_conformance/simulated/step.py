@@ -75,23 +75,23 @@ class StepBuffers:
     def view(self, name: str, extent: Extent) -> VirtualTensor:
         """The rows of an array that a step of this extent has."""
         whole = self.arrays[name]
-        return VirtualTensor(whole.inner[: extent.length(name)], whole.memory)
+        return VirtualTensor(whole.host[: extent.length(name)], whole.memory)
 
     def load(self, inputs: StepInput, state: DeviceState) -> None:
         """On the device: overwrite everything, and resolve token sources to the ids sampled by then."""
         for name, array in self.arrays.items():
             source = torch.from_numpy(np.ascontiguousarray(getattr(inputs, name)))
-            target = poison_(array.inner)
+            target = poison_(array.host)
             if name == "block_tables":
                 target[: source.shape[0], : source.shape[1]] = source
             else:
                 target[: source.shape[0]] = source
-        ids = self.arrays["token_ids"].inner[: inputs.tokens]
+        ids = self.arrays["token_ids"].host[: inputs.tokens]
         sampled = ids < 0
         if bool(sampled.any()) and state.sampling is not None:
             last = state.sampling.last_tokens()
             assert isinstance(last, VirtualTensor)
-            ids.copy_(torch.where(sampled, last.inner[(-1 - ids).clamp(min=0)], ids))
+            ids.copy_(torch.where(sampled, last.host[(-1 - ids).clamp(min=0)], ids))
         self.triples = {row_set: inputs.rows(row_set) for row_set in ROW_SETS}
 
 
@@ -130,7 +130,7 @@ class RunningStep(Step):
 
     def __init__(self, buffers: StepBuffers, extent: Extent, state: DeviceState) -> None:
         self.state, self._buffers, self._extent = state, buffers, extent
-        held = {name: buffers.view(name, extent).inner.numpy() for name in DEVICE_ARRAYS}
+        held = {name: buffers.view(name, extent).host.numpy() for name in DEVICE_ARRAYS}
         self.input = StepInput(token_class=TokenClass.MIXED, adapters=dict(buffers.triples), **held)
         self.plan_key = plan_key(TokenClass.MIXED, self.input.has_adapters)
 

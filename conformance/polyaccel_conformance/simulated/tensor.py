@@ -7,8 +7,8 @@ once, on memory of the kernel's device alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -32,17 +32,17 @@ _LOCAL_VIEWS = frozenset({_aten._unsafe_view.default, _aten.detach.default, _ate
 
 
 class VirtualTensor(torch.Tensor):
-    """``inner``: the bytes; ``memory``: whose they are. torch sees a tensor without storage ("meta"), so that nothing
+    """``host``: the bytes; ``memory``: whose they are. torch sees a tensor without storage ("meta"), so that nothing
     reads it behind the runtime's back; ``device`` names the virtual device, and the CPU to code inside of a kernel."""
 
-    inner: torch.Tensor
+    host: torch.Tensor
     memory: Memory
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, memory: Memory) -> VirtualTensor:
-        made = torch.Tensor._make_wrapper_subclass(
+        made: VirtualTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -50,9 +50,8 @@ class VirtualTensor(torch.Tensor):
             dtype=inner.dtype,
             device=torch.device("meta"),
         )
-        tensor = cast(VirtualTensor, made)
-        tensor.inner, tensor.memory = inner, memory
-        return tensor
+        made.host, made.memory = inner, memory
+        return made
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -64,16 +63,16 @@ class VirtualTensor(torch.Tensor):
         return False
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.host.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.inner.untyped_storage()
+        return self.host.untyped_storage()
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VirtualTensor({list(self.shape)}, {self.dtype}, simulated:{self.memory.device.index})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
@@ -131,7 +130,7 @@ def raw(tensor: torch.Tensor, device: VirtualDevice) -> torch.Tensor:
     own = tensor.memory.device
     if own is not device:
         raise IllegalAccess(f"illegal memory access: memory of device {own.index} in a kernel on device {device.index}")
-    return tensor.inner
+    return tensor.host
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -158,19 +157,19 @@ def _view(func: Any, args: Any, kwargs: Any, memory: Memory) -> Any:
 def _copy(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     if not isinstance(destination, VirtualTensor):
         assert isinstance(source, VirtualTensor)
-        runtime, target, values = source.memory.device.runtime, destination, source.inner
+        runtime, target, values = source.memory.device.runtime, destination, source.host
         stream = runtime.current_stream(source.memory.device)
         runtime.submit(Task(kernel="copy", call=lambda: target.copy_(values), kind="to host"), stream)
         runtime.wait_stream(stream)
         return destination
-    device, inner = destination.memory.device, destination.inner
+    device, inner = destination.memory.device, destination.host
     stream = device.runtime.current_stream(device)
     if not isinstance(source, VirtualTensor):
         # From pageable memory: the source may change as soon as this returns.
         values = source.detach().clone()
         device.runtime.submit(Task(kernel="copy", call=lambda: inner.copy_(values), kind="to device"), stream)
     elif source.memory.device is device:
-        values = source.inner
+        values = source.host
         device.runtime.submit(
             Task(
                 kernel="copy",
@@ -183,7 +182,7 @@ def _copy(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     else:
         other = source.memory.device.runtime.current_stream(source.memory.device)
         device.runtime.stream_wait(stream, device.runtime.mark(other))
-        values = source.inner
+        values = source.host
         device.runtime.submit(Task(kernel="copy", call=lambda: inner.copy_(values), kind="between devices"), stream)
     return destination
 
@@ -229,13 +228,11 @@ def _queue(func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[Virtu
         return tree_map_only(torch.Tensor, lambda t: VirtualTensor(t, Memory(device, t.nbytes)), result)
     written = _written(func, args, kwargs)
     if written:
-        runtime.submit(
-            Task(kernel=name, call=lambda: func(*inner_args, **inner_kwargs), operands=infos), stream
-        )
+        runtime.submit(Task(kernel=name, call=lambda: func(*inner_args, **inner_kwargs), operands=infos), stream)
         return written[0] if len(written) == 1 else tuple(written)
     outputs = _allocate_outputs(func, inner_args, inner_kwargs, device)
     leaves, structure = tree_flatten(outputs)
-    targets = [leaf.inner for leaf in leaves if isinstance(leaf, VirtualTensor)]
+    targets = [leaf.host for leaf in leaves if isinstance(leaf, VirtualTensor)]
 
     def run() -> None:
         results = [t for t in tree_flatten(func(*inner_args, **inner_kwargs))[0] if isinstance(t, torch.Tensor)]
@@ -258,7 +255,7 @@ def _allocate_outputs(func: Any, args: Any, kwargs: Any, device: VirtualDevice) 
         made = empty_on(device, (shape.numel(),), shape.dtype)
         dense = shape.is_contiguous() or shape.numel() == 0 or not _is_dense(shape)
         strides = torch.empty(shape.shape, device="meta").stride() if dense else shape.stride()
-        return VirtualTensor(made.inner.as_strided(shape.size(), strides), made.memory)
+        return VirtualTensor(made.host.as_strided(shape.size(), strides), made.memory)
 
     return tree_map_only(torch.Tensor, allocate, shapes)
 
@@ -285,7 +282,4 @@ def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def _inner(value: Any) -> Any:
-    return tree_map_only(VirtualTensor, lambda tensor: tensor.inner, value)
-
-
-Compute = Callable[[], object]
+    return tree_map_only(VirtualTensor, lambda tensor: tensor.host, value)

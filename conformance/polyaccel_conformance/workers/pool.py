@@ -40,7 +40,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A worker's answer, or how it ended instead: ``died`` is ``crash: signal 11`` or ``hang``, ``log`` its last words."""
+    """A worker's answer, or how it ended instead.
+
+    ``died``: ``crash: signal 11``, ``crash: exit code 3`` or ``hang``; ``log``: its last words.
+    """
 
     job: Job
     reply: Mapping[str, Any]

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -42,11 +42,15 @@ class Starter(Protocol):
 class ForkServer:
     """One server process for all workers and ranks of a run. Starts with the first process.
 
+    Args:
+        preload: modules that the server imports beside those that every worker needs.
+
     Raises:
         ConformanceError: the server cannot be started; says why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, preload: Sequence[str] = ()) -> None:
+        self._preload = tuple(preload)
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
@@ -88,7 +92,7 @@ class ForkServer:
         ours, theirs = socket.socketpair()
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "polyaccel_conformance.workers.server", str(theirs.fileno())],
+                [sys.executable, "-m", "polyaccel_conformance.workers.server", str(theirs.fileno()), *self._preload],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment(),
@@ -103,18 +107,22 @@ class ForkedProcess:
     def __init__(self, server: ForkServer, pid: int) -> None:
         self._server = server
         self._pid = pid
+        self._code: int | None = None
 
     @property
     def pid(self) -> int:
         return self._pid
 
     def kill(self) -> None:
-        # The server has not waited for it yet, so that the number cannot belong to another process.
-        with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+        # Until the server has waited for it, the number cannot belong to another process.
+        if self._code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
 
     def wait(self, seconds: float) -> int | None:
-        return self._server.wait(self._pid, seconds)
+        if self._code is None:
+            self._code = self._server.wait(self._pid, seconds)
+        return self._code
 
 
 class Spawn:

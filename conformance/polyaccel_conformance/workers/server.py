@@ -1,6 +1,7 @@
 """The forkserver: a process that has imported torch, numpy and the oracle, touches no device, and forks on request.
 
-Run as ``python -m polyaccel_conformance.workers.server FD``: FD is a socket on which each message is one JSON line.
+Run as ``python -m polyaccel_conformance.workers.server FD [MODULE ...]``, with modules to import beside those that every
+worker needs: FD is a socket on which each message is one JSON line.
 ``{"do": "start", "target": "module:function", "arguments": {...}, "log": PATH}`` comes with a second descriptor, the
 new process's own connection; the answer is ``{"pid": N}``. ``{"do": "wait", "pid": N, "seconds": S}`` answers
 ``{"code": C}``: its exit code, negative for a signal, None while it runs.
@@ -107,7 +108,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in PRELOAD:
+    for name in (*PRELOAD, *sys.argv[2:]):
         importlib.import_module(name)
     serve(control)
 

@@ -53,7 +53,7 @@ class Worker:
     def dump(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from polyaccel_conformance.dump import dump
 
-        dump(self.bench, self._problem(request["case"]), Path(request["path"]))
+        dump(self.bench, self._problem(request["case"]), Path(request["path"]), run=request["run"])
         return {"path": request["path"]}
 
     def _problem(self, value: Mapping[str, Any]) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -86,7 +87,11 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 def gelu(x: torch.Tensor, approximate: Literal["none", "tanh"] = "none") -> torch.Tensor:
     """GELU, exact or by tanh (arXiv 1606.08415)."""
-    return torch.nn.functional.gelu(x.float(), approximate=approximate).to(x.dtype)
+    wide = x.float()
+    if approximate == "tanh":
+        return torch.nn.functional.gelu(wide, approximate="tanh").to(x.dtype)
+    # torch's own kernel for the CPU takes a coarser erf than the contract allows, and makes NaN of infinity.
+    return (0.5 * wide * (1 + torch.erf(wide * math.sqrt(0.5)))).to(x.dtype)
 
 
 def select_rows(x: torch.Tensor, step: Step) -> torch.Tensor:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from polyaccel.backend.composite.weight import QuantisedTensors, TensorWeight, unpack_codes
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.weight import Weight, WeightSpec
+
+_DEQUANTISE = ("aten::bitwise_and", "aten::__rshift__", "aten::stack", "aten::sub", "aten::mul")
+EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"linear": ("aten::linear", "aten::addmm", "aten::mm", *_DEQUANTISE), "dequantize": _DEQUANTISE}
+)
+"""Torch operators that the two may execute, for backends whose own forms they are."""
 
 
 def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:

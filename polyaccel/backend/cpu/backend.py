@@ -11,11 +11,12 @@ from polyaccel.backend.backend import Availability, Backend, Implementations
 from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.composite.operators import CompositeOperators
 from polyaccel.backend.cpu.adapter_store import SlotMajorAdapterStore
+from polyaccel.backend.cpu.evidence import evidence
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 from polyaccel.backend.cpu.operators import CpuOperators
 from polyaccel.backend.cpu.stations import CpuStations
 from polyaccel.backend.cpu.step import CpuStep
-from polyaccel.backend.cpu.support import evidence, supports
+from polyaccel.backend.cpu.support import supports
 from polyaccel.backend.cpu.weight import PackedWeight
 from polyaccel.backend.device import Device, TorchDevice
 from polyaccel.backend.kv_cache import KVCache, KVSpec

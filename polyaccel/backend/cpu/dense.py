@@ -12,7 +12,7 @@ from polyaccel.backend.weight import WeightSpec
 
 def embedding(table: torch.Tensor, spec: WeightSpec, step: Step, vocabulary_start: int) -> torch.Tensor:
     """As the composite. Where all ids are this rank's and have no adapters it is one lookup."""
-    if vocabulary_start == 0 and not len(step.input.rows("tokens")):
+    if vocabulary_start == 0 and table.shape[0] and not len(step.input.rows("tokens")):
         try:
             return table.index_select(0, step.tensor("token_ids"))
         except IndexError:

@@ -5,10 +5,11 @@ Operands are checked and brought into layout here, and every kernel is launched 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from polyaccel.backend.composite.attention import dense_attention as composite_dense
 from polyaccel.backend.composite.attention import write_kv_cache as composite_write
 from polyaccel.backend.composite.dense import select_rows
 from polyaccel.backend.composite.lora import sgmv as composite_sgmv
@@ -49,6 +50,7 @@ class CpuOperators:
             "select_rows": self.select_rows,
             "write_kv_cache": self.write_kv_cache,
             "paged_attention": self.paged_attention,
+            "dense_attention": self.dense_attention,
             "sgmv": self.sgmv,
             "sample": self.sample,
         }
@@ -131,6 +133,19 @@ class CpuOperators:
         q = self.dense_rows("paged_attention", "q", q)
         plan = CpuStep.of("paged_attention", step).attention(cache.spec, heads, window)
         return self._launch("cpu.paged_attention", (q,), paged_attention, q, cache, layer, plan, scale)
+
+    def dense_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        starts: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> torch.Tensor:
+        # The products copy operands of other strides, every segment again.
+        q, k, v = (self.contiguous("dense_attention", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+        return self._launch("cpu.dense_attention", (q, k, v), composite_dense, q, k, v, starts, scale, causal)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What the CPU backend's forms refuse, and which torch kernels they may call."""
+"""What the CPU backend's forms refuse."""
 
 from __future__ import annotations
 
@@ -6,37 +6,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from polyaccel.backend.support import Query, Reason, Supports
-
-_LINEAR = ("mkldnn::_linear_pointwise", "mkldnn::_linear_pointwise.binary", "aten::linear", "aten::addmm", "aten::mm")
-_LORA = ("aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::index_add_")
-_NORM = ("aten::linalg_vector_norm", "aten::rsqrt_", "aten::mul")
-_ROPE = ("aten::mul_", "aten::addcmul_", "aten::roll")
-_WRITE = ("aten::index_put_",)
-
-_EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "linear": _LINEAR,
-        "embedding": ("aten::index_select",),
-        "rms_norm": _NORM,
-        "rotary_embedding": _ROPE,
-        "silu_and_mul": ("aten::silu", "aten::mul_"),
-        "select_rows": ("aten::index_select",),
-        "write_kv_cache": _WRITE,
-        "paged_attention": ("aten::bmm", "aten::exp_", "aten::_scaled_dot_product_flash_attention_for_cpu"),
-        "sgmv": _LORA,
-        "sample": ("aten::argmax", "aten::amax"),
-        "column_linear": _LINEAR + _LORA,
-        "qkv_rope_cache": _LINEAR + _LORA + _NORM + _ROPE + _WRITE,
-        "gate_up_act": (*_LINEAR, *_LORA, "aten::silu"),
-        "row_parallel_linear": _LINEAR + _LORA,
-        "row_parallel_add_norm": _LINEAR + _LORA + _NORM,
-    }
-)
-
-
-def evidence(operator: str) -> tuple[str, ...]:
-    """Torch operators that a call may be recognised by; empty for those in plain torch."""
-    return _EVIDENCE.get(operator, ())
 
 
 def supports(operator: str) -> Supports:

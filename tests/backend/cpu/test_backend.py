@@ -81,6 +81,13 @@ def test_rms_norm_with_and_without_a_residual(dtype: torch.dtype, shape: tuple[i
         assert_within(got, expected, np.abs(expected), depth=shape[-1])
 
 
+def test_embedding_of_a_rank_without_rows_is_zeros() -> None:
+    machine = Machine()
+    weight, _ = machine.weight(spec_of("embedding", [0], 4, lookup=True), Draw(4))
+    step = machine.begin(step_input(tokens=2, token_ids=[0, 3]))
+    assert torch.equal(machine.operator("embedding")(weight, step, 0), torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_embedding_gives_zeros_for_ids_of_other_ranks(start: int, adapted: bool) -> None:

@@ -70,7 +70,8 @@ def adapted(x: torch.Tensor, weight: FoldedWeight, step: FoldedStep, row_set: Ro
 def landed(message: torch.Tensor, weight: FoldedWeight, step: FoldedStep) -> torch.Tensor:
     """The sum over ranks, its rank rows expanded, ``[T, n]`` float32."""
     spec = weight.spec
-    h = message[:, spec.n :].float().reshape(message.shape[0], -1, len(spec.slices))
+    slices = len(spec.slices)
+    h = message[:, spec.n :].float().reshape(message.shape[0], (message.shape[1] - spec.n) // slices, slices)
     return expanded(message[:, : spec.n].float(), h, weight, step, "tokens")
 
 

@@ -89,7 +89,9 @@ def attention(
         begin, end = starts[sequence], starts[sequence + 1]
         if context == 0 or begin == end:
             continue
-        positions = torch.arange(context)
+        # Earlier keys are outside of every query's window and may hold anything.
+        first = 0 if window is None else max(0, context - (end - begin) - window + 1)
+        positions = torch.arange(first, context)
         blocks = tables[sequence].long()[positions // kv.spec.block_size]
         k, v = kv.at(layer, blocks * kv.spec.block_size + positions % kv.spec.block_size)
         queries = torch.arange(context - (end - begin), context).unsqueeze(1)

@@ -1,0 +1,93 @@
+"""What is printed of a failure and of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.results import FailureGroup, RunResult
+
+PLAIN = {"alias": "none", "device": "current", "stream": "default", "ranks": 1, "skew": ()}
+"""Axes that are not worth a word at these values."""
+
+
+def describe(case: Case) -> str:
+    """``linear float32 dims.k=16 ... data=normal seed=0``."""
+    axes = {path: value for path, value in case.axes().items() if PLAIN.get(path, object()) != value}
+    dtype = axes.pop("dtype")
+    return " ".join(
+        [case.operator, str(dtype), *(f"{path}={value}" for path, value in axes.items()), f"seed={case.seed}"]
+    )
+
+
+def failure_block(group: FailureGroup) -> str:
+    """One group of failures: minimal case, worst element, bound, pattern, and how to see it again."""
+    return "\n".join(_failure(group))
+
+
+def _failure(group: FailureGroup) -> Iterator[str]:
+    failure = group.failure
+    cases = f"{group.cases} case{'s' if group.cases != 1 else ''}"
+    yield f"FAILED {group.operator}: {group.check}: {group.cause} ({cases})"
+    how = f"; {group.shrink} simpler ones tried in {group.shrink_seconds:.1f} s" if group.shrink else ""
+    yield f"  case      {describe(group.result.case)}{how}"
+    if group.result.implementation:
+        yield f"  ran       {group.result.implementation} ({group.result.kind})"
+    yield f"  message   {failure.message}"
+    if failure.got is not None:
+        where = f"{failure.output}{list(failure.index)}" if failure.index else failure.output
+        worst = f"{where}: got {failure.got:.9g}, expected {failure.expected if failure.expected is not None else '?'}"
+        if failure.error is not None and failure.tolerance is not None:
+            worst += f", err {failure.error:.3g}, tol {failure.tolerance:.3g}"
+            worst += f", err / tol {failure.error / failure.tolerance:.3g}" if failure.tolerance > 0 else ""
+        yield f"  worst     {worst}"
+    if failure.term:
+        yield f"  bound     mostly {failure.term}"
+    if failure.pattern:
+        yield f"  wrong     {failure.pattern}"
+    if group.path:
+        yield f"  replay    {replay_command(group)}"
+
+
+def replay_command(group: FailureGroup) -> str:
+    """What shows this failure again; the case file says on what."""
+    return f"polyaccel conformance replay {group.path}"
+
+
+def summary(result: RunResult) -> str:
+    """The last lines of a run."""
+    return "\n".join(_summary(result))
+
+
+def _summary(result: RunResult) -> Iterator[str]:
+    header = result.header
+    if result.operators:
+        width = max(len(state.operator) for state in result.operators)
+        for state in result.operators:
+            if state.reason and not state.cases:
+                yield f"{state.operator:<{width}}  {state.verdict}: {state.reason}"
+                continue
+            kinds = ", ".join(f"{count} {kind or 'unplanned'}" for kind, count in state.kinds.items())
+            head = f", err / tol <= {max(state.headroom.values()):.2f}" if state.headroom else ""
+            failed = f", {state.failed} failed" if state.failed else ""
+            yield f"{state.operator:<{width}}  {state.verdict}: {state.cases} cases ({kinds}){failed}{head}"
+    for check in result.checks:
+        if check.verdict != "passed":
+            detail = f"{check.failures} of {check.cases} cases" if check.failures else check.reason
+            yield f"check {check.check}: {check.verdict}: {detail}"
+    if result.empty_cells:
+        shown = "; ".join(result.empty_cells[:8])
+        more = f"; and {len(result.empty_cells) - 8} more" if len(result.empty_cells) > 8 else ""
+        yield f"required cells in which nothing ran: {shown}{more}"
+    if header.out_of_scope:
+        yield f"out of scope: {', '.join(header.out_of_scope)}"
+    if result.device_lost:
+        yield f"DEVICE LOST: {result.device_lost}"
+    if result.incomplete:
+        yield f"incomplete: {result.incomplete}"
+    slow = sum(state.slow for state in result.operators)
+    share = f"{100 * slow / max(result.cases, 1):.1f} % above 10 ms"
+    yield (
+        f"{result.exit_code.name}: {result.cases} cases of {header.subject.label}, profile {header.profile}, seed "
+        f"{header.seed}, {len(result.failures)} kinds of failure, {result.seconds:.1f} s ({share})"
+    )

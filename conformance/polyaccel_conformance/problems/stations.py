@@ -1,0 +1,260 @@
+"""Cases of ``column_linear`` and ``row_parallel_linear``, and what all stations share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from polyaccel.backend import STATIONS, AdapterRows, DeviceState, Step, StepInput, Weight
+from polyaccel.backend.support import Static
+from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.formats import Format, format_of
+from polyaccel_conformance.harness.layouts import accepted
+from polyaccel_conformance.operand import Operand
+from polyaccel_conformance.oracle.bounded import Bounded, Expected, finish
+from polyaccel_conformance.oracle.primitives import Order
+from polyaccel_conformance.oracle.stations import Projection, column_linear
+from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
+from polyaccel_conformance.problems.adapters import HostAdapters
+from polyaccel_conformance.problems.contraction import EXACT_KINDS, order_of
+from polyaccel_conformance.problems.linear import contraction
+from polyaccel_conformance.problems.sgmv import (
+    ROWS,
+    SLICE_FORMS,
+    WIDTHS,
+    RowSetName,
+    adapter_axes,
+    draw_host_adapters,
+    draw_rows,
+    mend_adapters,
+    thin_rows,
+    triples_of,
+)
+from polyaccel_conformance.problems.steps import adapter_rows, row_step
+from polyaccel_conformance.problems.weights import HostWeight, tensor_of
+from polyaccel_conformance.words import Source
+
+FORMS = ("float", "int4/g16", "int8/g7")
+
+KINDS = ("normal", *EXACT_KINDS, "positive", "wide", "outliers", "ramp", "nonfinite")
+
+
+class StationProblem(Problem):
+    """x, a weight with its adapters, and a step whose rows use them.
+
+    Attributes:
+        row_set: of the adapters' rows.
+        weight, adapters, rows: what the station multiplies by.
+    """
+
+    weight: HostWeight
+    adapters: HostAdapters
+    row_set: RowSetName = "tokens"
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.count = case.dim("tokens")
+        self.exact = case.data in EXACT_KINDS
+        if case.attributes.get("row_set") == "logits":
+            self.row_set = "logits"
+        self.draw()
+        self.rows: AdapterRows = draw_rows(self.source, case, self.count, self.adapters)
+
+    @abstractmethod
+    def draw(self) -> None:
+        """Set operands, weight and adapters."""
+
+    @property
+    def order(self) -> Order:
+        return order_of(self.case.data)
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.case.dtype)
+
+    def plain(self, slices: tuple[int, ...], k: int) -> Operand:
+        """x for a weight and adapters of the case's kind of data. Where deltas are added to an exact product, the
+        product is one that x's dtype holds: a station of parts rounds it."""
+        case = self.case
+        adapted = case.structure["segments"] != "none"
+        data = "cancelling" if self.exact and adapted else None
+        x, self.weight = contraction(
+            self,
+            self.count,
+            k,
+            slices,
+            form=str(case.structure.get("weight", "float")),
+            bias=bool(case.structure["bias"]),
+            data=data,
+            # As for sgmv: a zero rank row makes NaN of an infinity.
+            infinities=False,
+        )
+        self.adapters = draw_host_adapters(self.source, case, slices, k)
+        return x
+
+    def values(self, name: str) -> np.ndarray:
+        """An operand in float64."""
+        return self.operands[name].values.astype(np.float64)
+
+    def projection(self) -> Projection:
+        bias = self.weight.bias
+        return Projection(
+            weight=self.weight.matrix.values.astype(np.float64),
+            bias=None if bias is None else bias.values.astype(np.float64),
+            adapters=self.adapters.oracle(),
+            triples=triples_of(self.rows),
+            starts=self.weight.starts,
+        )
+
+    def product(self) -> Bounded:
+        """linear and adapters, before the last rounding."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            return column_linear(self.values("x"), self.projection(), self.format, self.order)
+
+    # -- placing -----------------------------------------------------------------------------------------------------
+
+    def step_input(self, bench: Bench) -> StepInput:
+        """The step; where the case says so, the other row set has adapters too, for other rows."""
+        others = None
+        if self.case.structure["others"]:
+            count = self.count if self.row_set == "logits" or self.case.structure["decode"] else min(self.count, 1)
+            others = adapter_rows(Source(self.case.seed + 1), count, sorted(self.adapters.adapters), "each")
+        return row_step(
+            self.source,
+            self.count,
+            row_set=self.row_set,
+            decode=bool(self.case.structure["decode"]),
+            adapters=self.rows,
+            others=others,
+        )
+
+    def begin(self, bench: Bench, weight: Weight, inputs: StepInput) -> Step:
+        """The step on the device, with the adapters in their store."""
+        return bench.begin_step(inputs, DeviceState(adapters=self.adapters.place(bench, weight)))
+
+    def placed(self, bench: Bench) -> tuple[dict[str, object], StepInput]:
+        """Weight and step, which every station takes, and the step's input."""
+        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
+        inputs = self.step_input(bench)
+        return {"weight": weight, "step": self.begin(bench, weight, inputs)}, inputs
+
+    def prepared(
+        self,
+        bench: Bench,
+        arguments: Mapping[str, object],
+        static: Mapping[str, Static] = MappingProxyType({}),
+    ) -> Prepared:
+        """For stations whose result is ``y``."""
+        shared, inputs = self.placed(bench)
+        return Prepared(
+            arguments={**shared, **arguments},
+            collect=lambda result, _: {"y": tensor_of(result)},
+            static={**self.weight.static(largest_rank=self.adapters.largest_rank), **static},
+            ranges={"tokens": (self.count, max(self.count, 1))},
+            token_class=inputs.token_class,
+            adapters=inputs.has_adapters,
+        )
+
+    def digests(self) -> dict[str, str]:
+        return super().digests() | self.weight.digests() | self.adapters.digests()
+
+
+class ColumnLinearProblem(StationProblem):
+    """``y = x W^T + bias`` plus adapters of the row set."""
+
+    def draw(self) -> None:
+        case = self.case
+        slices = thin_rows(case.dim("n"), str(case.structure["slices"]))
+        self.operands = {"x": self.plain(slices, case.dim("k"))}
+
+    def prepare(self, bench: Bench) -> Prepared:
+        return self.prepared(bench, {"row_set": self.row_set}, {"row_set": self.row_set})
+
+    def expected(self) -> Mapping[str, Expected | Exactly]:
+        return {"y": finish(self.product(), self.format, exact=bool(self.exact))}
+
+
+class RowParallelLinearProblem(ColumnLinearProblem):
+    """The same on one rank, where there is nothing to sum."""
+
+    def prepare(self, bench: Bench) -> Prepared:
+        reduce = bool(self.case.attributes["reduce"])
+        return self.prepared(bench, {"comm": bench.comm, "reduce": reduce}, {"reduce": reduce})
+
+
+def station_axes(operator: str, dimensions: Mapping[str, int] = MappingProxyType({})) -> dict[str, Sequence[Choice]]:
+    """Axes of every station; ``dimensions``: of tensor arguments that are no matrices."""
+    spec = STATIONS[operator]
+    layouts = {
+        f"layouts.{argument.name}": accepted(argument, dimensions.get(argument.name, 2))
+        for argument in spec.arguments
+        if argument.kind == "tensor"
+    }
+    return {
+        "dtype": ("float32", "bfloat16", "float16"),
+        "dims.tokens": ROWS,
+        **layouts,
+        "structure.bias": (False, True),
+        "structure.weight": FORMS,
+        **adapter_axes(),
+        "data": KINDS,
+        "device": ("current", "other"),
+        "stream": ("default", "side"),
+    }
+
+
+def mend_station(axes: dict[str, Choice], width: str = "dims.n") -> dict[str, Choice]:
+    """Rules of every station."""
+    if axes["data"] in EXACT_KINDS and axes.get("structure.weight", "float") != "float":
+        if axes["structure.segments"] == "none":
+            axes["data"] = "integers"
+        else:
+            # Products with codes do not cancel, so parts would round them before the deltas are added.
+            axes["structure.weight"] = "float"
+    return mend_adapters(axes, width=width)
+
+
+class ColumnLinearProblems(ProblemSet):
+    """One to three slices; rows of tokens or of logits."""
+
+    operator = "column_linear"
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {
+            **station_axes(self.operator),
+            "dims.k": WIDTHS,
+            "dims.n": WIDTHS,
+            "structure.slices": SLICE_FORMS,
+            "attributes.row_set": ("tokens", "logits"),
+        }
+
+    def ranges(self) -> Mapping[str, tuple[int, int]]:
+        return {"dims.tokens": (0, 70), "dims.k": (1, 150), "dims.n": (1, 150), "dims.rank": (1, 512)}
+
+    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
+        return mend_station(axes)
+
+    def problem(self, case: Case) -> Problem:
+        return ColumnLinearProblem(case)
+
+
+class RowParallelLinearProblems(ColumnLinearProblems):
+    """One slice, on one rank."""
+
+    operator = "row_parallel_linear"
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {
+            **station_axes(self.operator),
+            "dims.k": WIDTHS,
+            "dims.n": WIDTHS,
+            "structure.slices": ("one",),
+            "attributes.reduce": (True, False),
+        }
+
+    def problem(self, case: Case) -> Problem:
+        return RowParallelLinearProblem(case)
