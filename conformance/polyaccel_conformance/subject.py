@@ -17,6 +17,10 @@ SIMULATED = "simulated"
 """The backend that comes with the suite and has no entry point."""
 
 
+class OperatorTable(TableBackend):
+    """A mapping that the user named: operators that it does not hold are out of scope."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """How a worker gets the backend under test. A value of strings only, so that it can be sent to any process.
@@ -70,7 +74,7 @@ class Subject:
                 return value
         if not isinstance(value, Mapping):
             raise UsageError(f"{self.path}:{self.name} is a {type(value).__name__}, expected a mapping or a Backend")
-        return TableBackend(self.device, value, name=self.name.lower())
+        return OperatorTable(self.device, value, name=self.name.lower())
 
     def to_json(self) -> dict[str, str]:
         return {name: getattr(self, name) for name in ("kind", "name", "path", "device", "mutant")}

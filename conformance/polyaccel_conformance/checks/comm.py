@@ -33,7 +33,8 @@ def ranked(problem: Problem) -> RankedProblem:
 
 
 class RankCheck(Check):
-    """A question of cases with several ranks. Ranks ask it together, so each must reach every exchange of it."""
+    """A question of cases with several ranks. Ranks ask it together: a rank that meets an error raises it before
+    any exchange, and then takes no further part."""
 
     def applies(self, case: Case, problem: Problem) -> bool:
         return case.ranks > 1 and isinstance(problem, RankedProblem) and self.concerns(case, problem)
@@ -79,9 +80,9 @@ class Collectives(RankCheck):
     def run(self, trial: Trial) -> Failure | None:
         bench, problem = rank_bench(trial.bench), ranked(trial.problem)
         observation = trial.observe()
-        seen = bench.control.gather(_digests(problem, observation))
         if observation.error is not None:
             raise observation.error
+        seen = bench.control.gather(self.name, _digests(problem, observation))
         if problem.spec.group == "ranks":
             for name, expected in trial.expected.items():
                 output = observation.outputs.get(name)
@@ -124,9 +125,9 @@ class Trace(RankCheck):
     def run(self, trial: Trial) -> Failure | None:
         bench, problem = rank_bench(trial.bench), ranked(trial.problem)
         observation = trial.observe()
-        plans = bench.control.gather(str(observation.planned))
         if observation.error is not None:
             raise observation.error
+        plans = bench.control.gather(self.name, str(observation.planned))
         if len(set(map(str, plans))) > 1:
             return self.fail("ranks planned differently", f"plans by rank: {plans}")
         traced = problem.traced
@@ -210,13 +211,13 @@ class Barrier(RankCheck):
         prepared = problem.place(bench)
         call = bench.resolve("barrier", prepared).call
         # All start together, so that the delays of the case are what sets them apart.
-        bench.control.gather(None)
+        bench.control.gather(f"{self.name}: begin")
         problem.delay()
         came = time.monotonic()
         call_by_name(call, ("comm",), prepared.arguments)
         bench.synchronize()
         left = time.monotonic()
-        times = [moments for moments in bench.control.gather((came, left)) if isinstance(moments, tuple)]
+        times = [moments for moments in bench.control.gather(self.name, (came, left)) if isinstance(moments, tuple)]
         last = max(moments[0] for moments in times)
         early = [rank for rank, moments in enumerate(times) if moments[1] < last]
         if early:

@@ -187,13 +187,13 @@ class _ExpectedFailure(_Scenario):
         assert group is not None
         call = _Caller(bench, problem)
         x = call.upload(_contributions(problem, "x", 0)[bench.rank])
-        bench.control.gather(None)
+        bench.control.gather(f"{self.name}: begin")
         begun = time.monotonic()
         try:
             if bench.rank == absent:
                 found = self.stay_away(bench, group)
                 # Until the others have given up, this rank is alive and its connections are open.
-                bench.control.gather(None)
+                bench.control.gather(self.name)
                 return found
             error: Exception | None = None
             try:
@@ -202,7 +202,7 @@ class _ExpectedFailure(_Scenario):
             except PolyaccelError as raised:
                 error = raised
             waited = time.monotonic() - begun
-            bench.control.gather(None)
+            bench.control.gather(self.name)
             return self._judge(error, waited, bench.withheld, absent)
         finally:
             group.close()

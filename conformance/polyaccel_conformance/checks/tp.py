@@ -172,7 +172,7 @@ def _whole(
     rows = [row for begin, end in cut.rows for row in range(begin, end)]
     own = y[:, cut.begin : cut.begin + len(rows)]
     whole = np.full((len(x), FEATURES[module][0]), np.nan)
-    for rank, part in enumerate(bench.control.gather((rows, own))):
+    for rank, part in enumerate(bench.control.gather("delta", (rows, own))):
         assert isinstance(part, tuple)
         where, values = part
         known = whole[:, where]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from polyaccel.backend import OPERATORS, STATIONS, OperatorSpec
-from polyaccel.backend.levels import DEVICES, HALF, Level, Requirement, Span, Value
+from polyaccel.backend.levels import DEVICES, HALF, LEVELS, Level, Requirement, Span, Value
 from polyaccel_conformance.harness.layouts import LAYOUTS
 
 HALVES = ("bfloat16", "float16")
@@ -42,6 +43,17 @@ def cells(level: Level, half: str, ranks: int = 1) -> tuple[Cell, ...]:
 
     Rows that need several devices ask for every world size from 2 to ``ranks``.
     """
+    if LEVELS.get(level.name) is level:
+        return _of_contract(level.name, half, ranks)
+    return _expanded(level, half, ranks)
+
+
+@functools.cache
+def _of_contract(name: str, half: str, ranks: int) -> tuple[Cell, ...]:
+    return _expanded(LEVELS[name], half, ranks)
+
+
+def _expanded(level: Level, half: str, ranks: int) -> tuple[Cell, ...]:
     found: dict[Cell, None] = {}
     for row in level.table:
         for dtype in row.dtypes or ("",):

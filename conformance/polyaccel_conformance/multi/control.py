@@ -23,11 +23,11 @@ class ControlPlane(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def gather(self, value: object) -> list[object]:
-        """Every rank's small picklable value, in rank order; returns when all have called it.
+    def gather(self, topic: str, value: object = None) -> list[object]:
+        """Every rank's small picklable value, in rank order; returns when all have called it on the same topic.
 
         Raises:
-            Abandoned: a rank cannot call it any more.
+            Abandoned: a rank does not call it any more.
         """
 
 
@@ -38,7 +38,7 @@ class Alone:
     rank: int = 0
     world_size: int = 1
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, topic: str, value: object = None) -> list[object]:
         return [value]
 
 
@@ -50,8 +50,8 @@ class Piped:
     world_size: int
     connection: Connection
 
-    def gather(self, value: object) -> list[object]:
-        self.connection.send(Gather(value))
+    def gather(self, topic: str, value: object = None) -> list[object]:
+        self.connection.send(Gather(topic, value))
         answer = self.connection.recv()
         if isinstance(answer, Gathered):
             return list(answer.values)
@@ -63,8 +63,9 @@ class Piped:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """This rank's contribution; it waits for everybody's."""
+    """This rank's contribution; it waits for everybody's on the same topic."""
 
+    topic: str
     value: object
 
 

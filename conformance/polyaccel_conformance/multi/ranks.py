@@ -44,13 +44,13 @@ class _Rank:
     process: Process
     connection: Connection
     verdict: RankVerdict | None = None
-    gathered: list[object] = field(default_factory=list)
-    waiting: bool = False
+    gathered: Gather | None = None
     dead: bool = False
 
     @property
-    def running(self) -> bool:
-        return self.verdict is None and not self.dead and not self.waiting
+    def waiting(self) -> bool:
+        """For the other ranks' contributions."""
+        return self.gathered is not None
 
 
 class RankPool(AbstractContextManager["RankPool"]):
@@ -219,7 +219,7 @@ class RankPool(AbstractContextManager["RankPool"]):
         if not self._ranks:
             self.start()
         for rank in self._ranks:
-            rank.verdict, rank.waiting, rank.dead = None, False, False
+            rank.verdict, rank.gathered, rank.dead = None, None, False
             with suppress(OSError):
                 rank.connection.send(order)
         verdicts = self._collect(time.monotonic() + limit)
@@ -250,19 +250,20 @@ class RankPool(AbstractContextManager["RankPool"]):
 
     def _answer(self) -> None:
         """Hand out what was gathered once all have contributed, or say that not all will."""
-        asking = [rank for rank in self._ranks if rank.waiting]
-        if len(asking) == len(self._ranks):
-            values = tuple(rank.gathered.pop() for rank in self._ranks)
-            answer: object = Gathered(values)
-        elif asking and any(rank.verdict is not None or rank.dead for rank in self._ranks):
+        asking = [rank.gathered for rank in self._ranks if rank.gathered is not None]
+        if not asking:
+            return
+        if len(asking) == len(self._ranks) and len({gather.topic for gather in asking}) == 1:
+            answer: object = Gathered(tuple(gather.value for gather in asking))
+        elif len(asking) == len(self._ranks) or any(rank.verdict is not None or rank.dead for rank in self._ranks):
             answer = Abandon()
         else:
             return
-        for rank in asking:
-            rank.waiting = False
-            rank.gathered.clear()
-            with suppress(OSError):
-                rank.connection.send(answer)
+        for rank in self._ranks:
+            if rank.gathered is not None:
+                rank.gathered = None
+                with suppress(OSError):
+                    rank.connection.send(answer)
 
     def _listen(self, left: list[_Rank], seconds: float) -> None:
         by_connection = {rank.connection: rank for rank in left}
@@ -275,8 +276,7 @@ class RankPool(AbstractContextManager["RankPool"]):
                 rank.dead = True
                 continue
             if isinstance(message, Gather):
-                rank.gathered.append(message.value)
-                rank.waiting = True
+                rank.gathered = message
             else:
                 rank.verdict = message
 
@@ -286,6 +286,8 @@ class RankPool(AbstractContextManager["RankPool"]):
         if rank.dead:
             return RankVerdict(ending="crashed", text=f"the process {_exit(rank.process.wait(1.0))}", broken=True)
         rank.process.kill()
+        if rank.waiting:
+            return RankVerdict(ending="abandoned", text="it waited for the other ranks", broken=True)
         return RankVerdict(ending="crashed", text=f"no answer within {self._case_timeout:g} s", broken=True)
 
 

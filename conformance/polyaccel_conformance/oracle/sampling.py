@@ -180,7 +180,7 @@ class Distribution:
 
     @cached_property
     def logprobs(self) -> Bounded:
-        """``[vocabulary]``: of the adjusted scores, before temperature and filters; minus infinity where no candidate."""
+        """``[vocabulary]``: of adjusted scores, before temperature and filters; minus infinity where no candidate."""
         value, bound = self.scores.value, self.scores.bound
         top = value[self.candidates].max()
         shifted = np.where(self.candidates, value - top, -np.inf)

@@ -110,6 +110,7 @@ def turned_heads(
 
 def add_norm(
     y: Bounded,
+    base: Floats,
     residual: Floats,
     weight: Floats,
     eps: float,
@@ -118,12 +119,15 @@ def add_norm(
     rsqrt_ulps: int,
     order: Order = "random",
 ) -> tuple[Bounded, Bounded]:
-    """``(normed, s)`` with ``s = y + residual``, both before their last rounding: ``[T, n]``."""
-    y = between(y, kept, order)
+    """``(normed, s)`` with ``s = y + residual``, both before their last rounding: ``[T, n]``.
+
+    ``base``: y without its deltas. The residual may be added before them, and that sum be rounded instead of y.
+    """
     if order == "exact":
         s = Bounded.exact(y.value + residual)
         return rms_norm(s, weight, eps, normed=normed, rsqrt_ulps=rsqrt_ulps, exact_sum=True), s
-    s = add(y, Bounded.exact(residual))
+    sooner = np.maximum(np.abs(base + residual) - np.abs(y.value), 0.0)
+    s = add(between(y, kept, order).plus("residual before deltas", kept.unit * sooner), Bounded.exact(residual))
     return rms_norm(cast(s, kept, "sum"), weight, eps, normed=normed, rsqrt_ulps=rsqrt_ulps), s
 
 

@@ -89,7 +89,7 @@ def random_rows(source: Source, data: str, rows: int, k: int, name: str = "a") -
     if data in ("positive", "overflow"):
         return np.abs(x)
     if data == "wide":
-        return _scaled(source, x, name)
+        return _scaled(source, x, name, -5, 5)
     if data == "outliers" and k:
         x[:, _hot(source, k)] *= 32
     return x * _ramp(k) if data == "ramp" else x
@@ -101,7 +101,8 @@ def random_columns(source: Source, data: str, n: int, k: int, name: str = "b") -
     if data in ("positive", "overflow"):
         return np.abs(w)
     if data == "wide":
-        return _scaled(source, w, name)
+        # Never larger, so that what follows stays within 16 bits.
+        return _scaled(source, w, name, -10, 0)
     return w * _ramp(k) if data == "ramp" else w
 
 
@@ -131,8 +132,8 @@ def overflowing(x: Floats, w: Floats, dtype: str) -> tuple[Floats, Floats]:
     return np.ldexp(x, first), right
 
 
-def _scaled(source: Source, x: Floats, name: str) -> Floats:
-    return np.ldexp(x, source.integers(f"scale {name}", (x.shape[0], 1), -5, 5))
+def _scaled(source: Source, x: Floats, name: str, low: int, high: int) -> Floats:
+    return np.ldexp(x, source.integers(f"scale {name}", (x.shape[0], 1), low, high))
 
 
 def _ramp(k: int) -> Floats:

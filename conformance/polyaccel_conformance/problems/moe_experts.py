@@ -23,6 +23,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 GATE_UP, DOWN = "experts.gate_up", "experts.down"
+EXACT_KINDS = ("integers", "cancelling")
 STEEP = 128.0
 """From here on silu is its argument, and zero below the negative."""
 SLOTS = 4
@@ -37,12 +38,13 @@ class MoeExpertsProblem(Problem):
 
     ``integers``: one column of x decides each gate (-1, 0 or 1 times 128, where silu is zero or its argument), another
     one is what passes; rows of every matrix select columns, differently in each expert. Every intermediate result is
-    exact in 16 bits.
+    exact in 16 bits. ``cancelling``: as before, and two columns with the same values are added to every sum with large
+    factors of opposite sign, so that an accumulator with fewer bits loses what was selected.
     """
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.exact = case.data == "integers"
+        self.exact = case.data in EXACT_KINDS
         tokens, hidden, inner = case.dim("tokens"), case.dim("hidden"), case.dim("intermediate")
         self._ids, self._map, self.local = self._routing(tokens)
         held = int(self._held)
@@ -177,6 +179,8 @@ class MoeExpertsProblem(Problem):
         most = 4095 if case.dtype == "float32" else 3
         values = source.integers("x", (tokens, hidden), -most, most)
         values[:, : self._switches] = source.integers("switch", (tokens, self._switches), -1, 1)
+        if hidden > self._switches:
+            values[:, -1] = values[:, self._switches]
         return Operand.rounded(values, case.dtype)
 
     def _draw_weights(self, shape: tuple[int, ...]) -> Operand:
@@ -238,7 +242,26 @@ class MoeExpertsProblem(Problem):
                 entry = sign / STEEP
             np.put_along_axis(matrix[:, begin : begin + n], column[..., None], entry[..., None], 2)
             begin += n
+        if self.case.data == "cancelling" and not self.case.structure["quantised"]:
+            self._cancel(site, matrix, slices)
         return matrix
+
+    def _cancel(self, site: str, matrix: Floats, slices: tuple[int, ...]) -> None:
+        """Add twin columns of opposite sign to what passes the gates, and to down where its input has twins."""
+        large = 2.0**8 if self.case.dtype == "float32" else 2.0**12
+        k = matrix.shape[2]
+        if site == GATE_UP and k > self._switches + 1:
+            up = matrix[:, slices[0] :]
+            up[..., self._switches] += large
+            up[..., -1] -= large
+        if self.case.structure["adapters"] != "none" or self.case.structure["bias"]:
+            return
+        if site == GATE_UP and slices[0] > 1:
+            for end in (slices[0], sum(slices)):
+                matrix[:, end - 1] = matrix[:, end - slices[0]]
+        elif site == DOWN and k > 1:
+            matrix[..., 0] += large / STEEP
+            matrix[..., -1] -= large / STEEP
 
     def _columns(self, site: str, index: int, k: int) -> tuple[int, int]:
         """Columns that a slice selects from: gates see the switches, up sees the rest."""
@@ -367,7 +390,7 @@ class MoeExpertsProblems(ProblemSet):
             "layouts.ids": ("contiguous", "row_padded", "offset"),
             "layouts.weights": ("contiguous", "row_padded", "offset"),
             "layouts.expert_map": ("contiguous", "offset"),
-            "data": ("normal", "integers", "outliers"),
+            "data": ("normal", *EXACT_KINDS, "outliers"),
             "device": ("current", "other"),
             "stream": ("default", "side"),
         }

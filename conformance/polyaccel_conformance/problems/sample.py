@@ -355,7 +355,8 @@ class SampleProblem(Problem):
         """Some ids, never the last one, which every mask allows."""
         vocabulary = self.case.dim("vocabulary")
         ids = self.source.choose(f"forbidden {index}", vocabulary, max(vocabulary // 3, 1))
-        return ids[ids != vocabulary - 1]
+        kept: Ints = ids[ids != vocabulary - 1]
+        return kept
 
     def _forced(self, index: int, row: SamplingRow) -> Ints:
         """Tokens of the steps before this one, of those that the row may sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -164,7 +165,7 @@ class QkvRopeCacheProblem(StationProblem):
             starts, head_dim = self.weight.starts, self.case.dim("head_dim")
             q, k, v = (
                 y[:, begin:end].reshape(self.count, (end - begin) // head_dim, head_dim)
-                for begin, end in zip(starts[:-1], starts[1:], strict=True)
+                for begin, end in itertools.pairwise(starts)
             )
             found = {"q": self._turned(q, "q_norm"), "k": self._turned(k, "k_norm")[self.kept]}
             found["v"] = between(v, self.format, self.order)[self.kept]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -35,6 +35,7 @@ from polyaccel.backend import (
 from polyaccel.backend.backend import Implementations
 from polyaccel_conformance.simulated.communicator import SimulatedCommunicator
 from polyaccel_conformance.simulated.device import SimulatedDevice
+from polyaccel_conformance.simulated.factories import device_of
 from polyaccel_conformance.simulated.graph import SimulatedGraph
 from polyaccel_conformance.simulated.operators import SimulatedOperators
 from polyaccel_conformance.simulated.runtime import Runtime
@@ -73,10 +74,6 @@ class SimulatedBackend(Backend):
             name: Entry(fn, evidence=(f"simulated.{name}",))
             for name, fn in SimulatedOperators(self.launcher).table().items()
         }
-
-    def composites(self) -> Mapping[str, Callable[..., object]]:
-        """None: code that makes tensors on a virtual device outside of kernels would need torch to know it."""
-        return {}
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
@@ -144,10 +141,10 @@ class SimulatedBackend(Backend):
     # -- the guard -----------------------------------------------------------------------------------------------------
 
     def _enter(self, device: torch.device) -> AbstractContextManager[object]:
-        return self.runtime.use_device(self.runtime.devices[device.index or 0])
+        return self.runtime.use_device(device_of(device))
 
     def _is_current(self, device: torch.device) -> bool:
-        return self.runtime.current_device.index == device.index
+        return self.runtime.current_device.number == device.index
 
     def _own(self, device: Device) -> SimulatedDevice:
         if not isinstance(device, SimulatedDevice) or device.runtime is not self.runtime:

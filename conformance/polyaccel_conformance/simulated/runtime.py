@@ -16,10 +16,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from polyaccel.backend import DeviceLost, OperandInfo, OperatorError, OutOfMemory
+from polyaccel_conformance.simulated.factories import DEVICE_TYPE, announce, claim_numbers
 from polyaccel_conformance.simulated.stream import Mark, Stream, Task, Timeline
-
-DEVICE_TYPE = "privateuseone"
-"""torch's name for devices that come from outside of it."""
 
 
 class IllegalAccess(RuntimeError):
@@ -39,16 +37,18 @@ class Failure:
         )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class VirtualDevice:
     """One device: its streams, what it holds, what it did.
 
+    ``index`` counts the machine's devices, ``number`` is torch's for it.
     ``allocated`` counts bytes held, ``ever`` those of freed memory too; ``trace`` is what a profiler would show, while
     one is attached: name and kind.
     """
 
     runtime: Runtime
     index: int
+    number: int
     capacity: int
     streams: list[Stream] = field(default_factory=list)
     allocated: int = 0
@@ -59,7 +59,7 @@ class VirtualDevice:
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(DEVICE_TYPE, self.index)
+        return torch.device(DEVICE_TYPE, self.number)
 
 
 class Memory:
@@ -101,8 +101,10 @@ class Runtime:
     """
 
     def __init__(self, devices: int = 2, *, capacity: int = 1 << 34, host_tick: float = 0.0) -> None:
-        self.devices = [VirtualDevice(self, index, capacity) for index in range(devices)]
+        first = claim_numbers(devices)
+        self.devices = [VirtualDevice(self, index, first + index, capacity) for index in range(devices)]
         for device in self.devices:
+            announce(device.number, device)
             device.streams.append(Stream(device, 0))
         self._host_tick = host_tick
         self._timeline = Timeline()

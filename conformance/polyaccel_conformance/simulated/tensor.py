@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from polyaccel_conformance.simulated.runtime import DEVICE_TYPE, IllegalAccess, Memory, VirtualDevice, operand_infos
+from polyaccel_conformance.simulated.factories import DEVICE_TYPE, device_of
+from polyaccel_conformance.simulated.runtime import IllegalAccess, Memory, VirtualDevice, operand_infos
 from polyaccel_conformance.simulated.stream import Task
 
 _aten = torch.ops.aten
@@ -90,16 +91,19 @@ class VirtualTensor(torch.Tensor):
             return _download(func, args, kwargs, tensors[0])
         if target is not None and torch.device(target).type == DEVICE_TYPE:
             kwargs["device"] = None
-            index = torch.device(target).index or 0
-            if index != tensors[0].memory.device.index:
-                return _to_peer(tensors[0], runtime.devices[index], kwargs.get("dtype"))
+            there = device_of(torch.device(target))
+            if there is not tensors[0].memory.device:
+                return _to_peer(tensors[0], there, kwargs.get("dtype"))
         return _queue(func, args, kwargs, tensors)
 
 
 def empty_on(device: VirtualDevice, shape: Sequence[int], dtype: torch.dtype) -> VirtualTensor:
     """Memory full of what spoils every result it reaches; inside a graph, at every replay again."""
     device.runtime.refuse_if_lost(device)
-    inner = poison_(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
+    inner = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    if not torch._C._len_torch_dispatch_stack():
+        # Whoever watches has poisons of its own.
+        poison_(inner)
     tensor = VirtualTensor(inner, Memory(device, inner.numel() * inner.element_size()))
     if device.runtime.capturing:
         runtime = device.runtime

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyaccel.backend import Backend, TableBackend
+from polyaccel.backend import Backend
 from polyaccel.backend.errors import BackendUnavailable
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, run_case
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.results import encode
-from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.subject import OperatorTable, Subject
 from polyaccel_conformance.workers.oracle_cache import OracleCache
 
 TARGET = "polyaccel_conformance.workers.worker:main"
@@ -109,7 +109,7 @@ def open_bench(subject: Subject, device: int) -> tuple[Bench, dict[str, Any]]:
         "fork_safe": backend.fork_safe,
         "devices": len(devices),
         "device_type": bench.device.torch_device.type,
-        "scope": sorted(backend.given) if isinstance(backend, TableBackend) and subject.kind == "table" else None,
+        "scope": sorted(backend.given) if isinstance(backend, OperatorTable) else None,
         "graphs": "; ".join(backend.graph_refusals()),
         "environment": {**_environment(backend, bench, subject), **_sources(backend, subject)},
     }

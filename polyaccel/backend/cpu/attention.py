@@ -169,7 +169,8 @@ def _flash(
 ) -> torch.Tensor:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     out: torch.Tensor = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
-    if k.shape[-2] < VECTOR_KEYS:
-        # With few keys the kernel takes a NaN query for one that sees nothing and gives zeros.
+    if k.shape[-2] < VECTOR_KEYS or q.dtype != torch.float32:
+        # With few keys the kernel takes a NaN query for one that sees nothing and gives zeros; in 16 bits an infinite
+        # one may be taken so at any length.
         out = out + (q * 0).sum(-1, keepdim=True)
     return out

@@ -34,6 +34,7 @@ from polyaccel.backend.backend import Implementations
 from .adapter_store import FoldedAdapterStore
 from .communicator import FoldedCommunicator
 from .device import FoldedDevice
+from .evidence import EVIDENCE
 from .graph import FoldedGraph
 from .kv_cache import BLOCK_SIZE, FoldedKVCache
 from .operators import FoldedOperators
@@ -67,9 +68,8 @@ class FoldedBackend(Backend):
 
     def operators(self) -> Mapping[str, Implementations]:
         one, station = FoldedOperators(self.device, self.launcher), FoldedStations(self.device, self.launcher)
-        row_parallel = Entry(station.row_parallel_linear, name="folded.row_parallel_linear", detail="ride")
-        add_norm = Entry(station.row_parallel_add_norm, name="folded.row_parallel_add_norm", detail="ride")
-        return {
+        details = {"row_parallel_linear": "ride", "row_parallel_add_norm": "ride"}
+        functions: Mapping[str, Callable[..., object]] = {
             "embedding": one.embedding,
             "linear": one.linear,
             "rms_norm": one.rms_norm,
@@ -88,8 +88,12 @@ class FoldedBackend(Backend):
             "column_linear": station.column_linear,
             "qkv_rope_cache": station.qkv_rope_cache,
             "gate_up_act": station.gate_up_act,
-            "row_parallel_linear": row_parallel,
-            "row_parallel_add_norm": add_norm,
+            "row_parallel_linear": station.row_parallel_linear,
+            "row_parallel_add_norm": station.row_parallel_add_norm,
+        }
+        return {
+            name: Entry(fn, name=f"folded.{name}", evidence=EVIDENCE[name], detail=details.get(name, ""))
+            for name, fn in functions.items()
         }
 
     def composites(self) -> Mapping[str, Callable[..., object]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -44,6 +44,27 @@ def issued_step(step: Step) -> FoldedStep:
     if not isinstance(step, FoldedStep):
         raise OperatorError("begin_step", f"a step of this backend is a FoldedStep, not {type(step).__name__}")
     return step
+
+
+def rows_for(operator: str, x: torch.Tensor, weight: FoldedWeight) -> None:
+    """Refuse rows that do not fit a weight; the queue would find out too late."""
+    spec = weight.spec
+    if x.dim() != 2 or x.shape[1] != spec.k or x.dtype != spec.dtype:
+        raise OperatorError.describe(operator, f"{spec.site!r} takes rows of {spec.k} in {spec.dtype}", {"x": x})
+
+
+def same_width(operator: str, x: torch.Tensor, others: Mapping[str, torch.Tensor | None]) -> None:
+    """Refuse operands that are not of x's last dimension."""
+    for name, other in others.items():
+        if other is not None and other.shape[-1] != x.shape[-1]:
+            raise OperatorError.describe(operator, f"{name} has another width than x", {"x": x, name: other})
+
+
+def heads_for(operator: str, kv: FoldedKVCache, **operands: torch.Tensor) -> None:
+    """Refuse heads that do not fit the cache."""
+    for name, x in operands.items():
+        if x.dim() != 3 or x.shape[2] != kv.spec.head_dim or x.dtype != kv.spec.dtype:
+            raise OperatorError.describe(operator, f"{name} does not fit {kv.spec}", {name: x})
 
 
 def folded_cache(kv: KVCache) -> FoldedKVCache:

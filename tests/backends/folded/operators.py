@@ -20,7 +20,18 @@ from polyaccel.backend import (
 from polyaccel.backend.composite import dense, moe, sampling
 
 from . import kernels
-from .issue import Issuer, expanded, folded_cache, issued_step, queued, rank_rows_of, store_of
+from .issue import (
+    Issuer,
+    expanded,
+    folded_cache,
+    heads_for,
+    issued_step,
+    queued,
+    rank_rows_of,
+    rows_for,
+    same_width,
+    store_of,
+)
 from .sampling_state import FoldedSamplingState
 from .step import FoldedStep, RunningStep
 from .weight import folded
@@ -43,6 +54,7 @@ class FoldedOperators(Issuer):
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         own = folded("linear", weight)
+        rows_for("linear", x, own)
         y = self._device.empty((x.shape[0], own.spec.n), x.dtype)
         self._launch("linear", (x, own.buffer, y), lambda: y.copy_(kernels.product(x, own)[0]))
         return y
@@ -51,6 +63,9 @@ class FoldedOperators(Issuer):
         self, y: torch.Tensor, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens"
     ) -> torch.Tensor:
         own, issued = folded("sgmv", weight), issued_step(step)
+        rows_for("sgmv", x, own)
+        if y.dim() != 2 or y.shape[1] != own.spec.n or y.dtype != x.dtype:
+            raise OperatorError.describe("sgmv", f"{own.spec.site!r} gives rows of {own.spec.n}", {"y": y})
 
         def run() -> None:
             h = kernels.product(x, own, rank_rows_of(own, issued))[1]
@@ -62,6 +77,7 @@ class FoldedOperators(Issuer):
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        same_width("rms_norm", x, {"weight": weight, "residual": residual})
         outputs = [self._device.empty(x.shape, x.dtype) for _ in range(1 if residual is None else 2)]
 
         def run() -> None:
@@ -99,12 +115,14 @@ class FoldedOperators(Issuer):
 
     def write_kv_cache(self, k: torch.Tensor, v: torch.Tensor, kv: KVCache, layer: int, step: Step) -> None:
         issued, cache = issued_step(step), folded_cache(kv)
+        heads_for("write_kv_cache", cache, k=k, v=v)
         self._launch("write_kv_cache", (k, v), lambda: cache.store(layer, issued.tensor("kv_slots"), k, v))
 
     def paged_attention(
         self, q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None
     ) -> torch.Tensor:
         issued, cache = issued_step(step), folded_cache(kv)
+        heads_for("paged_attention", cache, q=q)
         out = self._device.empty(q.shape, q.dtype)
 
         def run() -> None:
@@ -142,6 +160,7 @@ class FoldedOperators(Issuer):
     ) -> torch.Tensor:
         first, second, issued = folded("moe_experts", gate_up), folded("moe_experts", down), issued_step(step)
         y = self._device.empty((x.shape[0], second.spec.n), x.dtype)
+        rows_for("moe_experts", x, first)
         store, mix = store_of(issued), issued.buffers.mix["tokens"][: x.shape[0]]
 
         def run() -> None:

@@ -8,7 +8,7 @@ from polyaccel.backend import Communicator, KVCache, RopeTable, RowSet, Step, We
 from polyaccel.backend.composite import dense
 
 from . import kernels
-from .issue import Issuer, adapted, folded_cache, issued_step, landed, queued, rank_rows_of
+from .issue import Issuer, adapted, folded_cache, issued_step, landed, queued, rank_rows_of, rows_for, same_width
 from .step import FoldedStep, RunningStep
 from .weight import FoldedWeight, folded
 
@@ -18,6 +18,7 @@ class FoldedStations(Issuer):
 
     def column_linear(self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
         own, issued = folded("column_linear", weight), issued_step(step)
+        rows_for("column_linear", x, own)
         y = self._device.empty((x.shape[0], own.spec.n), x.dtype)
         self._launch("column_linear", (x, own.buffer, y), lambda: y.copy_(adapted(x, own, issued, row_set)))
         return y
@@ -36,12 +37,15 @@ class FoldedStations(Issuer):
         head_dim: int,
     ) -> torch.Tensor:
         own, issued, cache = folded("qkv_rope_cache", weight), issued_step(step), folded_cache(kv)
+        rows_for("qkv_rope_cache", x, own)
         widths = [part.n for part in own.spec.slices]
         out = self._device.empty((x.shape[0], widths[0] // head_dim, head_dim), x.dtype)
 
         def run() -> None:
             y = adapted(x, own, issued, "tokens").to(x.dtype)
-            q, k, v = (part.reshape(part.shape[0], -1, head_dim) for part in torch.split(y, widths, dim=-1))
+            q, k, v = (
+                part.unflatten(1, (part.shape[1] // head_dim, head_dim)) for part in torch.split(y, widths, dim=-1)
+            )
             if q_norm is not None and k_norm is not None:
                 q, k = kernels.rms_norm(q, q_norm, eps), kernels.rms_norm(k, k_norm, eps)
             q, k = dense.rotary_embedding(q, k, rope, RunningStep(issued))
@@ -53,6 +57,7 @@ class FoldedStations(Issuer):
 
     def gate_up_act(self, x: torch.Tensor, weight: Weight, step: Step, act: str = "silu") -> torch.Tensor:
         own, issued = folded("gate_up_act", weight), issued_step(step)
+        rows_for("gate_up_act", x, own)
         y = self._device.empty((x.shape[0], own.spec.slices[0].n), x.dtype)
 
         def run() -> None:
@@ -65,6 +70,7 @@ class FoldedStations(Issuer):
         self, x: torch.Tensor, weight: Weight, step: Step, comm: Communicator, reduce: bool = True
     ) -> torch.Tensor:
         own, issued = folded("row_parallel_linear", weight), issued_step(step)
+        rows_for("row_parallel_linear", x, own)
         message = self._message(x, own, issued)
         if reduce:
             self._summed(message, comm)
@@ -83,6 +89,8 @@ class FoldedStations(Issuer):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         own, issued = folded("row_parallel_add_norm", weight), issued_step(step)
+        rows_for("row_parallel_add_norm", x, own)
+        same_width("row_parallel_add_norm", residual, {"norm_weight": norm_weight})
         message = self._message(x, own, issued)
         self._summed(message, comm)
         normed, total = self._device.empty(residual.shape, x.dtype), self._device.empty(residual.shape, x.dtype)

@@ -30,11 +30,12 @@ COUNTS = [70, pytest.param(3400, marks=pytest.mark.slow)]
 
 def _off(exact: Floats, ulps: int, step: Round = f32) -> Floats:
     """``exact`` rounded, or a float32 number up to ``ulps`` units in the last place away from it. Functions saturate:
-    what rounds to one is one."""
+    what rounds to one is one, and zero is zero."""
     if not ulps:
         return step(exact)
     away = exact + (ulps - np.sign(ulps) / 2) * F32.quantum(exact)
-    return np.where(np.abs(f32(exact)) == 1, f32(exact), f32(away))
+    limits = (exact == 0) | (np.abs(f32(exact)) == 1)
+    return np.where(limits, f32(exact), f32(away))
 
 
 def _quotient(a: Floats, b: Floats, ulps: int, step: Round) -> Floats:

@@ -9,7 +9,7 @@ import time
 import torch
 
 from polyaccel.backend import Backend, TableBackend
-from polyaccel.backend.composite.norm import layer_norm, rms_norm
+from polyaccel.backend.composite.dense import layer_norm, rms_norm
 
 
 def right(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -48,10 +48,6 @@ class Spawned(TableBackend):
     def __init__(self) -> None:
         super().__init__("cpu", {"rms_norm": rms_norm}, name="spawned")
         self.fork_safe = False
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        return ("rms_norm",)
 
 
 def composites() -> Backend:

@@ -1,0 +1,116 @@
+"""torch's own factories (``torch.zeros(..., device=...)``, ``x.to(device)``) on virtual devices.
+
+torch has one name for devices from outside of it and numbers them through the whole process. So the devices of all
+machines share these numbers, and what torch is asked to make on one is found by its number here; a process in which
+another package has claimed that name keeps it, and virtual devices are then reached through the contract alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from polyaccel.backend.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from polyaccel_conformance.simulated.runtime import VirtualDevice
+
+DEVICE_TYPE = "privateuseone"
+LARGEST = 127
+"""torch's device numbers are signed bytes."""
+
+_COMPUTED = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "randperm")
+"""Factories that torch would build from an empty tensor that it resizes."""
+
+# The numbers are torch's, which has one list of devices a process; nothing else could know whose a number is.
+_DEVICES: weakref.WeakValueDictionary[int, VirtualDevice] = weakref.WeakValueDictionary()
+
+
+def claim_numbers(count: int) -> int:
+    """The first of ``count`` free numbers in a row.
+
+    Raises:
+        ConfigurationError: too many virtual devices are alive.
+    """
+    _register()
+    for attempt in range(2):
+        for first in range(LARGEST - count + 1):
+            if all(number not in _DEVICES for number in range(first, first + count)):
+                return first
+        if not attempt:
+            # Machines are cycles of references.
+            gc.collect()
+    raise ConfigurationError(f"{len(_DEVICES)} virtual devices are alive; torch numbers at most {LARGEST}")
+
+
+def announce(number: int, device: VirtualDevice) -> None:
+    """From now on the number means this device."""
+    _DEVICES[number] = device
+
+
+def device_of(device: torch.device) -> VirtualDevice:
+    """The virtual device behind torch's name for it.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    found = _DEVICES.get(device.index or 0)
+    if found is None:
+        raise ConfigurationError(f"{device} is no virtual device of this process")
+    return found
+
+
+@functools.cache
+def _register() -> torch.library.Library | None:
+    if torch._C._get_privateuse1_backend_name() != DEVICE_TYPE or f"torch.{DEVICE_TYPE}" in sys.modules:
+        return None
+    # torch imports the device's module before it makes a tensor there.
+    sys.modules[f"torch.{DEVICE_TYPE}"] = types.ModuleType(f"torch.{DEVICE_TYPE}")
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    for name in _COMPUTED:
+        library.impl(name, _computed(name), "PrivateUse1")
+    return library
+
+
+def _empty(size: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device, **_: object) -> torch.Tensor:
+    from polyaccel_conformance.simulated.tensor import empty_on
+
+    _refuse_below_python(device)
+    return empty_on(device_of(device), size, dtype or torch.get_default_dtype())
+
+
+def _empty_strided(
+    size: Sequence[int], stride: Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device, **_: object
+) -> torch.Tensor:
+    from polyaccel_conformance.simulated.tensor import empty_on
+
+    _refuse_below_python(device)
+    span = sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if all(size) else 0
+    return empty_on(device_of(device), (span,), dtype or torch.get_default_dtype()).as_strided(size, stride)
+
+
+def _computed(name: str) -> Callable[..., torch.Tensor]:
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+    def compute(*args: Any, device: torch.device, **kwargs: Any) -> torch.Tensor:
+        host: torch.Tensor = operator(*args, **kwargs, device=torch.device("cpu"))
+        made = _empty(host.shape, dtype=host.dtype, device=device)
+        return made.copy_(host)
+
+    return compute
+
+
+def _refuse_below_python(device: torch.device) -> None:
+    # torch.tensor(data, device=...) fills what it gets without asking its class.
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python):
+        raise RuntimeError(f"torch.tensor does not work on {device}: make it on the host and move it there with .to()")

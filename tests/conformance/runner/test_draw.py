@@ -1,0 +1,66 @@
+"""Drawn cases: valid, reproducible, on the edges, and simplest first."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import find, given
+from hypothesis import strategies as st
+
+from polyaccel_conformance.draw import TILES, boundary_integers, cases, examples
+from polyaccel_conformance.problem import ProblemSet
+from polyaccel_conformance.problems.registry import PROBLEM_SETS
+
+SETS = pytest.mark.parametrize("problems", PROBLEM_SETS.values(), ids=list(PROBLEM_SETS))
+LINEAR = PROBLEM_SETS["linear"]
+
+
+@SETS
+def test_drawn_cases_are_valid_and_differ(problems: ProblemSet) -> None:
+    found = examples(problems, 12, 7)
+    assert found
+    assert len({case.key for case in found}) == len(found)
+    for case in found:
+        axes = {path: case.axes()[path] for path in problems.axes()}
+        assert problems.mend(dict(axes)) == axes
+
+
+def test_the_same_seed_draws_the_same_cases_and_another_one_others() -> None:
+    assert examples(LINEAR, 20, 3) == examples(LINEAR, 20, 3)
+    assert examples(LINEAR, 20, 3) != examples(LINEAR, 20, 4)
+
+
+def test_as_many_cases_are_drawn_as_were_asked_for() -> None:
+    assert len(examples(LINEAR, 40, 1)) == 40
+    assert examples(LINEAR, 0, 1) == ()
+
+
+def test_a_larger_scale_reaches_larger_sizes() -> None:
+    _, high = LINEAR.ranges()["dims.k"]
+    listed = max(value for value in LINEAR.axes()["dims.k"] if isinstance(value, int))
+    assert max(case.dim("k") for case in examples(LINEAR, 60, 1)) <= max(high, listed)
+    assert max(case.dim("k") for case in examples(LINEAR, 60, 1, scale=4)) > max(high, listed)
+
+
+def test_an_axis_is_drawn_within_its_limit() -> None:
+    class Ranked(type(LINEAR)):  # type: ignore[misc]
+        def axes(self) -> dict[str, object]:
+            return {**super().axes(), "ranks": (1, 2, 4)}
+
+    assert {case.ranks for case in examples(Ranked(), 40, 1, limits={"ranks": 2})} == {1, 2}
+
+
+def test_hypothesis_finds_the_first_value_of_every_axis_simplest() -> None:
+    case = find(cases(LINEAR), lambda case: True)
+    assert {path: case.axes()[path] for path in LINEAR.axes()} == {p: v[0] for p, v in LINEAR.axes().items()}
+    assert case.seed == 0
+
+
+@given(low=st.integers(0, 5), high=st.integers(6, 2000), data=st.data())
+def test_sizes_stay_within_their_range(low: int, high: int, data: st.DataObject) -> None:
+    assert low <= data.draw(boundary_integers(low, high)) <= high
+
+
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile <= 256])
+@pytest.mark.parametrize("beside", [-1, 0, 1])
+def test_the_neighbours_of_a_tile_are_drawn(tile: int, beside: int) -> None:
+    assert find(boundary_integers(0, 300), lambda size: size == tile + beside) == tile + beside
