@@ -11,7 +11,7 @@ import torch
 
 from polyaccel.backend import OPERATORS, Collective
 from polyaccel_conformance.bench import Bench, call_by_name
-from polyaccel_conformance.case import Case
+from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Check, Control, Failure
 from polyaccel_conformance.compare import compare
 from polyaccel_conformance.multi.bench import Call, RankBench, rank_bench
@@ -51,19 +51,15 @@ class RankCheck(Check):
         return "failed as it must" if self.run(Trial(bench, problem)) is not None else "did not fail"
 
 
-def control_case(bench: RankBench, operator: str, **axes: object) -> RankedProblem:
-    """This rank's view of a small case for a control."""
+def control_case(bench: RankBench, operator: str, axes: Mapping[str, Choice], *, alone: bool = False) -> RankedProblem:
+    """This rank's view of a small case for a control; ``alone``: the only rank's in a world of one."""
     from polyaccel_conformance.multi.registry import ranked_set
 
-    case = Case.of(
-        operator,
-        {"dtype": "float32", "ranks": bench.world_size, **axes},  # type: ignore[dict-item]
-        seed=1,
-    )
-    return ranked(ranked_set(operator).problem(case)).on_rank(bench.rank)
+    case = Case.of(operator, {"dtype": "float32", "ranks": 1 if alone else bench.world_size, **axes}, seed=1)
+    return ranked(ranked_set(operator).problem(case)).on_rank(0 if alone else bench.rank)
 
 
-ALL_REDUCE: Mapping[str, object] = {
+ALL_REDUCE: Mapping[str, Choice] = {
     "dims.rows": 2,
     "dims.width": 3,
     "data": "digits",
@@ -113,7 +109,7 @@ class Collectives(RankCheck):
 
             return wrong
 
-        return self.judged(ranks.spoiled(differing), control_case(ranks, "all_reduce", **ALL_REDUCE))
+        return self.judged(ranks.spoiled(differing), control_case(ranks, "all_reduce", ALL_REDUCE))
 
 
 class Trace(RankCheck):
@@ -147,7 +143,7 @@ class Trace(RankCheck):
 
             return wrong
 
-        return self.judged(ranks.spoiled(talkative), control_case(ranks, "all_reduce", **ALL_REDUCE))
+        return self.judged(ranks.spoiled(talkative), control_case(ranks, "all_reduce", ALL_REDUCE))
 
 
 def _sent_wrong(traced: Traced) -> tuple[str, str] | None:
@@ -190,11 +186,9 @@ class Memory(RankCheck):
         )
 
     def control(self, bench: Bench) -> Control:
-        """The uncut weight in place of the share."""
+        """The uncut weight on this rank, as of a world of one."""
         ranks = rank_bench(bench)
-        problem = control_case(ranks, "row_parallel_linear", **EVEN_LINEAR)
-        shares = problem.shares(ranks)
-        uncut = Shares(held=shares.whole, whole=shares.whole, replicated=shares.replicated)
+        uncut = control_case(ranks, "row_parallel_linear", EVEN_LINEAR, alone=True).shares(ranks)
         return "failed as it must" if self._judge(uncut, ranks.world_size) is not None else "did not fail"
 
 
@@ -226,7 +220,7 @@ class Barrier(RankCheck):
 
     def control(self, bench: Bench) -> Control:
         ranks = rank_bench(bench)
-        problem = control_case(ranks, "barrier", skew=(0, 100))
+        problem = control_case(ranks, "barrier", {"skew": (0, 100)})
         return self.judged(ranks.spoiled(lambda call: lambda comm: None), problem)
 
 
@@ -240,7 +234,7 @@ def _digests(problem: RankedProblem, observation: Observation) -> dict[str, str]
     return found
 
 
-EVEN_LINEAR: Mapping[str, object] = {
+EVEN_LINEAR: Mapping[str, Choice] = {
     "dims.tokens": 1,
     "dims.k": 16,
     "dims.n": 16,

@@ -36,7 +36,7 @@ class _Scenario(RankCheck):
         return case.operator == "all_reduce" and case.structure.get("scenario") == self.scenario
 
     def example(self, bench: RankBench) -> RankedProblem:
-        return control_case(bench, "all_reduce", **{**ALL_REDUCE, "structure.scenario": self.scenario})
+        return control_case(bench, "all_reduce", {**ALL_REDUCE, "structure.scenario": self.scenario})
 
     def differs(self, wanted: Ints, got: torch.Tensor, dtype: str, what: str) -> Failure | None:
         expected = finish(Bounded.exact(wanted), format_of(dtype), exact=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from polyaccel_conformance.bench import Bench
-from polyaccel_conformance.case import Case
+from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Check, Control, Failure
 from polyaccel_conformance.checks.comm import RankCheck, control_case, ranked
 from polyaccel_conformance.harness.dispatch import PlainDispatchMode
@@ -110,11 +110,11 @@ class RowParallelOperands(RankCheck):
         def hiding(call: Call) -> Call:
             return lambda x, *others: call(x if x.is_contiguous() else x.contiguous(), *others)  # type: ignore[attr-defined]
 
-        problem = control_case(ranks, "row_parallel_linear", **OPERAND_LINEAR)
+        problem = control_case(ranks, "row_parallel_linear", OPERAND_LINEAR)
         return self.judged(ranks.spoiled(hiding), problem)
 
 
-OPERAND_LINEAR: Mapping[str, object] = {
+OPERAND_LINEAR: Mapping[str, Choice] = {
     "dims.tokens": 3,
     "dims.k": 16,
     "dims.n": 5,

@@ -17,6 +17,7 @@ from polyaccel_conformance.checks.groups import GROUP_CHECKS
 from polyaccel_conformance.checks.invariance import INVARIANCE_CHECKS
 from polyaccel_conformance.checks.layout import LAYOUT_CHECKS
 from polyaccel_conformance.checks.lora_cost import LORA_COST_CHECKS
+from polyaccel_conformance.checks.lora_evidence import LORA_EVIDENCE_CHECKS
 from polyaccel_conformance.checks.memory import MEMORY_CHECKS
 from polyaccel_conformance.checks.nonfinite import NON_FINITE_CHECKS
 from polyaccel_conformance.checks.numerics import NUMERICS_CHECKS
@@ -25,6 +26,7 @@ from polyaccel_conformance.checks.stream import STREAM_CHECKS
 from polyaccel_conformance.checks.support import SUPPORT_CHECKS
 from polyaccel_conformance.checks.tp import TP_CHECKS
 from polyaccel_conformance.checks.values import VALUE_CHECKS
+from polyaccel_conformance.models.questions import MODEL_CHECKS
 
 CHECKS: Mapping[str, Check] = MappingProxyType(
     {
@@ -34,7 +36,6 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         **LAYOUT_CHECKS,
         **ALIAS_CHECKS,
         **EVIDENCE_CHECKS,
-        **SUPPORT_CHECKS,
         **INVARIANCE_CHECKS,
         **NUMERICS_CHECKS,
         **NON_FINITE_CHECKS,
@@ -42,10 +43,14 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         **STREAM_CHECKS,
         **ERROR_CHECKS,
         **GRAPH_CHECKS,
+        **LORA_EVIDENCE_CHECKS,
         **LORA_COST_CHECKS,
         **COMM_CHECKS,
         **GROUP_CHECKS,
         **OPERAND_CHECKS,
         **TP_CHECKS,
+        # Last: what a backend does not refuse may cost it its device.
+        **SUPPORT_CHECKS,
+        **MODEL_CHECKS,
     }
 )

@@ -17,7 +17,7 @@ import torch
 
 from polyaccel.backend import AdapterRows, AdapterStore, DeviceState, PackedAdapter, SlotRange
 from polyaccel_conformance.bench import Bench, call_by_name
-from polyaccel_conformance.case import Case
+from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Check, Control, Failure
 from polyaccel_conformance.checks.comm import RankCheck, control_case, ranked
 from polyaccel_conformance.formats import format_of, from_torch
@@ -115,10 +115,10 @@ class TpDeltaEqual(RankCheck):
 
             return wrong
 
-        return self.judged(ranks.spoiled(weaker), control_case(ranks, "sgmv", **MODULE_CASE))
+        return self.judged(ranks.spoiled(weaker), control_case(ranks, "sgmv", MODULE_CASE))
 
 
-MODULE_CASE: Mapping[str, object] = {
+MODULE_CASE: Mapping[str, Choice] = {
     "dims.tokens": 1,
     "dims.k": 8,
     "dims.n": 8,

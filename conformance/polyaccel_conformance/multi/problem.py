@@ -38,8 +38,8 @@ class Traced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Weight bytes of this rank: ``held`` by its weights, ``whole`` by the uncut weights on the same backend,
-    ``replicated`` of what every rank has to hold in full."""
+    """Weight bytes: ``held`` by this rank's weights as the backend says, ``whole`` of the values of the uncut weights,
+    ``replicated`` of what a rank may hold in full."""
 
     held: int
     whole: int

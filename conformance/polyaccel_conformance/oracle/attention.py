@@ -107,7 +107,10 @@ def _attend(
 
 
 def _accumulated(total: Floats, squares: Floats, magnitudes: Floats, count: Floats, outputs: int) -> Floats:
-    summed = walk(total, squares, count, outputs) + drift(total, squares, count)
+    # Of few terms the worst case is known to be smaller: each operation loses at most a unit in the last place.
+    summed = np.minimum(
+        walk(total, squares, count, outputs) + drift(total, squares, count), 2 * count * ACCUMULATOR * magnitudes
+    )
     tiles = np.ceil(count / CHUNK) - 1
     rescaled = tiles * ACCUMULATOR * (np.abs(total) + np.sqrt(squares))
     return np.where(count <= 1, ACCUMULATOR * magnitudes, summed + rescaled)

@@ -143,7 +143,7 @@ def contraction(
     data: str | None = None,
     infinities: bool = True,
 ) -> tuple[Operand, HostWeight]:
-    """x ``[rows, k]`` and a weight of a kind of data, the case's by default; ``infinities``: among what is not finite."""
+    """x ``[rows, k]`` and a weight of a kind of data, the case's by default; ``infinities``: besides NaN."""
     case, source, n = problem.case, problem.source, sum(slices)
     dtype, data = case.dtype, case.data if data is None else data
     quantised = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from polyaccel_conformance.checks.device_sets import DEVICE_SETS
+from polyaccel_conformance.models.questions import QUESTIONS
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.activation import GeluProblems, SiluAndMulProblems
 from polyaccel_conformance.problems.attention import DenseAttentionProblems, PagedAttentionProblems
@@ -20,6 +21,10 @@ from polyaccel_conformance.problems.rotary import RotaryProblems
 from polyaccel_conformance.problems.sample import SampleProblems
 from polyaccel_conformance.problems.select_rows import SelectRowsProblems
 from polyaccel_conformance.problems.sgmv import ExpandProblems, SgmvProblems, ShrinkProblems
+from polyaccel_conformance.problems.stations import ColumnLinearProblems, RowParallelLinearProblems
+from polyaccel_conformance.problems.stations_mlp import GateUpActProblems
+from polyaccel_conformance.problems.stations_norm import RowParallelAddNormProblems
+from polyaccel_conformance.problems.stations_qkv import QkvRopeCacheProblems
 
 PROBLEM_SETS: Mapping[str, ProblemSet] = MappingProxyType(
     {
@@ -39,11 +44,17 @@ PROBLEM_SETS: Mapping[str, ProblemSet] = MappingProxyType(
             MoeExpertsProblems(),
             SampleProblems(),
             *DEVICE_SETS.values(),
+            *QUESTIONS,
             EmbeddingProblems(),
             SgmvProblems(),
             ShrinkProblems(),
             ExpandProblems(),
             DequantizeProblems(),
+            ColumnLinearProblems(),
+            QkvRopeCacheProblems(),
+            GateUpActProblems(),
+            RowParallelLinearProblems(),
+            RowParallelAddNormProblems(),
         )
     }
 )

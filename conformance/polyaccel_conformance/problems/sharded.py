@@ -104,11 +104,11 @@ class ShardedProblem(RankedProblem):
         return {slot: cut_adapter(adapter, self.share(rank)) for slot, adapter in self.adapters.items()}
 
     def shares(self, bench: Bench) -> Shares:
-        share, whole = self.share(self.rank), self.weight.whole
+        bias = 0 if self.weight.bias is None else nbytes((self.n,), self.case.dtype)
         return Shares(
-            held=self.weight.place(bench, share).nbytes,
-            whole=self.weight.place(bench, whole).nbytes,
-            replicated=0 if self.weight.bias is None else nbytes((self.n,), self.case.dtype),
+            held=self.weight.place(bench, self.share(self.rank)).nbytes,
+            whole=nbytes((self.n, self.k), self.case.dtype),
+            replicated=bias,
         )
 
     # -- data ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from polyaccel.backend import AdapterRows, DeviceState
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import format_of
-from polyaccel_conformance.multi.problem import RankedProblem, Shares, cut, radix, summed
+from polyaccel_conformance.multi.problem import RankedProblem, Shares, cut, nbytes, radix, summed
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Bounded, Expected, cast, finish
 from polyaccel_conformance.oracle.lora import Adapter, Module, Triples, embedding, finish_touched
@@ -111,7 +111,7 @@ class EmbeddingProblem(SummedProblem):
     def shares(self, bench: Bench) -> Shares:
         return Shares(
             held=self.table.place(bench, self.share(self.rank)).nbytes,
-            whole=self.table.place(bench, self.table.whole).nbytes,
+            whole=nbytes((self.rows, self.hidden), self.case.dtype),
         )
 
     def place(self, bench: Bench) -> Prepared:

@@ -47,13 +47,6 @@ class WholeWeight:
     slices: tuple[int, ...]
     lookup: bool = False
 
-    @property
-    def whole(self) -> Share:
-        """The share of a world of one."""
-        return Share(
-            rows=tuple((0, n) for n in self.slices), columns=(0, self.matrix.shape[1]), bias=self.bias is not None
-        )
-
     def spec(self, share: Share, rank_rows: int) -> WeightSpec:
         return WeightSpec(
             site=SITE,

@@ -76,12 +76,12 @@ class StationProblem(Problem):
     def format(self) -> Format:
         return format_of(self.case.dtype)
 
-    def plain(self, slices: tuple[int, ...], k: int) -> Operand:
-        """x for a weight and adapters of the case's kind of data. Where deltas are added to an exact product, the
-        product is one that x's dtype holds: a station of parts rounds it."""
+    def plain(self, slices: tuple[int, ...], k: int, *, ends: bool = True) -> Operand:
+        """x for a weight and adapters of the case's kind of data. Where an exact product goes through further parts
+        (deltas, or others unless the station ``ends`` with it), it is one that x's dtype holds: parts round it."""
         case = self.case
-        adapted = case.structure["segments"] != "none"
-        data = "cancelling" if self.exact and adapted else None
+        small = case.structure["segments"] != "none" or not ends
+        data = "cancelling" if self.exact and small else None
         x, self.weight = contraction(
             self,
             self.count,

@@ -39,7 +39,7 @@ class QkvRopeCacheProblem(StationProblem):
         case, source = self.case, self.source
         heads, kv_heads, head_dim = case.dim("heads"), case.dim("kv_heads"), case.dim("head_dim")
         self.slices = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-        self.operands = {"x": self.plain(self.slices, case.dim("k"))}
+        self.operands = {"x": self.plain(self.slices, case.dim("k"), ends=False)}
         self.normed = bool(case.structure["norms"])
         if self.normed:
             for name in ("q_norm", "k_norm"):
@@ -227,6 +227,7 @@ class QkvRopeCacheProblems(ProblemSet):
             axes["dims.tokens"] = min(tokens, 7)
         if axes["data"] in EXACT_KINDS:
             axes["structure.norms"] = False
+            axes["structure.weight"] = "float"
         rank, heads = axes["dims.rank"], axes["dims.heads"]
         assert isinstance(rank, int)
         assert isinstance(heads, int)

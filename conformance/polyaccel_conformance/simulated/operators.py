@@ -24,6 +24,7 @@ from polyaccel.backend.composite import attention, dense, lora, moe, sampling
 from polyaccel.backend.composite import linear as linears
 from polyaccel.backend.composite.weight import TensorWeight
 from polyaccel_conformance.simulated.launch import Shape, launch
+from polyaccel_conformance.simulated.operands import check_operands
 from polyaccel_conformance.simulated.step import SimulatedStep
 from polyaccel_conformance.simulated.storage import SimulatedKVCache, SimulatedSamplingState, weight_tensors
 
@@ -43,8 +44,15 @@ class SimulatedOperators:
         }
 
     def _run(
-        self, kernel: str, operands: Operands, effect: Callable[[], object], outputs: Sequence[Shape] = ()
+        self,
+        kernel: str,
+        operands: Operands,
+        effect: Callable[[], object],
+        outputs: Sequence[Shape] = (),
+        **sizes: int,
     ) -> list[torch.Tensor]:
+        """``sizes``: dimensions of the specification that are known from elsewhere than the operands."""
+        check_operands(kernel, operands, sizes, self._launcher.rank)
         return launch(self._launcher, f"simulated.{kernel}", operands, effect, outputs)
 
     # -- dense -------------------------------------------------------------------------------------------------------
@@ -65,7 +73,7 @@ class SimulatedOperators:
             raise OperatorError.describe("linear", f"{spec.site!r} takes {spec.dtype} rows of {spec.k}", {"x": x})
         operands = {"x": x, **weight_tensors(weight)}
         shape = ((*x.shape[:-1], spec.n), x.dtype)
-        return self._run("linear", operands, lambda: linears.linear(x, weight), [shape])[0]
+        return self._run("linear", operands, lambda: linears.linear(x, weight), [shape], k=spec.k, n=spec.n)[0]
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -95,6 +103,7 @@ class SimulatedOperators:
             operands,
             lambda: dense.rotary_embedding(q, k, rope, issued.running()),
             [(q.shape, q.dtype), (k.shape, k.dtype)],
+            T=issued.extent.tokens,
         )
         return made[0], made[1]
 
@@ -111,14 +120,21 @@ class SimulatedOperators:
             return x
         operands = {"x": x, **_step_operand(issued)}
         shape = ((issued.extent.rows, *x.shape[1:]), x.dtype)
-        return self._run("select_rows", operands, lambda: dense.select_rows(x, issued.running()), [shape])[0]
+        return self._run(
+            "select_rows", operands, lambda: dense.select_rows(x, issued.running()), [shape], T=issued.extent.tokens
+        )[0]
 
     # -- attention ---------------------------------------------------------------------------------------------------
 
     def write_kv_cache(self, k: torch.Tensor, v: torch.Tensor, kv: KVCache, layer: int, step: Step) -> None:
         issued, cache = _issued("write_kv_cache", step), _cache("write_kv_cache", kv)
         operands = {"k": k, "v": v, "kv": cache.buffer, **_step_operand(issued)}
-        self._run("write_kv_cache", operands, lambda: attention.write_kv_cache(k, v, cache, layer, issued.running()))
+        self._run(
+            "write_kv_cache",
+            operands,
+            lambda: attention.write_kv_cache(k, v, cache, layer, issued.running()),
+            **_heads(issued, cache),
+        )
 
     def paged_attention(
         self, q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None
@@ -130,6 +146,8 @@ class SimulatedOperators:
             operands,
             lambda: attention.paged_attention(q, cache, layer, issued.running(), scale, window),
             [(q.shape, q.dtype)],
+            T=issued.extent.tokens,
+            head_dim=cache.spec.head_dim,
         )[0]
 
     def dense_attention(
@@ -149,7 +167,9 @@ class SimulatedOperators:
     ) -> torch.Tensor:
         issued = _issued("sgmv", step)
         operands = {"y": y, "x": x, **weight_tensors(weight), **_step_operand(issued)}
-        self._run("sgmv", operands, lambda: _in_place(lora.sgmv(y, x, weight, issued.running(), row_set)))
+        self._run(
+            "sgmv", operands, lambda: _in_place(lora.sgmv(y, x, weight, issued.running(), row_set)), **_sizes(weight)
+        )
         return y
 
     def sgmv_shrink(self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
@@ -165,6 +185,7 @@ class SimulatedOperators:
             operands,
             lambda: lora.sgmv_shrink(x, weight, issued.running(), row_set),
             [((triples, slices, largest), torch.float32)],
+            **_sizes(weight),
         )[0]
 
     def sgmv_expand(
@@ -172,7 +193,13 @@ class SimulatedOperators:
     ) -> torch.Tensor:
         issued = _issued("sgmv_expand", step)
         operands = {"y": y, "h": h, **weight_tensors(weight), **_step_operand(issued)}
-        self._run("sgmv_expand", operands, lambda: _in_place(lora.sgmv_expand(y, h, weight, issued.running(), row_set)))
+        self._run(
+            "sgmv_expand",
+            operands,
+            lambda: _in_place(lora.sgmv_expand(y, h, weight, issued.running(), row_set)),
+            n=weight.spec.n,
+            slices=len(weight.spec.slices),
+        )
         return y
 
     # -- experts -----------------------------------------------------------------------------------------------------
@@ -228,7 +255,8 @@ class SimulatedOperators:
                 x, gate_up, down, ids, weights, issued.running(), act, expert_map, dequantize=linears.dequantize
             )
 
-        return self._run("moe_experts", operands, effect, [((x.shape[0], down.spec.n), x.dtype)])[0]
+        shape = ((x.shape[0], down.spec.n), x.dtype)
+        return self._run("moe_experts", operands, effect, [shape], hidden=gate_up.spec.k)[0]
 
     # -- others ------------------------------------------------------------------------------------------------------
 
@@ -256,7 +284,7 @@ class SimulatedOperators:
             return found.ids, found.logprobs, found.top_ids, found.top_logprobs
 
         operands = {"logits": logits, "state": state.parameters, **_step_operand(issued)}
-        made = self._run("sample", operands, effect, outputs)
+        made = self._run("sample", operands, effect, outputs, R=issued.extent.rows, vocabulary=state.spec.vocabulary)
         if not full:
             return SampleOutput(ids=made[0])
         return SampleOutput(ids=made[0], logprobs=made[1], top_ids=made[2], top_logprobs=made[3])
@@ -300,6 +328,14 @@ def _cache(operator: str, kv: KVCache) -> SimulatedKVCache:
     if not isinstance(kv, SimulatedKVCache):
         raise OperatorError(operator, f"takes a SimulatedKVCache, not {type(kv).__name__}")
     return kv
+
+
+def _sizes(weight: Weight) -> dict[str, int]:
+    return {"k": weight.spec.k, "n": weight.spec.n}
+
+
+def _heads(step: SimulatedStep, kv: KVCache) -> dict[str, int]:
+    return {"T": step.extent.tokens, "kv_heads": kv.spec.kv_heads, "head_dim": kv.spec.head_dim}
 
 
 def _in_place(result: torch.Tensor) -> None:

@@ -65,7 +65,7 @@ def test_an_error_on_one_rank_is_reported_as_that_rank_s_and_releases_the_others
         result = pool.run(reduce_case(2))
         assert result.failures
         assert all(failure.message.startswith("rank 1: ") for failure in result.failures), result.failures
-        assert result.failures[0].cause == "crash: ValueError"
+        assert "something of the plugin's own" in result.failures[0].message
         # Rank 0 waits for a minute unless it is released.
         assert result.seconds < 20
 

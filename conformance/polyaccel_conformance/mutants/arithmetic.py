@@ -1,0 +1,331 @@
+"""Wrong arithmetic and wrong indices of dense operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from polyaccel.backend import Weight
+from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, altered
+
+Tensor = torch.Tensor
+
+
+def _linear(result: Any) -> Wrap:
+    """``result(y, x, w)`` in place of y, where ``w: [n, k]`` is the weight; y already holds the bias."""
+
+    def wrap(fn: Function) -> Function:
+        def linear(x: Tensor, weight: Weight) -> Tensor:
+            y = fn(x, weight)
+            eye = torch.eye(weight.spec.k, dtype=x.dtype)
+            bias = fn(torch.zeros((1, weight.spec.k), dtype=x.dtype), weight)
+            w = (fn(eye, weight).double() - bias.double()).t().to(x.dtype) if weight.spec.k else y.new_zeros((y.shape[1], 0))
+            changed: Tensor = result(y, x, w, bias)
+            return changed
+
+        return linear
+
+    return wrap
+
+
+def _in_chunks(accumulator: torch.dtype, chunk: int, between: bool = True) -> Any:
+    """The product in chunks of k whose partial sums are kept in ``accumulator``."""
+
+    def product(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        total = torch.zeros(y.shape, dtype=accumulator)
+        for begin in range(0, x.shape[1], chunk):
+            part = x[:, begin : begin + chunk].float() @ w[:, begin : begin + chunk].float().t()
+            total = total + part.to(accumulator)
+        return (total.float() + bias.float()).to(y.dtype)
+
+    return product
+
+
+def _tf32(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return y
+
+    def cut(t: Tensor) -> Tensor:
+        return (t.contiguous().view(torch.int32) + 0x1000).bitwise_and(~0x1FFF).view(torch.float32)
+
+    return cut(x) @ cut(w).t() + bias
+
+
+def _truncated(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    if y.dtype == torch.float32 or not y.numel():
+        return y
+    exact = x.double() @ w.double().t() + bias.double()
+    away = y.double().abs() > exact.abs()
+    bits = y.clone().view(torch.int16)
+    return torch.where(away & (y != 0), bits - 1, bits).view(y.dtype)
+
+
+def _last_k(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    if x.shape[1] % 16 != 1 or x.shape[1] < 17:
+        return y
+    return (x[:, :-1].float() @ w[:, :-1].float().t() + bias.float()).to(y.dtype)
+
+
+def _one_row(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    if len(y) % 16 == 1 and len(y) > 1:
+        y = y.clone()
+        y[-1] = y[-2]
+    return y
+
+
+def _long_k(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    if x.shape[1] <= 4096:
+        return y
+    return (x[:, :4096].float() @ w[:, :4096].float().t() + bias.float()).to(y.dtype)
+
+
+def _zeroed(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    if y.shape[1] == 129 and len(y):
+        y = y.clone()
+        y[0, 128] = 0
+    return y
+
+
+def _bias_twice(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return y + bias if len(y) == 1 else y
+
+
+def _norm(eps_factor: float = 1.0, low: bool = False, keep_sum: bool = True) -> Wrap:
+    def wrap(fn: Function) -> Function:
+        def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+            if low and x.dtype == torch.float32:
+                s = x if residual is None else x + residual
+                scale = torch.rsqrt(s.bfloat16().float().pow(2).mean(-1, keepdim=True) + eps)
+                normed = s * scale * weight
+                return normed if residual is None else (normed, s)
+            result = fn(x, weight, eps * eps_factor, residual)
+            if residual is not None and not keep_sum:
+                return result[0], residual.clone()
+            return result
+
+        return rms_norm
+
+    return wrap
+
+
+def _layer_norm(fn: Function) -> Function:
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        if x.shape[-1] < 2:
+            return fn(x, weight, bias, eps)  # type: ignore[no-any-return]
+        wide = x.float()
+        variance = wide.var(-1, keepdim=True, unbiased=True)
+        y = (wide - wide.mean(-1, keepdim=True)) * torch.rsqrt(variance + eps) * weight.float()
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    return layer_norm
+
+
+def _rotary_partial(fn: Function) -> Function:
+    def rotary_embedding(q: Tensor, k: Tensor, rope: Any, step: Any) -> Any:
+        a, b = fn(q, k, rope, step)
+        if rope.rotary_dim < q.shape[-1] and a.numel():
+            a = a.clone()
+            a[..., rope.rotary_dim :] = 0
+        return a, b
+
+    return rotary_embedding
+
+
+def _rotary_last(fn: Function) -> Function:
+    def rotary_embedding(q: Tensor, k: Tensor, rope: Any, step: Any) -> Any:
+        a, b = fn(q, k, rope, step)
+        return (a, torch.cat((b[:-1], k[-1:])) if len(b) == 33 else b)
+
+    return rotary_embedding
+
+
+def _silu_swapped(fn: Function) -> Function:
+    def silu_and_mul(x: Tensor) -> Tensor:
+        n = x.shape[-1] // 2
+        y: Tensor = fn(torch.cat((x[..., n:], x[..., :n]), -1) if n % 2 else x)
+        return y
+
+    return silu_and_mul
+
+
+def _gelu_tanh(fn: Function) -> Function:
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+    return gelu
+
+
+def _select_last(fn: Function) -> Function:
+    def select_rows(x: Tensor, step: Any) -> Tensor:
+        y: Tensor = fn(x, step)
+        rows = step.input.logits_rows
+        if len(rows) > 2 and int(rows[-1]) == len(x) - 1:
+            y = y.clone()
+            y[-1] = x[int(rows[-2])]
+        return y
+
+    return select_rows
+
+
+def _embedding_outside(fn: Function) -> Function:
+    def embedding(weight: Weight, step: Any, vocabulary_start: int) -> Tensor:
+        """Ids of other ranks give row 0 in place of zeros."""
+        y: Tensor = fn(weight, step, vocabulary_start)
+        ids = step.tensor("token_ids") - vocabulary_start
+        outside = (ids < 0) | (ids >= weight.spec.n)
+        if outside.any():
+            y = y.clone()
+            y[outside] = 1
+        return y
+
+    return embedding
+
+
+ARITHMETIC: tuple[Mutant, ...] = (
+    Mutant(
+        name="linear.bf16_accumulator",
+        what="Sums are kept in bfloat16.",
+        operators=("linear",),
+        check="values.exact",
+        apply=altered(linear=_linear(_in_chunks(torch.bfloat16, 4))),
+    ),
+    Mutant(
+        name="linear.fp16_accumulator",
+        what="Sums are kept in float16.",
+        operators=("linear",),
+        check="values.exact",
+        apply=altered(linear=_linear(_in_chunks(torch.float16, 4))),
+    ),
+    Mutant(
+        name="linear.split_k_bf16",
+        what="Two halves of k are added in bfloat16.",
+        operators=("linear",),
+        check="values.bound",
+        apply=altered(linear=_linear(_in_chunks(torch.bfloat16, 64))),
+    ),
+    Mutant(
+        name="linear.tf32",
+        what="float32 operands are rounded to 10 bits.",
+        operators=("linear",),
+        check="values.exact",
+        apply=altered(linear=_linear(_tf32)),
+    ),
+    Mutant(
+        name="linear.truncating_store",
+        what="16-bit results are truncated instead of rounded.",
+        operators=("linear",),
+        check="values.exact",
+        apply=altered(linear=_linear(_truncated)),
+    ),
+    Mutant(
+        name="linear.last_k_dropped",
+        what="The last product is dropped where k mod 16 is 1.",
+        operators=("linear",),
+        check="values.bound",
+        apply=altered(linear=_linear(_last_k)),
+    ),
+    Mutant(
+        name="linear.tokens_mod_16_is_1",
+        what="The last row repeats the one before where rows mod 16 are 1.",
+        operators=("linear",),
+        check="values.bound",
+        apply=altered(linear=_linear(_one_row)),
+        narrow=True,
+    ),
+    Mutant(
+        name="linear.k_over_4096",
+        what="Products beyond k = 4096 are dropped.",
+        operators=("linear",),
+        check="values.bound",
+        apply=altered(linear=_linear(_long_k)),
+        narrow=True,
+    ),
+    Mutant(
+        name="linear.column_128_zeroed",
+        what="Element [0, 128] is zero where n is 129.",
+        operators=("linear",),
+        check="values.bound",
+        apply=altered(linear=_linear(_zeroed)),
+        narrow=True,
+    ),
+    Mutant(
+        name="linear.bias_twice_at_one_token",
+        what="A single row gets the bias twice.",
+        operators=("linear",),
+        check="values.bound",
+        apply=altered(linear=_linear(_bias_twice)),
+        narrow=True,
+    ),
+    Mutant(
+        name="rms_norm.wrong_eps",
+        what="eps is ten times what it should be.",
+        operators=("rms_norm",),
+        check="values.exact",
+        apply=altered(rms_norm=_norm(10.0)),
+    ),
+    Mutant(
+        name="rms_norm.low_statistics",
+        what="The mean square of float32 rows is taken from bfloat16.",
+        operators=("rms_norm",),
+        check="values.bound",
+        apply=altered(rms_norm=_norm(low=True)),
+    ),
+    Mutant(
+        name="rms_norm.residual_not_updated",
+        what="The residual is returned without x.",
+        operators=("rms_norm",),
+        check="values.bound",
+        apply=altered(rms_norm=_norm(keep_sum=False)),
+    ),
+    Mutant(
+        name="layer_norm.unbiased_variance",
+        what="The variance is divided by n - 1.",
+        operators=("layer_norm",),
+        check="values.bound",
+        apply=altered(layer_norm=_layer_norm),
+    ),
+    Mutant(
+        name="rotary.rest_zeroed",
+        what="Dimensions beyond rotary_dim are zero.",
+        operators=("rotary_embedding",),
+        check="values.exact",
+        apply=altered(rotary_embedding=_rotary_partial),
+    ),
+    Mutant(
+        name="rotary.last_of_33",
+        what="The last key of 33 tokens is not rotated.",
+        operators=("rotary_embedding",),
+        check="values.bound",
+        apply=altered(rotary_embedding=_rotary_last),
+        narrow=True,
+    ),
+    Mutant(
+        name="silu.halves_swapped",
+        what="Gate and up are swapped where n is odd.",
+        operators=("silu_and_mul",),
+        check="values.bound",
+        apply=altered(silu_and_mul=_silu_swapped),
+    ),
+    Mutant(
+        name="gelu.always_tanh",
+        what="The exact form is approximated by tanh.",
+        operators=("gelu",),
+        check="values.bound",
+        apply=altered(gelu=_gelu_tanh),
+    ),
+    Mutant(
+        name="select_rows.last",
+        what="The last of three or more rows is the one before where it is the last token.",
+        operators=("select_rows",),
+        check="values.exact",
+        apply=altered(select_rows=_select_last),
+    ),
+    Mutant(
+        name="embedding.outside",
+        what="Ids of other ranks give ones instead of zeros.",
+        operators=("embedding",),
+        check="values.exact",
+        apply=altered(embedding=_embedding_outside),
+    ),
+)

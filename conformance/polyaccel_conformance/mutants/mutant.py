@@ -1,0 +1,70 @@
+"""A mutant: a host backend with one thing wrong, and the check that must find it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from polyaccel.backend import Backend, Entry
+from polyaccel_conformance.harness.overlay import Overlay
+
+Function = Callable[..., Any]
+Wrap = Callable[[Function], Function]
+Host = Literal["cpu", "simulated", "folded"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """One planted bug.
+
+    Attributes:
+        name: ``<group>.<what is wrong>``.
+        what: the bug in a sentence.
+        operators: whose cases are run against it.
+        check: the check that must fail.
+        apply: from the host to the mutant. Name, plan and declarations stay the host's, unless they are the bug.
+        narrow: it shows in less than one of twenty uniformly drawn cases.
+        host: the backend that it is planted in; ``ranks``: the world size that it needs.
+    """
+
+    name: str
+    what: str
+    operators: tuple[str, ...]
+    check: str
+    apply: Callable[[Backend], Backend]
+    narrow: bool = False
+    host: Host = "cpu"
+    ranks: int = 1
+
+
+class Altered(Overlay):
+    """A host whose ``operators`` pass through ``wrap``, whether they are its own or composites."""
+
+    def __init__(self, inner: Backend, wraps: Mapping[str, Wrap]) -> None:
+        changed = {
+            name: [replace(entry, fn=wrap(entry.fn)) for entry in inner.table()[name]]
+            for name, wrap in wraps.items()
+            if name in inner.table()
+        }
+        super().__init__(inner, changed)
+        self._wraps = dict(wraps)
+
+    def composites(self) -> Mapping[str, Function]:
+        found = dict(super().composites())
+        return {name: self._wraps[name](fn) if name in self._wraps else fn for name, fn in found.items()}
+
+
+def altered(**wraps: Wrap) -> Callable[[Backend], Backend]:
+    """``apply`` of a mutant whose operators are wrong in themselves."""
+    return lambda inner: Altered(inner, wraps)
+
+
+def redeclared(operator: str, **fields: object) -> Callable[[Backend], Backend]:
+    """``apply`` of a mutant whose operator is right and whose entries say otherwise."""
+
+    def apply(inner: Backend) -> Backend:
+        entries: list[Entry] = [replace(entry, **fields) for entry in inner.table()[operator]]  # type: ignore[arg-type]
+        return Overlay(inner, {operator: entries})
+
+    return apply

@@ -1,0 +1,215 @@
+"""Which ids and log-probabilities are accepted: those of every legitimate implementation, and of no coarser one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from polyaccel_conformance.oracle.sampling import Distribution, Row
+from polyaccel_conformance.problems.sample import SampleProblem, SampleProblems
+from tests.conformance.drawn import problems
+from tests.conformance.emulation import BF16, F16, f32
+
+Floats = npt.NDArray[np.float64]
+Round = Callable[[npt.ArrayLike], Floats]
+GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "sampling.json").read_text())
+
+
+def row_of(golden: Mapping[str, object]) -> Row:
+    n = len(golden["logits"])  # type: ignore[arg-type]
+    counts = np.array(golden.get("counts", [0] * n))
+    seen = counts > 0
+    seen[np.array(golden.get("seen", []), dtype=np.int64)] = True
+    numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    return Row(
+        logits=np.array(golden["logits"]),
+        seen=seen,
+        counts=counts,
+        bias=np.array(golden.get("bias", [0.0] * n)),
+        allowed=np.array(golden.get("allowed", [True] * n)),
+        **{name: golden[name] for name in numbers if name in golden},  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden["name"])
+def test_ids_agree_with_what_was_found_by_hand(golden: Mapping[str, object]) -> None:
+    distribution = Distribution(row_of(golden))
+    for uniform, token in zip(golden["uniforms"], golden["ids"], strict=True):  # type: ignore[call-overload]
+        chosen = distribution.choose(uniform)
+        assert chosen.clear
+        assert chosen.ids.tolist() == [token], uniform
+
+
+def test_log_probabilities_agree_with_what_was_found_by_hand() -> None:
+    """1/8, 4/8, 2/8, 1/8: minus 3, 1, 2, 3 times ln 2; temperature and filters leave them alone."""
+    row = row_of(GOLDENS[0] | {"temperature": 0.5, "top_k": 1})
+    np.testing.assert_allclose(Distribution(row).logprobs.value, -np.log(2) * np.array([3, 1, 2, 3]), rtol=1e-14)
+
+
+def test_a_uniform_on_a_boundary_is_ambiguous_unless_nothing_is_rounded() -> None:
+    row = dict(GOLDENS[1], top_k=0)
+    assert Distribution(row_of(row)).choose(0.25).ids.tolist() == [0, 1]
+    exact = row_of(row)
+    exact = Row(**{name: getattr(exact, name) for name in Row.__slots__ if name != "exact"}, exact=True)
+    assert [Distribution(exact).choose(i / 4).ids.tolist() for i in range(4)] == [[0], [1], [2], [3]]
+
+
+# -- emulated implementations ------------------------------------------------------------------------------------------
+
+
+def adjusted(row: Row, to: Round, reciprocal: bool) -> Floats:
+    scores = np.where(np.isfinite(row.logits), row.logits, -np.inf)
+    if row.repetition_penalty != 1.0:
+        penalty, inverse = row.repetition_penalty, to(1 / row.repetition_penalty)
+        lower = to(scores * inverse) if reciprocal else to(scores / penalty)
+        scores = np.where(row.seen, np.where(scores > 0, lower, to(scores * penalty)), scores)
+    scores = to(scores - row.presence_penalty * (row.counts > 0))
+    scores = to(scores - to(row.frequency_penalty * row.counts))
+    return np.where(row.allowed, to(scores + row.bias), -np.inf)
+
+
+def running(mass: Floats, to: Round, blocks: int) -> Floats:
+    """Running sums, each block of its own and then shifted."""
+    sums = np.zeros(len(mass))
+    total = 0.0
+    for begin in range(0, len(mass), blocks):
+        inner = 0.0
+        for i in range(begin, min(begin + blocks, len(mass))):
+            inner = float(to(inner + mass[i]))
+            sums[i] = to(total + inner)
+        total = float(to(total + inner))
+    return sums
+
+
+def emulated_id(
+    row: Row, uniform: float, *, to: Round = f32, reciprocal: bool = False, normal: bool = False, blocks: int = 10**9
+) -> int:
+    """``normal``: probabilities instead of relative masses, the temperature first; ``reciprocal``: of penalties and
+    temperature."""
+    scores = adjusted(row, to, reciprocal)
+    if row.temperature == 0.0:
+        return int(np.argmax(scores))
+    divided = to(scores * to(1 / row.temperature)) if reciprocal else to(scores / row.temperature)
+    top = scores.max()
+    shifted = to(divided - divided.max()) if normal or reciprocal else to(to(scores - top) / row.temperature)
+    mass = to(np.exp(shifted))
+    if normal:
+        mass = to(mass / running(mass, to, blocks)[-1])
+    order = np.argsort(-scores, kind="stable")
+    if row.top_k:
+        mass[order[row.top_k :]] = 0.0
+    if row.top_p < 1.0:
+        falling = mass[order]
+        sums = running(falling, to, blocks)
+        before = np.concatenate(([0.0], sums[:-1]))
+        inside = before < to(row.top_p * sums[-1])
+        inside[0] = True
+        mass[order[~inside]] = 0.0
+    mass = np.where(mass >= to(row.min_p * mass.max()), mass, 0.0)
+    ends = running(mass, to, blocks)
+    return int(min((ends <= to(uniform * ends[-1])).sum(), np.flatnonzero(mass)[-1]))
+
+
+FORMS: Mapping[str, Mapping[str, object]] = {
+    "sequential": {},
+    "blocks of 16": {"blocks": 16},
+    "probabilities": {"normal": True},
+    "reciprocals": {"reciprocal": True, "blocks": 8},
+}
+
+
+def rows(count: int, seed: int, **axes: tuple[object, ...]) -> list[tuple[Distribution, float]]:
+    drawn = problems(SampleProblems(), count, seed, dims__rows=(3, 8), structure__alone=(False,), **axes)  # type: ignore[arg-type]
+    return [
+        (distribution, request.uniform)
+        for problem in drawn
+        if isinstance(problem, SampleProblem)
+        for distribution, request in zip(problem.distributions, problem.requests, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_legitimate_implementation_is_accepted(form: str) -> None:
+    wrong = []
+    for distribution, uniform in rows(200, 31):
+        chosen = distribution.choose(uniform)
+        got = emulated_id(distribution.row, uniform, **FORMS[form])  # type: ignore[arg-type]
+        if chosen.clear and got not in chosen.ids:
+            wrong.append((uniform, got, chosen.ids))
+    assert not wrong
+
+
+def test_few_rows_are_ambiguous() -> None:
+    drawn = rows(400, 32)
+    ambiguous = sum(not d.choose(u).clear or len(d.choose(u).ids) > 1 for d, u in drawn)
+    assert ambiguous <= 0.01 * len(drawn)
+
+
+@pytest.mark.parametrize("lower", [BF16.round, F16.round], ids=["bfloat16", "float16"])
+def test_masses_in_a_lower_class_give_ids_that_are_not_accepted(lower: Round) -> None:
+    drawn = rows(80, 33, data=("normal",), attributes__temperature=(1.0,))
+    accepted = [emulated_id(d.row, u, to=lower) in d.choose(u).ids for d, u in drawn if d.choose(u).clear]
+    assert not all(accepted)
+
+
+def neighbours_accepted(order: Callable[[Row], Row]) -> float:
+    """Share of rows whose id under other rules is still accepted."""
+    drawn = rows(150, 34, structure__rows=("same",), attributes__temperature=(0.5, 1.75))
+    return float(np.mean([emulated_id(order(d.row), u) in d.choose(u).ids for d, u in drawn]))
+
+
+@pytest.mark.parametrize("changed", ["temperature", "top_k", "top_p", "min_p"])
+def test_a_filter_that_is_left_out_is_seen(changed: str) -> None:
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}[changed]
+
+    def without(row: Row) -> Row:
+        return Row(**{name: neutral if name == changed else getattr(row, name) for name in Row.__slots__})
+
+    assert neighbours_accepted(without) < 1
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+def emulated_logprobs(row: Row, to: Round, form: str) -> Floats:
+    scores = adjusted(row, to, reciprocal=form == "reciprocals")
+    top = scores.max()
+    mass = to(np.exp(to(scores - top)))
+    if form == "pairwise":
+        parts = mass
+        while len(parts) > 1:
+            parts = np.concatenate([parts, np.zeros(len(parts) % 2)])
+            parts = to(parts[0::2] + parts[1::2])
+        total = parts[0]
+    else:
+        total = running(mass, to, 16 if form == "blocks" else 10**9)[-1]
+    logarithm = to(np.log(total))
+    return to(scores - to(top + logarithm)) if form == "added back" else to(to(scores - top) - logarithm)
+
+
+def log_error(form: str, to: Round = f32) -> float:
+    worst = 0.0
+    for distribution, _ in rows(150, 35):
+        if not distribution.candidates.any():
+            continue
+        expected = SampleProblem.logprobs(distribution)
+        got = emulated_logprobs(distribution.row, to, form)
+        here = distribution.candidates
+        worst = max(worst, float((np.abs(got - expected.value) / expected.tolerance)[here].max()))
+    return worst
+
+
+def test_every_legitimate_log_probability_is_within_the_bound_and_comes_near_it() -> None:
+    found = {form: log_error(form) for form in ("sequential", "blocks", "pairwise", "added back", "reciprocals")}
+    assert max(found.values()) <= 1, found
+    assert max(found.values()) >= 0.1, found
+
+
+@pytest.mark.parametrize("lower", [BF16.round, F16.round], ids=["bfloat16", "float16"])
+def test_log_probabilities_of_a_lower_class_are_beyond_the_bound(lower: Round) -> None:
+    assert log_error("sequential", lower) > 1
