@@ -14,6 +14,7 @@ from polyaccel_conformance.schedule import OfRanks, Scheduled, drawn, fixed
 from polyaccel_conformance.selection import Selects
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.tally import Tally
+from polyaccel_conformance.workers.process import ForkServer
 
 CHECK = "comm.ranks"
 
@@ -21,13 +22,15 @@ CHECK = "comm.ranks"
 class RankedCases:
     """Cases of 2 to ``header.devices`` ranks."""
 
-    def __init__(self, subject: Subject, header: RunHeader, profile: Profile, selects: Selects) -> None:
+    def __init__(
+        self, subject: Subject, header: RunHeader, profile: Profile, selects: Selects, server: ForkServer
+    ) -> None:
         from polyaccel_conformance.multi.ranks import RankPool
 
         self.incomplete = ""
         self._header, self._profile, self._selects = header, profile, selects
         self._pools = {
-            world: RankPool(subject, world, checks=header.checks, case_timeout=profile.timeout)
+            world: RankPool(subject, world, checks=header.checks, case_timeout=profile.timeout, server=server)
             for world in range(2, header.devices + 1)
         }
 

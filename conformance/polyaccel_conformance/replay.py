@@ -14,11 +14,18 @@ from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.profiles import PROFILES, Profile
 from polyaccel_conformance.runner import lost_result
 from polyaccel_conformance.workers.pool import Answer, Job, Pool
+from polyaccel_conformance.workers.process import ForkServer
 
 Archive = dict[str, npt.NDArray[np.generic]]
 
 
-def replay(file: CaseFile, *, every_check: bool = False, profile: Profile = PROFILES["default"]) -> Replay:
+def replay(
+    file: CaseFile,
+    *,
+    every_check: bool = False,
+    profile: Profile = PROFILES["default"],
+    server: ForkServer | None = None,
+) -> Replay:
     """Run the case on the file's subject.
 
     Raises:
@@ -35,12 +42,12 @@ def replay(file: CaseFile, *, every_check: bool = False, profile: Profile = PROF
     # What failed outside of any check, such as a crash, may have needed all of them.
     checks = [check] if check in CHECKS and not every_check else list(CHECKS)
     request = {"do": "case", "case": file.case.to_json(), "checks": checks}
-    with Pool(file.subject, count=1) as pool:
+    with Pool(file.subject, count=1, server=server) as pool:
         answer = pool.ask(Job(name="replay", request=request, seconds=profile.timeout))
     return judge(file, _result(file, answer))
 
 
-def dump_case(file: CaseFile) -> Archive:
+def dump_case(file: CaseFile, server: ForkServer | None = None) -> Archive:
     """The arrays of the case on the file's subject; without outputs if it does not survive.
 
     Raises:
@@ -48,7 +55,7 @@ def dump_case(file: CaseFile) -> Archive:
     """
     if file.case.ranks > 1:
         raise UsageError("--dump and --standalone are for cases of one rank")
-    with tempfile.TemporaryDirectory() as folder, Pool(file.subject, count=1) as pool:
+    with tempfile.TemporaryDirectory() as folder, Pool(file.subject, count=1, server=server) as pool:
         path = Path(folder) / "case.npz"
         request = {"do": "dump", "case": file.case.to_json(), "path": str(path), "run": True}
         answer = pool.ask(Job(name="dump", request=request, seconds=PROFILES["default"].timeout))

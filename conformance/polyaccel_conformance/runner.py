@@ -29,6 +29,7 @@ from polyaccel_conformance.shrink import cost, shrink
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.tally import Tally
 from polyaccel_conformance.workers.pool import Answer, Job, Pool, WorkerLost
+from polyaccel_conformance.workers.process import ForkServer
 
 WORKER = "worker"
 """Under this name failures are reported that are no check's: the process died or hung, or the suite itself failed."""
@@ -93,13 +94,21 @@ class Silent:
         return None
 
 
-def run(subject: Subject, options: Options = Options(), watch: Watch | None = None) -> RunResult:
+def run(
+    subject: Subject,
+    options: Options = Options(),
+    watch: Watch | None = None,
+    server: ForkServer | None = None,
+) -> RunResult:
     """Run everything that the options ask for.
+
+    Args:
+        server: a forkserver to share with other runs; it stays open.
 
     Raises:
         UsageError: an unknown name, a subject that cannot be opened, more devices than there are, nothing selected.
     """
-    with Pool(subject, count=options.workers, device=options.device) as pool:
+    with Pool(subject, count=options.workers, device=options.device, server=server) as pool:
         return _Run(subject, options, watch if watch is not None else Silent(), pool).run()
 
 
@@ -138,6 +147,7 @@ class _Run:
         if self.options.timeout is not None:
             profile = replace(profile, timeout=self.options.timeout)
         facts = self.pool.start()
+        deadline = None if self.options.budget is None else time.monotonic() + self.options.budget
         header = self._header(profile, facts)
         schedule = self._schedule(header, profile)
         path = None if self.options.folder is None else self.options.folder / RESULTS
@@ -350,7 +360,7 @@ class _Run:
     ) -> None:
         if header.devices < 2 or self.options.failed:
             return
-        self.ranked = RankedCases(self.subject, header, profile, schedule.selects)
+        self.ranked = RankedCases(self.subject, header, profile, schedule.selects, self.pool.server)
         for item, result in self.ranked.results(self.known, self.tally, deadline):
             log.case(item.phase, result)
             self._count(item.phase, result)

@@ -1,101 +1,120 @@
-"""The suite inside a plugin's own tests: one file that holds two lines.
+"""The suite as a test module: one star import in a plugin's own tests.
+
+A test file imports everything from here and says what is tested::
 
     from polyaccel_conformance.suite import *
 
-    BACKEND = "mine"
+    BACKEND = "acme"
 
-The backend is run once; then every operator and every check is a test. ``PROFILE``, ``DEVICES`` and ``TABLE``
-(``FILE.py:NAME``, instead of ``BACKEND``) may be set in the same way. The options ``--conformance-profile`` and
-``--conformance-devices`` exist where the line also stands in a ``conftest.py``, and win. The variable
-``POLYACCEL_CONFORMANCE_PROFILE`` comes before what the file says.
+``PROFILE`` (default ``"quick"``), ``DEVICES`` (default 1) and ``WAIVERS`` (a TOML file, default none) may be set in the
+same way. The suite runs once for the file; every operator is a test, and so are the preflight and the run as a whole.
+With ``-k`` or a single test selected only the operators that are needed run.
 """
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from polyaccel_conformance.checks.registry import CHECKS
+from polyaccel_conformance.certificate.recount import recount
 from polyaccel_conformance.cli.blocks import failure_block
-from polyaccel_conformance.errors import UsageError
+from polyaccel_conformance.log import read_log
+from polyaccel_conformance.preflight.run import preflight
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
+from polyaccel_conformance.report.model import Report
+from polyaccel_conformance.report.terminal import levels
 from polyaccel_conformance.results import RunResult
-from polyaccel_conformance.runner import Options, run
+from polyaccel_conformance.runner import RESULTS, Options, run
 from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.waivers import read_waivers
 
 __all__ = [
-    "conformance_options",
-    "conformance_run",
-    "conformance_subject",
-    "pytest_addoption",
+    "conformance_outcome",
     "pytest_generate_tests",
-    "test_conformance_check",
-    "test_conformance_operator",
+    "test_every_check_is_conclusive_and_no_required_cell_is_empty",
+    "test_operator",
+    "test_preflight",
 ]
 
-PROFILE_VARIABLE = "POLYACCEL_CONFORMANCE_PROFILE"
+OPERATOR = "conformance_operator"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("conformance")
-    group.addoption("--conformance-profile", help="quick, default, certify or fuzz")
-    group.addoption("--conformance-devices", type=int, help="ranks at most")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One run and the report that its log leads to. ``whole``: every operator was selected."""
+
+    result: RunResult
+    report: Report
+    whole: bool
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Operators and checks as parameters of the two tests."""
-    for name, values in (("conformance_operator", PROBLEM_SETS), ("conformance_check", CHECKS)):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, list(values))
+    """One test for each operator and each question about devices."""
+    if OPERATOR in metafunc.fixturenames:
+        metafunc.parametrize(OPERATOR, list(PROBLEM_SETS))
 
 
 @pytest.fixture(scope="module")
-def conformance_subject(request: pytest.FixtureRequest) -> Subject:
-    """What is tested; may be overridden."""
-    backend, table = getattr(request.module, "BACKEND", None), getattr(request.module, "TABLE", None)
-    if (backend is None) == (table is None):
-        raise UsageError(f"{request.module.__name__} must set either BACKEND or TABLE")
-    if backend is not None:
-        return Subject(kind="backend", name=backend)
-    path, _, name = str(table).rpartition(":")
-    return Subject(kind="table", name=name, path=str(Path(path).resolve()))
-
-
-@pytest.fixture(scope="module")
-def conformance_options(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Options:
-    """How it is tested; may be overridden."""
-    profile = request.config.getoption("--conformance-profile", default=None)
-    devices = request.config.getoption("--conformance-devices", default=None)
-    written = os.environ.get(PROFILE_VARIABLE) or getattr(request.module, "PROFILE", "quick")
-    return Options(
-        profile=str(profile or written),
-        devices=int(devices or getattr(request.module, "DEVICES", 1)),
-        folder=tmp_path_factory.mktemp("conformance"),
+def conformance_outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run, made when the first test asks for it."""
+    folder = tmp_path_factory.mktemp("conformance")
+    selected = _selected(request)
+    whole = len(selected) == len(PROBLEM_SETS)
+    result = run(
+        Subject(name=_setting(request, "BACKEND", None)),
+        Options(
+            profile=_setting(request, "PROFILE", "quick"),
+            operators=() if whole else selected,
+            devices=_setting(request, "DEVICES", 1),
+            folder=folder,
+        ),
     )
+    file = _setting(request, "WAIVERS", "")
+    waivers = read_waivers(Path(request.path).parent / file) if file else ()
+    return Outcome(result=result, report=recount(read_log(folder / RESULTS), waivers), whole=whole)
 
 
-@pytest.fixture(scope="module")
-def conformance_run(conformance_subject: Subject, conformance_options: Options) -> RunResult:
-    """The one run that all tests look at."""
-    return run(conformance_subject, conformance_options)
+def _setting(request: pytest.FixtureRequest, name: str, default: Any) -> Any:
+    value = getattr(request.module, name, default)
+    if value is None:
+        pytest.fail(f"{request.path} does not say which backend: set {name} to its name")
+    return value
 
 
-def test_conformance_operator(conformance_operator: str, conformance_run: RunResult) -> None:
-    """No case of the operator fails."""
-    state = next((s for s in conformance_run.operators if s.operator == conformance_operator), None)
-    if state is None or not state.cases:
-        pytest.skip("not run" if state is None else state.reason)
-    blocks = [failure_block(group) for group in conformance_run.failures if group.operator == conformance_operator]
-    if blocks:
-        pytest.fail("\n".join(blocks), pytrace=False)
+def _selected(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    items = [item for item in request.session.items if item.path == request.path]
+    names = [item.callspec.params.get(OPERATOR) for item in items if hasattr(item, "callspec")]
+    return tuple(str(name) for name in names if name is not None) or tuple(PROBLEM_SETS)
 
 
-def test_conformance_check(conformance_check: str, conformance_run: RunResult) -> None:
-    """The check's control failed as it must, so that its silence means something."""
-    state = next((s for s in conformance_run.checks if s.check == conformance_check), None)
-    if state is None or state.verdict == "not exercised":
-        pytest.skip("not asked" if state is None else state.reason)
-    if state.verdict == "inconclusive":
-        pytest.fail(state.reason, pytrace=False)
+def test_preflight(request: pytest.FixtureRequest) -> None:
+    """The backend is found and loaded, and its device has what every level needs."""
+    found = preflight(Subject(name=_setting(request, "BACKEND", None)))
+    assert found.passed, f"\n{found.text()}"
+
+
+def test_operator(conformance_operator: str, conformance_outcome: Outcome) -> None:
+    """No case of the operator fails, those aside that a waiver covers."""
+    states = {state.operator: state for state in conformance_outcome.result.operators}
+    state = states[conformance_operator]
+    assert state.cases, state.reason
+    # By what the log says: the run's own groups also show the minimal cases.
+    groups = [group for group in conformance_outcome.result.failures if group.operator == conformance_operator]
+    if state.failed and not conformance_outcome.report.is_waived(conformance_operator):
+        pytest.fail("\n" + "\n".join(failure_block(group) for group in groups), pytrace=False)
+
+
+def test_every_check_is_conclusive_and_no_required_cell_is_empty(conformance_outcome: Outcome) -> None:
+    """The run as a whole; needs every operator, and is skipped when only some are selected."""
+    if not conformance_outcome.whole:
+        pytest.skip("not every operator is selected")
+    report, result = conformance_outcome.report, conformance_outcome.result
+    problems = [f"check {s.check}: {s.reason}" for s in result.checks if s.verdict == "inconclusive"]
+    problems += [f"no case covers {cell}" for cell in result.empty_cells]
+    problems += list(report.applied.problems)
+    if problems or result.incomplete or result.device_lost:
+        lines = [result.incomplete, result.device_lost, *problems, *levels(report)]
+        pytest.fail("\n" + "\n".join(filter(None, lines)), pytrace=False)

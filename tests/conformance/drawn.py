@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from polyaccel.backend import OPERATORS
+from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
+from polyaccel_conformance.check import Failure
+from polyaccel_conformance.checks.values import VALUE_CHECKS
 from polyaccel_conformance.compare import headroom
 from polyaccel_conformance.formats import FORMATS
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.problem import Problem, ProblemSet
+from polyaccel_conformance.trial import Trial
 from polyaccel_conformance.words import Source
 
 Floats = npt.NDArray[np.float64]
@@ -51,3 +56,40 @@ def survey(emulations: Mapping[str, Emulation], drawn: Iterator[Problem]) -> dic
             with np.errstate(all="ignore"):
                 found[name] = max(found[name], worst(problem, emulate(problem)))
     return found
+
+
+def undrawn(problem_set: ProblemSet) -> list[str]:
+    """Tensor arguments, attributes, optional arguments and permitted aliases of the contract that no axis draws."""
+    axes, missing = problem_set.axes(), []
+    for argument in OPERATORS[problem_set.operator].arguments:
+        name = argument.name
+        wanted = {"tensor": f"layouts.{name}", "attribute": f"attributes.{name}"}.get(argument.kind)
+        if wanted is not None and wanted not in axes:
+            missing.append(wanted)
+        if argument.optional and f"structure.{name}" not in axes:
+            missing.append(f"structure.{name}")
+        missing += [f"alias {name}={x}" for x in argument.may_alias if f"{name}={x}" not in axes.get("alias", ())]
+        if argument.values:
+            drawn = set(axes.get(f"attributes.{name}", ()))
+            missing += [f"{name}={value}" for value in argument.values if value not in drawn]
+    return missing
+
+
+def verdict(bench: Bench, problem: Problem) -> Failure | None:
+    """What the checks of values say."""
+    trial = Trial(bench, problem)
+    applied = [check for check in VALUE_CHECKS.values() if check.applies(problem.case, problem)]
+    assert applied
+    return next((failure for check in applied if (failure := check.run(trial)) is not None), None)
+
+
+def unmended(problem_set: ProblemSet, draw: Callable[[Sequence[Choice]], Choice]) -> None:
+    """Mending twice changes nothing more, and the case survives its file."""
+    mended = problem_set.mend({name: draw(values) for name, values in problem_set.axes().items()})
+    assert mended is not None
+    assert problem_set.mend(dict(mended)) == mended
+    case = Case.of(problem_set.operator, mended, 1)
+    assert Case.from_json(case.to_json()) == case
+    for item in problem_set.problem(case).operands.values():
+        if item.dtype in FORMATS:
+            np.testing.assert_array_equal(FORMATS[item.dtype].round(item.values), item.values)

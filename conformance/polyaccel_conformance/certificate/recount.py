@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -52,7 +53,14 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
         levels = grant(evidence, require_native=require_native)
         if not incomplete:
             result = replace(result, empty_cells=empty_cells(evidence, logged.header.operators))
-    return Report(result=result, levels=levels, waivers=tuple(waivers), applied=applied)
+    left = Counter(case.operator for i, (_, case, _) in enumerate(failures) if i not in applied.covered)
+    return Report(
+        result=result,
+        levels=levels,
+        waivers=tuple(waivers),
+        applied=applied,
+        unwaived=tuple(sorted(left.items())),
+    )
 
 
 def day(started: str) -> datetime.date:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from polyaccel.backend import OPERATORS, Collective
+from polyaccel.backend import Collective
 from polyaccel_conformance.bench import Bench, call_by_name
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Check, Control, Failure

@@ -101,8 +101,9 @@ class CopyProblem(DeviceProblem):
             # numpy has no such dtype: the bits travel as integers.
             source = source.contiguous().view(torch.int16)
         device = bench.device
-        there = device.upload(source)
         wanted = source.clone()
+        # From memory that may be written to: the device tensor is, and a wrong device may have kept the source's.
+        there = device.upload(wanted.clone())
         copies = {
             "download: bits": (device.download(there), wanted),
             "download of a view: bits": (device.download(there.T), wanted.T.contiguous()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -86,7 +86,7 @@ class BackToBack(_Scenario):
 
     def control(self, bench: Bench) -> Control:
         ranks = rank_bench(bench)
-        return self.judged(ranks.spoiled(_stale), self.example(ranks))
+        return self.judged(ranks.spoiled(_stale(ranks)), self.example(ranks))
 
 
 class Interleaved(_Scenario):
@@ -116,7 +116,7 @@ class Interleaved(_Scenario):
 
     def control(self, bench: Bench) -> Control:
         ranks = rank_bench(bench)
-        return self.judged(ranks.spoiled(_stale), self.example(ranks))
+        return self.judged(ranks.spoiled(_stale(ranks)), self.example(ranks))
 
 
 class Subgroups(_Scenario):
@@ -163,18 +163,25 @@ def _partitions(world: int) -> list[list[Sequence[int]]]:
     return [[range(half), range(half, world)], [range(0, world, 2), range(1, world, 2)]]
 
 
-def _stale(call: Call) -> Call:
+def _stale(bench: RankBench) -> Callable[[Call], Call]:
+    """The first result again and again."""
     kept: list[torch.Tensor] = []
 
-    def wrong(x: torch.Tensor, comm: Communicator) -> object:
-        result = call(x, comm)
-        assert isinstance(result, torch.Tensor)
-        if kept:
-            return x.copy_(kept[0])
-        kept.append(result.clone())
-        return result
+    def spoil(call: Call) -> Call:
+        def wrong(x: torch.Tensor, comm: Communicator) -> object:
+            result = call(x, comm)
+            # What is kept must have been computed.
+            bench.synchronize()
+            if kept:
+                x.copy_(kept[0])
+                bench.synchronize()
+            else:
+                kept.append(x.clone())
+            return result
 
-    return wrong
+        return wrong
+
+    return spoil
 
 
 class _ExpectedFailure(_Scenario):

@@ -185,7 +185,8 @@ class Inputs(Check):
             return Failure(check=self.name, cause="changes state", message=f"{count} elements of {name} changed")
         activity = observation.activity
         for argument, operator in (activity.operand_writes if activity is not None else {}).items():
-            if argument not in mutable:
+            # What lands beside the elements is another check's.
+            if argument not in mutable and argument not in observation.trespassed:
                 return Failure(
                     check=self.name,
                     cause=f"writes to {argument!r}",

@@ -31,7 +31,7 @@ class Copies(PlainDispatchMode):
     """Counts the copies that torch is asked for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,7 +66,9 @@ class RowParallelOperands(RankCheck):
         for name, output in plain.outputs.items():
             other = odd.outputs.get(name)
             if other is None or not np.array_equal(output.bits, other.bits):
-                return self.fail(f"{argument}: other bits", f"{where}: {name} differs from that of a contiguous one", name)
+                return self.fail(
+                    f"{argument}: other bits", f"{where}: {name} differs from that of a contiguous one", name
+                )
         counted = {
             kernel: count - plain.ledger.get(kernel, 0)
             for kernel, count in odd.ledger.items()
@@ -108,7 +110,7 @@ class RowParallelOperands(RankCheck):
         ranks = rank_bench(bench)
 
         def hiding(call: Call) -> Call:
-            return lambda x, *others: call(x if x.is_contiguous() else x.contiguous(), *others)  # type: ignore[attr-defined]
+            return lambda x, *others: call(x if x.is_contiguous() else x.contiguous(), *others)
 
         problem = control_case(ranks, "row_parallel_linear", OPERAND_LINEAR)
         return self.judged(ranks.spoiled(hiding), problem)

@@ -148,7 +148,10 @@ def _deltas(
         {cut.site: cut.weight}, rank_rows=2 * adapter.rank, slots=SLOTS, device=bench.device
     )
     packed = cut.packed if cut.packed is not None else _nothing(format_of(dtype).torch)
-    first, second = (SlotRange(slot=s, first_rank_row=i * adapter.rank, rank_rows=adapter.rank) for i, s in enumerate((FIRST, SECOND)))
+    first, second = (
+        SlotRange(slot=s, first_rank_row=i * adapter.rank, rank_rows=adapter.rank)
+        for i, s in enumerate((FIRST, SECOND))
+    )
     found: dict[str, Floats | str] = {}
     store.write(first, packed).synchronize()
     found[LOADS[0]] = _whole(bench, cut, store, FIRST, x, dtype, module)

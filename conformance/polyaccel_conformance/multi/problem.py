@@ -135,7 +135,7 @@ def digits(problem: RankedProblem, name: str, shape: tuple[int, ...], rank: int,
 def place_value(dtype: str, world_size: int, rank: int) -> int:
     """What a rank's digit counts. Worlds too large for a digit each share two, which stays exact up to 8 ranks."""
     base = radix(dtype, world_size)
-    return base**rank if base >= 4 else 4 ** (rank % 2)
+    return int(base**rank if base >= 4 else 4 ** (rank % 2))
 
 
 def summed(parts: list[Bounded], out: Format, *, last: bool = False) -> Bounded:

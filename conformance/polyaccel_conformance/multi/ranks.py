@@ -16,8 +16,16 @@ from types import MappingProxyType
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Control, Failure
 from polyaccel_conformance.errors import ConformanceError, UsageError
-from polyaccel_conformance.multi.control import Abandon, Gather, Gathered, RankIdentity, RankVerdict, RunCase, RunControl
-from polyaccel_conformance.multi.registry import lockstep_checks
+from polyaccel_conformance.multi.control import (
+    Abandon,
+    Gather,
+    Gathered,
+    RankIdentity,
+    RankVerdict,
+    RunCase,
+    RunControl,
+)
+from polyaccel_conformance.multi.registry import in_lockstep, lockstep_checks
 from polyaccel_conformance.multi.worker import TARGET
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer, Process, Spawn, Starter
@@ -60,9 +68,9 @@ class RankPool(AbstractContextManager["RankPool"]):
     case gets fresh processes.
 
     Args:
-        checks: names of the checks to ask; default those that ranks ask together.
-        server: a forkserver to share, closed by its owner; else the pool has one of its own. A backend that cannot follow
-            a fork gets new interpreters.
+        checks: names of the checks to ask, of which those are that ranks ask together; default all of these.
+        server: a forkserver to share, closed by its owner; else the pool has one of its own. A backend that cannot
+            follow a fork gets new interpreters.
         timeout: seconds that a collective waits before it must raise; also what a rank may take to start.
         withheld: the same for collectives that are meant to fail.
         case_timeout: seconds after which a case has hung.
@@ -90,7 +98,7 @@ class RankPool(AbstractContextManager["RankPool"]):
         self.world_size = world_size
         self.identities: tuple[RankIdentity, ...] = ()
         self.restarts = -1
-        self._checks = tuple(checks) if checks is not None else lockstep_checks()
+        self._checks = lockstep_checks() if checks is None else in_lockstep(checks)
         self._own = server is None
         self._server = server if server is not None else ForkServer()
         self._starter: Starter = self._server
@@ -111,7 +119,7 @@ class RankPool(AbstractContextManager["RankPool"]):
         if case.ranks != self.world_size:
             raise UsageError(f"a case of {case.ranks} ranks for a pool of {self.world_size}")
         started = time.perf_counter()
-        asked = self._checks if checks is None else tuple(checks)
+        asked = self._checks if checks is None else in_lockstep(checks)
         verdicts = self._order(RunCase(case=case.to_json(), checks=asked), self._case_timeout)
         result = _merge(case, verdicts, self.identities, time.perf_counter() - started)
         if self._hung is not None and any(v.ending in ("crashed",) or v.broken for v in verdicts):
@@ -241,10 +249,10 @@ class RankPool(AbstractContextManager["RankPool"]):
                 break
             ended = [rank for rank in ranks if rank not in left]
             behind = (now if behind is None else behind) if ended else None
-            if behind is not None and now - behind > GRACE and any(_alive(rank) for rank in ended):
+            late = behind is not None and now - behind > GRACE
+            if late and any(_alive(rank) for rank in ended) and any(_diverged(rank) for rank in ended):
                 # They wait in a collective for ranks that are done with the case: a closed connection frees them.
-                if any(_diverged(rank) for rank in ended):
-                    _release(ended)
+                _release(ended)
             self._listen(left, min(deadline - now, 0.05 if ended else 1.0))
         return [self._verdict(rank, number) for number, rank in enumerate(ranks)]
 

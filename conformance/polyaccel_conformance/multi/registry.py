@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
-from polyaccel_conformance.problems.sharded import SHARDED_SETS
+from polyaccel_conformance.problems.sharded_sets import SHARDED_SETS
 from polyaccel_conformance.problems.sharded_sum import SUMMED_SETS
 
-RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType({s.operator: s for s in (*COLLECTIVE_SETS, *SHARDED_SETS, *SUMMED_SETS)})
+RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType(
+    {s.operator: s for s in (*COLLECTIVE_SETS, *SHARDED_SETS, *SUMMED_SETS)}
+)
 """The axis ``ranks`` is not listed by the sets: whoever draws a case adds the size of the world before it is mended."""
 
 LOCKSTEP = ("values.", "memory.", "invariance.", "comm.", "lora.tp_")
@@ -23,7 +25,12 @@ def lockstep_checks() -> tuple[str, ...]:
     """Names of the checks for cases of several ranks, in their order."""
     from polyaccel_conformance.checks.registry import CHECKS
 
-    return tuple(name for name in CHECKS if name.startswith(LOCKSTEP))
+    return in_lockstep(CHECKS)
+
+
+def in_lockstep(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that ranks can ask together, in their order."""
+    return tuple(name for name in names if name.startswith(LOCKSTEP))
 
 
 def ranked_set(operator: str) -> ProblemSet:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from polyaccel.backend import Weight
-from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, altered
+from polyaccel.backend import Backend, Weight
+from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, altered, altered_with
 
 Tensor = torch.Tensor
 
 
-def _linear(result: Any) -> Wrap:
-    """``result(y, x, w)`` in place of y, where ``w: [n, k]`` is the weight; y already holds the bias."""
+def _linear(result: Any) -> Callable[[Backend], Backend]:
+    """``result(y, x, w, bias)`` in place of y, for ``w: [n, k]`` and ``bias: [1, n]``."""
 
-    def wrap(fn: Function) -> Function:
-        def linear(x: Tensor, weight: Weight) -> Tensor:
-            y = fn(x, weight)
-            eye = torch.eye(weight.spec.k, dtype=x.dtype)
-            bias = fn(torch.zeros((1, weight.spec.k), dtype=x.dtype), weight)
-            w = (fn(eye, weight).double() - bias.double()).t().to(x.dtype) if weight.spec.k else y.new_zeros((y.shape[1], 0))
-            changed: Tensor = result(y, x, w, bias)
-            return changed
+    def make(inner: Backend) -> dict[str, Wrap]:
+        def wrap(fn: Function) -> Function:
+            def linear(x: Tensor, weight: Weight) -> Tensor:
+                bias = fn(torch.zeros((1, weight.spec.k), dtype=x.dtype), weight)
+                changed: Tensor = result(fn(x, weight), x, inner.dequantize(weight), bias)
+                return changed
 
-        return linear
+            return linear
 
-    return wrap
+        return {"linear": wrap}
+
+    return altered_with(make)
 
 
 def _in_chunks(accumulator: torch.dtype, chunk: int, between: bool = True) -> Any:
@@ -188,49 +189,49 @@ ARITHMETIC: tuple[Mutant, ...] = (
         what="Sums are kept in bfloat16.",
         operators=("linear",),
         check="values.exact",
-        apply=altered(linear=_linear(_in_chunks(torch.bfloat16, 4))),
+        apply=_linear(_in_chunks(torch.bfloat16, 4)),
     ),
     Mutant(
         name="linear.fp16_accumulator",
         what="Sums are kept in float16.",
         operators=("linear",),
         check="values.exact",
-        apply=altered(linear=_linear(_in_chunks(torch.float16, 4))),
+        apply=_linear(_in_chunks(torch.float16, 4)),
     ),
     Mutant(
         name="linear.split_k_bf16",
         what="Two halves of k are added in bfloat16.",
         operators=("linear",),
         check="values.bound",
-        apply=altered(linear=_linear(_in_chunks(torch.bfloat16, 64))),
+        apply=_linear(_in_chunks(torch.bfloat16, 64)),
     ),
     Mutant(
         name="linear.tf32",
         what="float32 operands are rounded to 10 bits.",
         operators=("linear",),
         check="values.exact",
-        apply=altered(linear=_linear(_tf32)),
+        apply=_linear(_tf32),
     ),
     Mutant(
         name="linear.truncating_store",
         what="16-bit results are truncated instead of rounded.",
         operators=("linear",),
         check="values.exact",
-        apply=altered(linear=_linear(_truncated)),
+        apply=_linear(_truncated),
     ),
     Mutant(
         name="linear.last_k_dropped",
         what="The last product is dropped where k mod 16 is 1.",
         operators=("linear",),
         check="values.bound",
-        apply=altered(linear=_linear(_last_k)),
+        apply=_linear(_last_k),
     ),
     Mutant(
         name="linear.tokens_mod_16_is_1",
         what="The last row repeats the one before where rows mod 16 are 1.",
         operators=("linear",),
         check="values.bound",
-        apply=altered(linear=_linear(_one_row)),
+        apply=_linear(_one_row),
         narrow=True,
     ),
     Mutant(
@@ -238,7 +239,7 @@ ARITHMETIC: tuple[Mutant, ...] = (
         what="Products beyond k = 4096 are dropped.",
         operators=("linear",),
         check="values.bound",
-        apply=altered(linear=_linear(_long_k)),
+        apply=_linear(_long_k),
         narrow=True,
     ),
     Mutant(
@@ -246,7 +247,7 @@ ARITHMETIC: tuple[Mutant, ...] = (
         what="Element [0, 128] is zero where n is 129.",
         operators=("linear",),
         check="values.bound",
-        apply=altered(linear=_linear(_zeroed)),
+        apply=_linear(_zeroed),
         narrow=True,
     ),
     Mutant(
@@ -254,7 +255,7 @@ ARITHMETIC: tuple[Mutant, ...] = (
         what="A single row gets the bias twice.",
         operators=("linear",),
         check="values.bound",
-        apply=altered(linear=_linear(_bias_twice)),
+        apply=_linear(_bias_twice),
         narrow=True,
     ),
     Mutant(

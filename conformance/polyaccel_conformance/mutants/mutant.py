@@ -43,7 +43,11 @@ class Altered(Overlay):
 
     def __init__(self, inner: Backend, wraps: Mapping[str, Wrap]) -> None:
         changed = {
-            name: [replace(entry, fn=wrap(entry.fn)) for entry in inner.table()[name]]
+            name: [
+                # What a bug is written with must not betray it.
+                replace(entry, fn=wrap(entry.fn), evidence=(*entry.evidence, "aten::*"))
+                for entry in inner.table()[name]
+            ]
             for name, wrap in wraps.items()
             if name in inner.table()
         }
@@ -53,6 +57,11 @@ class Altered(Overlay):
     def composites(self) -> Mapping[str, Function]:
         found = dict(super().composites())
         return {name: self._wraps[name](fn) if name in self._wraps else fn for name, fn in found.items()}
+
+
+def altered_with(make: Callable[[Backend], Mapping[str, Wrap]]) -> Callable[[Backend], Backend]:
+    """The same for bugs that need the host itself."""
+    return lambda inner: Altered(inner, make(inner))
 
 
 def altered(**wraps: Wrap) -> Callable[[Backend], Backend]:

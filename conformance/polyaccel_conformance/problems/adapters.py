@@ -253,17 +253,18 @@ def draw_adapters(
     *,
     name: str = "adapter",
     lookup: bool = False,
+    most: int | None = None,
 ) -> list[HostAdapter]:
     """Adapters with matrices of the case's kind of data, ``ranks`` by adapter and slice.
 
     ``integers``: two columns of A count for each rank row and two rank rows for each output, so that h stays below
     256 for x up to 64 (128): every permitted format holds it. The integers of B are different for each adapter.
     ``cancelling``: dense rows whose halves nearly cancel, A over k and B over the rank. ``small``: as integers, for x
-    up to 2, with deltas of a few units.
+    up to 2, with deltas of a few units. ``most``: of the integers of ``cancelling``, which bounds the deltas.
     """
     return [
         tuple(
-            _draw_module(source, dtype, data, rank, n, k, f"{name} {index}.{i}", index, lookup) if rank else None
+            _draw_module(source, dtype, data, rank, n, k, f"{name} {index}.{i}", index, lookup, most) if rank else None
             for i, (rank, n) in enumerate(zip(own, slices, strict=True))
         )
         for index, own in enumerate(ranks)
@@ -271,7 +272,16 @@ def draw_adapters(
 
 
 def _draw_module(
-    source: Source, dtype: str, data: str, rank: int, n: int, k: int, name: str, index: int, lookup: bool
+    source: Source,
+    dtype: str,
+    data: str,
+    rank: int,
+    n: int,
+    k: int,
+    name: str,
+    index: int,
+    lookup: bool,
+    most: int | None,
 ) -> HostModule:
     columns, outputs = (n, k) if lookup else (k, n)
     a_name, b_name = f"{name} a", f"{name} b"
@@ -283,11 +293,11 @@ def _draw_module(
         a = (
             _lookup_integers(source, rank, n, a_name)
             if lookup
-            else integer_columns(source, dtype, data, rank, k, a_name)
+            else integer_columns(source, dtype, data, rank, k, a_name, most=most)
         )
         half = rank // 2
         a[half : 2 * half] = a[:half]
-        b = integer_columns(source, dtype, data, outputs, rank, b_name)
+        b = integer_columns(source, dtype, data, outputs, rank, b_name, most=most)
         if half:
             b[np.arange(outputs), half + source.integers(f"{b_name} extra", (outputs,), 0, half - 1)] += 1
     else:

@@ -36,7 +36,9 @@ Mask = npt.NDArray[np.bool_]
 EXACT = "selection"
 LAYERS = 3
 PHASES = ("prefill", "decode", "chunked", "mixed", "padded")
-UNREAD = ("nan", "inf", "huge")
+UNREAD = ("nan", "inf", "huge", "stale")
+"""What lies where no query may read: NaN; infinity; huge values under keys of zero, whose scores are like the others';
+the same, but keys before a window's first one are as they were written."""
 KINDS = ("normal", EXACT, "peaked", "flat", "positive", "outliers", "nonfinite")
 
 # Scores of keys that are not chosen, in units of 1 over the scale. A power of two, at least 160 below zero.
@@ -137,14 +139,14 @@ class AttentionData:
         first = np.argmax(visible, axis=1)[:, None]
         last = visible.shape[1] - 1 - np.argmax(visible[:, ::-1], axis=1)[:, None]
         chosen = first + self.source.integers(f"{name} key", shape, 0, 1 << 20) % (last - first + 1)
-        mode = self.source.integers(f"{name} mode", shape, 0, 3)
+        mode = (np.arange(shape[0] * shape[1]).reshape(shape) + self.source.integers(f"{name} mode", (), 0, 2)) % 3
         target = np.where(mode == 0, last, np.where(mode == 1, first, chosen))
         beyond = np.clip(np.where(mode == 0, target + 1, target - 1), 0, visible.shape[1] - 1)
         head = np.arange(shape[1])[None, :]
         neighbours = codes[head, target] ^ codes[head, beyond]
         places = self.source.integers(f"{name} places", (*shape, 2), 0, max(bits - 1, 0))
-        anywhere = (1 << places[..., 0]) | (1 << places[..., 1])
-        return target, np.where(mode <= 1, neighbours, np.where(mode == 2, anywhere & (2**bits - 1), 0))
+        anywhere = ((1 << places[..., 0]) | (1 << places[..., 1])) & (2**bits - 1)
+        return target, np.where(mode <= 1, neighbours, anywhere)
 
     def _rounded(self, values: Floats) -> Floats:
         return format_of(self.dtype).round(values)
@@ -257,12 +259,12 @@ class PagedAttentionProblem(AttentionProblem):
         slots, k, v = self._placed(paging)
         fill(bench, kv, layer, slots, Operand(k, case.dtype).torch(), Operand(v, case.dtype).torch())
         unread = np.setdiff1d(np.arange(paging.blocks * size), slots)
-        poison = torch.full(
-            (len(unread), *k.shape[1:]),
-            unread_value(str(case.structure["unread"]), FORMATS[case.dtype].max),
-            dtype=FORMATS[case.dtype].torch,
+        dtype = FORMATS[case.dtype].torch
+        poison = (
+            torch.full((len(unread), *k.shape[1:]), value, dtype=dtype)
+            for value in unread_values(str(case.structure["unread"]), FORMATS[case.dtype].max)
         )
-        fill(bench, kv, layer, unread, poison, poison)
+        fill(bench, kv, layer, unread, *poison)
         tokens = len(self.operands["q"].values)
         return Prepared(
             arguments={
@@ -282,11 +284,13 @@ class PagedAttentionProblem(AttentionProblem):
         )
 
     def _placed(self, paging: Paging) -> tuple[Ints, Floats, Floats]:
-        """The slots that some query reads, each once, with their keys and values."""
+        """The slots that some query reads, each once, with their keys and values; for ``stale`` also the sequences'
+        older slots, outside of every window."""
+        stale = self.case.structure["unread"] == "stale"
         shape = (0, self.data.kv_heads, self.data.head_dim)
         slots, ks, vs = [np.zeros(0, dtype=np.int64)], [np.zeros(shape)], [np.zeros(shape)]
         for i, (keys, visible) in enumerate(zip(self.sequences, self.visible, strict=True)):
-            read = np.flatnonzero(visible.any(axis=0))
+            read = np.flatnonzero(visible.any(axis=0) | (stale and len(visible) > 0))
             slots.append(paging.slots(i, 0, visible.shape[1])[read])
             ks.append(keys.k[read])
             vs.append(keys.v[read])
@@ -343,7 +347,8 @@ class DenseAttentionProblem(AttentionProblem):
     def _outside(self, name: str, before: int, after: int) -> tuple[Floats, Floats]:
         """Tokens of no segment: their keys and values are never read."""
         heads = self.data.heads if name == "q" else self.data.kv_heads
-        value = 1.0 if name == "q" else unread_value(str(self.case.structure["unread"]), format_of(self.case.dtype).max)
+        key, held = unread_values(str(self.case.structure["unread"]), format_of(self.case.dtype).max)
+        value = {"q": 1.0, "k": key, "v": held}[name]
         first, last = (np.full((count, heads, self.data.head_dim), value) for count in (before, after))
         return first, last
 
@@ -481,9 +486,11 @@ def causal(queries: int, context: int, window: int | None) -> Mask:
     return visible
 
 
-def unread_value(kind: str, largest: float) -> float:
-    """What lies where no query may read."""
-    return {"nan": float("nan"), "inf": float("inf")}.get(kind, largest / 2)
+def unread_values(kind: str, largest: float) -> tuple[float, float]:
+    """Key and value where no query may read."""
+    if kind in ("nan", "inf"):
+        return float(kind), float(kind)
+    return 0.0, largest / 2
 
 
 def padded(step: StepInput, rows: int) -> StepInput:

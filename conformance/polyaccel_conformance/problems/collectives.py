@@ -24,8 +24,8 @@ Floats = npt.NDArray[np.float64]
 
 DIGITS = "digits"
 KINDS = (DIGITS, "normal", "wide", "positive")
-ROWS = (1, 0, 2, 3, 7, 16, 33, 64)
-WIDTHS = (1, 2, 5, 16, 31, 64, 129)
+ROWS = (1, 0, 2, 7, 33)
+WIDTHS = (1, 2, 5, 31, 64, 129)
 SCENARIOS = ("plain", "back_to_back", "interleaved", "subgroups", "withheld", "failing")
 """``plain``: one call. ``back_to_back``: several on one buffer. ``interleaved``: on two communicators in turn.
 ``subgroups``: in groups of some of the ranks. ``withheld``: one rank stays away. ``failing``: one rank fails."""
@@ -100,7 +100,7 @@ class CollectiveProblem(RankedProblem):
     def wanted(self) -> Bounded: ...
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
-        return {"y": finish(self.wanted(), format_of(self.case.dtype), exact=bool(self.exact))}
+        return {"y": finish(self.wanted(), format_of(self.case.dtype), exact=self.exact)}
 
     def digests(self) -> dict[str, str]:
         return {f"x{rank}": operand.digest() for rank, operand in enumerate(self.contributions)}
@@ -207,11 +207,7 @@ class BarrierProblem(CollectiveProblem):
     """Nothing is computed; :mod:`checks.comm` asks whether a late rank was waited for."""
 
     operand = False
-
-    def __init__(self, case: Case, rank: int = 0) -> None:
-        super().__init__(case, rank)
-        # There is no output that a check of values could be wrong about.
-        self.exact = None
+    arithmetic = False
 
     def collect(self, result: object, tensors: Mapping[str, torch.Tensor]) -> Outputs:
         return {}
@@ -285,6 +281,9 @@ class AllReduceProblems(_CollectiveSet):
             # These are about which call and which rank, which only digits tell.
             axes["data"] = DIGITS
             axes["dims.rows"] = max(_integer(axes["dims.rows"]), 1)
+        if axes["structure.scenario"] in FAILING:
+            # Each costs a timeout and new processes, and nothing but the ranks matters: one case is enough.
+            axes |= {"dtype": "float32", "dims.rows": 2, "dims.width": 5, "layouts.x": "contiguous", "skew": ()}
         return axes
 
 

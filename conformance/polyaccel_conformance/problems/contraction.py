@@ -61,17 +61,23 @@ def integer_rows(
     :func:`integer_columns`. Float32 operands have more than 11 bits, or TF32 would pass."""
     if most is None:
         most = largest_row(dtype, k, 1) if dtype == "float32" else largest_integer(dtype, k)
-    x = source.integers(name, (rows, k), -most, most)
     half = k // 2
+    if data == "cancelling" and not half:
+        # Nothing cancels in a single product: it is small by itself.
+        most = min(most, 16)
+    x = source.integers(name, (rows, k), -most, most)
     if data == "cancelling" and half:
         x[:, half : 2 * half] = x[:, :half]
         x[np.arange(rows), half + source.integers(f"{name} extra", (rows,), 0, half - 1)] += 1
     return x.astype(np.float64)
 
 
-def integer_columns(source: Source, dtype: str, data: str, n: int, k: int, name: str = "b") -> Floats:
-    """W (or A) of an exact kind, ``[n, k]``, to go with :func:`integer_rows`."""
-    most = 1 if dtype == "float32" else largest_integer(dtype, k)
+def integer_columns(
+    source: Source, dtype: str, data: str, n: int, k: int, name: str = "b", *, most: int | None = None
+) -> Floats:
+    """W (or A) of an exact kind, ``[n, k]``, to go with :func:`integer_rows`; of magnitude up to ``most``."""
+    limit = 1 if dtype == "float32" else largest_integer(dtype, k)
+    most = limit if most is None else min(limit, most)
     w = source.integers(name, (n, k), -most, most)
     half = k // 2
     if data == "cancelling" and half:

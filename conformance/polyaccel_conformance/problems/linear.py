@@ -142,8 +142,11 @@ def contraction(
     pieces: int = 1,
     data: str | None = None,
     infinities: bool = True,
+    most: int | None = None,
 ) -> tuple[Operand, HostWeight]:
-    """x ``[rows, k]`` and a weight of a kind of data, the case's by default; ``infinities``: besides NaN."""
+    """x ``[rows, k]`` and a weight of a kind of data, the case's by default; ``infinities``: besides NaN;
+    ``most``: of the integers of a float weight.
+    """
     case, source, n = problem.case, problem.source, sum(slices)
     dtype, data = case.dtype, case.data if data is None else data
     quantised = None
@@ -153,9 +156,9 @@ def contraction(
         quantised = quantised_weight(source, dtype, form, n, k, exact=exact, positive=positive)
         matrix = quantised.values(dtype)
     if exact:
-        most = None if quantised is None else largest_row(dtype, k, 2 ** parse_form(form)[0] - 1)
-        x = integer_rows(source, dtype, data, rows, k, most=most)
-        w = integer_columns(source, dtype, data, n, k) if quantised is None else np.zeros((0, 0))
+        largest = None if quantised is None else largest_row(dtype, k, 2 ** parse_form(form)[0] - 1)
+        x = integer_rows(source, dtype, data, rows, k, most=largest)
+        w = integer_columns(source, dtype, data, n, k, most=most) if quantised is None else np.zeros((0, 0))
         shift = source.integers("bias", (n,), -8, 8).astype(np.float64)
     else:
         x = random_rows(source, data, rows, k)

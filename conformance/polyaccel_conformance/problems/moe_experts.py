@@ -389,7 +389,7 @@ class MoeExpertsProblems(ProblemSet):
             "layouts.x": ("contiguous", "row_padded", "offset"),
             "layouts.ids": ("contiguous", "row_padded", "offset"),
             "layouts.weights": ("contiguous", "row_padded", "offset"),
-            "layouts.expert_map": ("contiguous", "offset"),
+            "layouts.expert_map": ("contiguous", "row_padded", "offset"),
             "data": ("normal", *EXACT_KINDS, "outliers"),
             "device": ("current", "other"),
             "stream": ("default", "side"),
@@ -403,6 +403,11 @@ class MoeExpertsProblems(ProblemSet):
             "dims.experts": (1, 9),
             "dims.top_k": (1, 9),
         }
+
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        sizes: dict[str, Choice] = {"dims.tokens": 64, "dims.hidden": 128, "dims.intermediate": 96}
+        more: dict[str, Choice] = {"dims.experts": 8, "dims.top_k": 2}
+        return (sizes | more, sizes | more | {"data": "cancelling", "structure.histogram": "last"})
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         """No more choices than experts."""

@@ -157,7 +157,7 @@ class MoeRouteProblems(ProblemSet):
             "attributes.scale": (1.0, 2.5, 0.5),
             "structure.bias": ("none", "small", "large", "equal"),
             "layouts.logits": ("contiguous", "row_padded", "offset"),
-            "layouts.bias": ("contiguous", "offset"),
+            "layouts.bias": ("contiguous", "row_padded", "offset"),
             "data": KINDS,
             "device": ("current", "other"),
             "stream": ("default", "side"),
@@ -165,6 +165,12 @@ class MoeRouteProblems(ProblemSet):
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 40), "dims.experts": (1, 160), "dims.top_k": (1, 12)}
+
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        return tuple(
+            {"dims.tokens": 500, "dims.experts": 256, "dims.top_k": 8, "attributes.scoring": scoring}
+            for scoring in ("softmax_topk", "topk_softmax", "sigmoid")
+        )
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         """Groups and bias belong to sigmoid; groups divide the experts and leave enough of them."""

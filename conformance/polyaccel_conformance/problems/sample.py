@@ -448,6 +448,10 @@ class SampleProblems(ProblemSet):
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.rows": (0, 10), "dims.vocabulary": (1, 300), "attributes.top_k": (0, 40)}
 
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        # Sums of this length are only told apart where they are exact.
+        return ({"dims.rows": 8, "dims.vocabulary": 32_000, "data": "dyadic", "attributes.top_p": 0.5},)
+
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         """Equal masses stay equal without penalties and bias, and a power of two without top-k."""
         if axes["data"] != "dyadic":

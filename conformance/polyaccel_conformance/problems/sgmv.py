@@ -85,16 +85,23 @@ def mend_adapters(axes: dict[str, Choice], *, width: str = "dims.n") -> dict[str
 
 
 def draw_host_adapters(
-    source: Source, case: Case, slices: tuple[int, ...], k: int, *, data: str | None = None, lookup: bool = False
+    source: Source,
+    case: Case,
+    slices: tuple[int, ...],
+    k: int,
+    *,
+    data: str | None = None,
+    lookup: bool = False,
+    most: int | None = None,
 ) -> HostAdapters:
-    """The adapters of a case on a weight of these slices."""
+    """The adapters of a case on a weight of these slices; ``data`` and ``most`` as for :func:`draw_adapters`."""
     kind = case.data if data is None else data
     ranks = module_ranks(str(case.structure["ranks"]), case.dim("rank"), len(slices))
-    adapters = draw_adapters(source, case.dtype, kind, ranks, slices, k, lookup=lookup)
+    adapters = draw_adapters(source, case.dtype, kind, ranks, slices, k, lookup=lookup, most=most)
     before = []
     if case.structure["history"] == "reloaded":
         larger = [[rank + 3 for rank in own] for own in ranks]
-        before = draw_adapters(source, case.dtype, kind, larger, slices, k, name="before", lookup=lookup)
+        before = draw_adapters(source, case.dtype, kind, larger, slices, k, name="before", lookup=lookup, most=most)
     return arrange(source, adapters, before=before, dirty=case.structure["history"] == "dirty", lookup=lookup)
 
 

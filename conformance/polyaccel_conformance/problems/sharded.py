@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -21,8 +21,8 @@ from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.oracle.lora import Adapter, Delta, Module, Triples, sgmv, shrink
 from polyaccel_conformance.oracle.norm import rms_norm
 from polyaccel_conformance.oracle.primitives import add
-from polyaccel_conformance.problem import Exactly, Outputs, Prepared, Problem, ProblemSet
-from polyaccel_conformance.problems.collectives import DIGITS, SKEWS
+from polyaccel_conformance.problem import Exactly, Outputs, Prepared
+from polyaccel_conformance.problems.collectives import DIGITS
 from polyaccel_conformance.problems.rows import coarsest
 from polyaccel_conformance.problems.shares import (
     EMPTY,
@@ -40,10 +40,6 @@ from polyaccel_conformance.problems.weights import split_rows, tensor_of
 
 Floats = npt.NDArray[np.float64]
 
-KINDS = (DIGITS, "normal", "outliers")
-TOKENS = (1, 0, 2, 3, 7, 16, 33)
-WIDTHS = (8, 1, 2, 5, 16, 31, 64, 129)
-PATTERNS = ("none", "one", "gaps", "each", "runs", "last", "mixes", "cleared")
 OPERANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "x": ("x", "row_padded"),
@@ -56,9 +52,6 @@ OPERANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 """Operands that are not contiguous, by name of the axis value: argument and layout. A weight and a bias are written
 from such tensors."""
-MODULES = ("none", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-EVEN = 128
-"""Rows and columns of each rank in cases of ``even``: no backend needs to pad them."""
 
 
 class ShardedProblem(RankedProblem):
@@ -234,7 +227,9 @@ class ShardedProblem(RankedProblem):
     @property
     def _triples(self) -> Triples:
         rows = self.triples
-        return Triples(rows=rows.rows.astype(np.int64), slots=rows.slots.astype(np.int64), mix=rows.weights.astype(float))
+        return Triples(
+            rows=rows.rows.astype(np.int64), slots=rows.slots.astype(np.int64), mix=rows.weights.astype(float)
+        )
 
     def partial(self, rank: int) -> Bounded:
         """A rank's product, before any rounding."""
@@ -268,7 +263,7 @@ class ColumnLinearProblem(ShardedProblem):
     def expected(self) -> Mapping[str, Expected | Exactly]:
         out = format_of(self.case.dtype)
         y = self.adapted(cast(self.partial(self.rank), out), self.rank)
-        return {"y": finish(y, out, exact=bool(self.exact))}
+        return {"y": finish(y, out, exact=self.exact)}
 
 
 class SgmvProblem(ShardedProblem):
@@ -301,7 +296,7 @@ class SgmvProblem(ShardedProblem):
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         y = Bounded.exact(self.operands["y"].values.astype(np.float64))
-        return {"y": finish(self.adapted(y, self.rank), format_of(self.case.dtype), exact=bool(self.exact))}
+        return {"y": finish(self.adapted(y, self.rank), format_of(self.case.dtype), exact=self.exact)}
 
 
 class RowParallelProblem(ShardedProblem):
@@ -364,7 +359,7 @@ class RowParallelProblem(ShardedProblem):
         return delta.total()
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
-        return {"y": finish(self.total(), format_of(self.case.dtype), exact=bool(self.exact))}
+        return {"y": finish(self.total(), format_of(self.case.dtype), exact=self.exact)}
 
 
 class RowParallelAddNormProblem(RowParallelProblem):
@@ -398,7 +393,7 @@ class RowParallelAddNormProblem(RowParallelProblem):
         return {"normed": tensor_of(result[0]), "residual": tensor_of(result[1])}
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
-        out, exact = format_of(self.case.dtype), bool(self.exact)
+        out, exact = format_of(self.case.dtype), self.exact
         residual = Bounded.exact(self.operands["residual"].values.astype(np.float64))
         y = self.total()
         s = Bounded.exact(y.value + residual.value) if exact else add(cast(y, out), residual)
@@ -424,135 +419,3 @@ def _coarser(a: Bounded, b: Bounded) -> Bounded:
 def _number(value: Choice) -> float:
     assert isinstance(value, int | float)
     return float(value)
-
-
-class _ShardedSet(ProblemSet):
-    kind: type[ShardedProblem]
-
-    def axes(self) -> Mapping[str, Sequence[Choice]]:
-        return {
-            "dtype": ("float32", "bfloat16", "float16"),
-            "dims.tokens": TOKENS,
-            "dims.k": WIDTHS,
-            "dims.n": WIDTHS,
-            "layouts.x": ("contiguous", "row_padded", "offset"),
-            "structure.adapters": PATTERNS,
-            "structure.ranks": tuple(RANKS),
-            "structure.mix": ("one", "power", "any"),
-            "structure.decode": (False, True),
-            "data": KINDS,
-            "skew": SKEWS,
-            **self.further(),
-        }
-
-    def further(self) -> Mapping[str, Sequence[Choice]]:
-        """Axes of this operator alone."""
-        return {}
-
-    def ranges(self) -> Mapping[str, tuple[int, int]]:
-        return {"dims.tokens": (0, 40), "dims.k": (1, 140), "dims.n": (1, 140)}
-
-    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        """Every rank holds a column; rows have one adapter at most where results are to be exact."""
-        world = _integer(axes.get("ranks", 1))
-        axes["dims.k"] = max(_integer(axes["dims.k"]), world)
-        if axes["data"] == DIGITS and axes["structure.adapters"] == "mixes":
-            axes["structure.adapters"] = "each"
-        if axes.get("structure.even"):
-            axes["dims.k"] = axes["dims.n"] = EVEN * world
-            if axes.get("structure.slices", "one") != "one":
-                axes["structure.slices"] = "pair"
-        return axes
-
-    def problem(self, case: Case) -> Problem:
-        return self.kind(case)
-
-
-class ColumnLinearProblems(_ShardedSet):
-    operator = "column_linear"
-    kind = ColumnLinearProblem
-
-    def further(self) -> Mapping[str, Sequence[Choice]]:
-        return {
-            "structure.slices": ("one", "pair", "qkv", "narrow"),
-            "structure.bias": (False, True),
-            "structure.even": (False, True),
-        }
-
-
-class SgmvProblems(_ShardedSet):
-    operator = "sgmv"
-    kind = SgmvProblem
-
-    def further(self) -> Mapping[str, Sequence[Choice]]:
-        return {
-            "structure.slices": ("one", "pair", "qkv", "narrow"),
-            "structure.layer": ("row", "column"),
-            "structure.module": MODULES,
-            "layouts.y": ("contiguous", "row_padded", "offset"),
-        }
-
-    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        if axes["structure.adapters"] == "none":
-            axes["structure.adapters"] = "one"
-        return super().mend(axes)
-
-
-class RowParallelLinearProblems(_ShardedSet):
-    operator = "row_parallel_linear"
-    kind = RowParallelProblem
-
-    def further(self) -> Mapping[str, Sequence[Choice]]:
-        return {
-            "attributes.reduce": (True, False),
-            "structure.bias": (False, True),
-            "structure.even": (False, True),
-            "structure.operand": ("none", *(name for name, (a, _) in OPERANDS.items() if a != "residual")),
-        }
-
-    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        return super().mend(_with_operand(axes))
-
-
-class RowParallelAddNormProblems(_ShardedSet):
-    operator = "row_parallel_add_norm"
-    kind = RowParallelAddNormProblem
-
-    def further(self) -> Mapping[str, Sequence[Choice]]:
-        return {
-            "attributes.eps": (1e-5, 1e-6, 1e-3),
-            "layouts.residual": ("contiguous", "row_padded", "offset"),
-            "layouts.norm_weight": ("contiguous", "offset"),
-            "structure.bias": (False, True),
-            "structure.even": (False, True),
-            "structure.operand": ("none", *OPERANDS),
-        }
-
-    def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        return super().mend(_with_operand(axes))
-
-
-def _with_operand(axes: dict[str, Choice]) -> dict[str, Choice]:
-    """A tensor of one row or column is contiguous however it is laid out. Other strides may bring another kernel with
-    other roundings, so that only exact data have the same bits."""
-    if axes["structure.operand"] != "none":
-        axes["data"], axes["structure.even"] = DIGITS, False
-        for name in ("dims.tokens", "dims.n"):
-            axes[name] = max(_integer(axes[name]), 2)
-        axes["dims.k"] = max(_integer(axes["dims.k"]), 2 * _integer(axes.get("ranks", 1)))
-        if axes["structure.operand"] == "bias":
-            axes["structure.bias"] = True
-    return axes
-
-
-def _integer(value: Choice) -> int:
-    assert isinstance(value, int)
-    return value
-
-
-SHARDED_SETS: tuple[ProblemSet, ...] = (
-    ColumnLinearProblems(),
-    SgmvProblems(),
-    RowParallelLinearProblems(),
-    RowParallelAddNormProblems(),
-)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from polyaccel.backend import AdapterRows, DeviceState
 from polyaccel_conformance.bench import Bench
@@ -25,6 +24,7 @@ from polyaccel_conformance.oracle.moe import experts
 from polyaccel_conformance.problem import Exactly, Outputs, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.collectives import DIGITS, SKEWS
 from polyaccel_conformance.problems.expert_weights import ExpertWeight
+from polyaccel_conformance.problems.sharded_sets import PATTERNS, TOKENS
 from polyaccel_conformance.problems.shares import (
     EMPTY,
     FILLED,
@@ -35,7 +35,6 @@ from polyaccel_conformance.problems.shares import (
     largest_rank,
     place_adapters,
 )
-from polyaccel_conformance.problems.sharded import PATTERNS, TOKENS
 from polyaccel_conformance.problems.steps import adapter_rows, row_step
 from polyaccel_conformance.problems.weights import tensor_of
 
@@ -65,7 +64,7 @@ class SummedProblem(RankedProblem):
         return {"partial": partial, "y": bench.comm.all_reduce(total)}
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
-        out, exact = format_of(self.case.dtype), bool(self.exact)
+        out, exact = format_of(self.case.dtype), self.exact
         parts = [cast(self.partial(rank), out) for rank in range(self.world_size)]
         return {
             "partial": finish(self.partial(self.rank), out, exact=exact),
@@ -89,9 +88,7 @@ class EmbeddingProblem(SummedProblem):
         base = radix(case.dtype, 1)
         shape = (self.rows, self.hidden)
         table = self.source.integers("w", shape, -base, base) if self.exact else self.source.normal("w", shape)
-        self.table = WholeWeight(
-            matrix=Operand.rounded(table, case.dtype), bias=None, slices=(self.rows,), lookup=True
-        )
+        self.table = WholeWeight(matrix=Operand.rounded(table, case.dtype), bias=None, slices=(self.rows,), lookup=True)
         self.ranks = RANKS[str(case.structure["ranks"])] if case.structure["adapters"] != "none" else ()
         self.rank_rows = sum(self.ranks) + 2 if self.ranks else 0
         self.adapters = {slot: self._draw_adapter(slot, r) for slot, r in zip(FILLED, self.ranks, strict=False)}
@@ -149,7 +146,7 @@ class EmbeddingProblem(SummedProblem):
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         """Of every token's row one rank has all and the others zero, so that the sum rounds nothing."""
-        out, exact = format_of(self.case.dtype), bool(self.exact)
+        out, exact = format_of(self.case.dtype), self.exact
         found = [self._looked_up(rank) for rank in range(self.world_size)]
         value = np.sum([total.value for total, _ in found], axis=0)
         owner = [self._owned(rank) for rank in range(self.world_size)]
@@ -168,7 +165,9 @@ class EmbeddingProblem(SummedProblem):
     def _looked_up(self, rank: int) -> tuple[Bounded, npt.NDArray[np.bool_]]:
         share, rows = self.share(rank), self.triples
         held = {slot: cut_adapter(adapter, share, lookup=True) for slot, adapter in self.adapters.items()}
-        triples = Triples(rows=rows.rows.astype(np.int64), slots=rows.slots.astype(np.int64), mix=rows.weights.astype(float))
+        triples = Triples(
+            rows=rows.rows.astype(np.int64), slots=rows.slots.astype(np.int64), mix=rows.weights.astype(float)
+        )
         return embedding(self.table.matrix_of(share), self.ids, self.start(rank), held, triples)
 
     def _draw_adapter(self, slot: int, rank: int) -> Adapter:

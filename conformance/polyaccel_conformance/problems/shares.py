@@ -65,18 +65,15 @@ class WholeWeight:
 
     def matrix_of(self, share: Share) -> Floats:
         """``[rows, columns]`` of the share."""
-        values: Floats = self.matrix.values[self.rows_of(share), share.columns[0] : share.columns[1]]
+        values = self.matrix.values[self.rows_of(share), share.columns[0] : share.columns[1]]
         return values.astype(np.float64)
 
     def bias_of(self, share: Share) -> Floats | None:
         if not share.bias or self.bias is None:
             return None
-        values: Floats = self.bias.values[self.rows_of(share)]
-        return values.astype(np.float64)
+        return self.bias.values[self.rows_of(share)].astype(np.float64)
 
-    def place(
-        self, bench: Bench, share: Share, rank_rows: int = 0, layouts: Mapping[str, str] | None = None
-    ) -> Weight:
+    def place(self, bench: Bench, share: Share, rank_rows: int = 0, layouts: Mapping[str, str] | None = None) -> Weight:
         """The share's weight: allocated, written slice by slice and sealed. ``layouts`` of what is written from, by
         ``weight`` and ``bias``."""
         spec = self.spec(share, rank_rows)

@@ -76,9 +76,10 @@ class StationProblem(Problem):
     def format(self) -> Format:
         return format_of(self.case.dtype)
 
-    def plain(self, slices: tuple[int, ...], k: int, *, ends: bool = True) -> Operand:
+    def plain(self, slices: tuple[int, ...], k: int, *, ends: bool = True, most: int | None = None) -> Operand:
         """x for a weight and adapters of the case's kind of data. Where an exact product goes through further parts
-        (deltas, or others unless the station ``ends`` with it), it is one that x's dtype holds: parts round it."""
+        (deltas, or others unless the station ``ends`` with it), it is one that x's dtype holds: parts round it.
+        ``most`` bounds it and the deltas."""
         case = self.case
         small = case.structure["segments"] != "none" or not ends
         data = "cancelling" if self.exact and small else None
@@ -92,8 +93,9 @@ class StationProblem(Problem):
             data=data,
             # As for sgmv: a zero rank row makes NaN of an infinity.
             infinities=False,
+            most=most,
         )
-        self.adapters = draw_host_adapters(self.source, case, slices, k)
+        self.adapters = draw_host_adapters(self.source, case, slices, k, most=most)
         return x
 
     def values(self, name: str) -> np.ndarray:

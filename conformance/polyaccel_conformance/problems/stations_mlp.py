@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from polyaccel_conformance.problems.adapters import sparse
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.rows import coarsest
 from polyaccel_conformance.problems.sgmv import WIDTHS, draw_host_adapters
-from polyaccel_conformance.problems.stations import KINDS, StationProblem, mend_station, station_axes
+from polyaccel_conformance.problems.stations import StationProblem, mend_station, station_axes
 from polyaccel_conformance.problems.weights import HostWeight
 
 EXACT = "integers"
@@ -25,19 +26,26 @@ EXACT = "integers"
 OPEN, SHUT = 144, -240
 """Products that silu passes on unchanged, and such that it makes zero, deltas of up to 48 included."""
 
+MOST = 16
+"""Of products and deltas of the kind ``cancelling``."""
+
 
 class GateUpActProblem(StationProblem):
     """``silu(gate) * up``.
 
-    ``integers``: the gate is saturated. Which of its rows are open depends on the row of x as well: its first two
-    columns say which of two patterns holds.
+    Exact kinds saturate the gate. ``integers``: which of its rows are open depends on the row of x as well, whose first
+    two columns say which of two patterns holds. ``cancelling``: the bias opens and shuts, partial sums are large.
     """
 
     def draw(self) -> None:
         case, k, n = self.case, self.case.dim("k"), self.case.dim("n")
         slices = (n, n)
         if case.data != EXACT:
-            self.operands = {"x": self.plain(slices, k)}
+            self.operands = {"x": self.plain(slices, k, ends=False, most=MOST)}
+            if self.exact:
+                shift = self.source.integers("bias", (2 * n,), -8, 8)
+                shift[:n] = np.where(self.source.integers("gate", (n,), 0, 1) == 1, OPEN, SHUT)
+                self.weight = replace(self.weight, bias=Operand.rounded(shift, case.dtype))
             return
         x = self.source.integers("x", (self.count, k), -2, 2).astype(np.float64)
         gate = np.zeros((n, k))
@@ -74,11 +82,10 @@ class GateUpActProblem(StationProblem):
                 divide_ulps=ulps["divide"],
                 order=self.order,
             )
-            value = np.where(y.value == 0, 0.0, y.value)
         if self.exact:
-            # exp(-144) and exp(-240) are below half a unit in the last place, or below the smallest number.
-            value = np.rint(value)
-        return {"y": finish(y.at(value), self.format, exact=bool(self.exact))}
+            # What is left of a shut gate is below the smallest number of every format.
+            y = y.at(np.where(np.abs(y.value) < 2.0**-200, 0.0, y.value))
+        return {"y": finish(y, self.format, exact=bool(self.exact))}
 
 
 class GateUpActProblems(ProblemSet):
@@ -87,22 +94,22 @@ class GateUpActProblems(ProblemSet):
     operator = "gate_up_act"
 
     def axes(self) -> Mapping[str, Sequence[Choice]]:
-        kinds = tuple(kind for kind in KINDS if kind == EXACT or kind not in EXACT_KINDS)
         return {
             **station_axes(self.operator),
             "dims.k": WIDTHS,
             "dims.n": tuple(n for n in WIDTHS if n != 129),
             "attributes.act": ("silu",),
-            "data": kinds,
         }
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 70), "dims.k": (1, 150), "dims.n": (1, 80), "dims.rank": (1, 512)}
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        if axes["data"] == EXACT:
+        if axes["data"] in EXACT_KINDS:
             axes["structure.weight"] = "float"
             axes["structure.mix"] = "one"
+        if axes["data"] == "cancelling":
+            axes["structure.bias"] = True
         return mend_station(axes)
 
     def problem(self, case: Case) -> Problem:

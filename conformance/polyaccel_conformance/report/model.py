@@ -20,13 +20,18 @@ class Report:
     Attributes:
         result: the run.
         levels: every level's verdict; empty for a table, which earns an operator report and never a level.
-        waivers: as read, and ``applied`` what they did.
+        waivers: as read, and ``applied`` what they did; ``unwaived``: failures that are left, by operator.
     """
 
     result: RunResult
     levels: tuple[LevelResult, ...] = ()
     waivers: tuple[Waiver, ...] = ()
     applied: Applied = NO_WAIVERS
+    unwaived: tuple[tuple[str, int], ...] = ()
+
+    def is_waived(self, operator: str) -> bool:
+        """Whether waivers cover every failure of an operator."""
+        return dict(self.unwaived).get(operator, 0) == 0
 
     @property
     def subject(self) -> str:

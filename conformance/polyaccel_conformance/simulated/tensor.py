@@ -169,6 +169,8 @@ def _copy(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     device, inner = destination.memory.device, destination.host
     stream = device.runtime.current_stream(device)
     if not isinstance(source, VirtualTensor):
+        if source.is_meta:
+            raise RuntimeError("a tensor without storage is copied to a virtual device")
         # From pageable memory: the source may change as soon as this returns.
         values = source.detach().clone()
         device.runtime.submit(Task(kernel="copy", call=lambda: inner.copy_(values), kind="to device"), stream)

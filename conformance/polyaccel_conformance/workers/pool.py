@@ -75,8 +75,8 @@ class Pool:
         self.restarts = 0
         self._subject, self._count, self._device = subject, count, device
         self._own = server is None
-        self._server = server if server is not None else ForkServer()
-        self._starter: Starter = self._server
+        self.server = server if server is not None else ForkServer()
+        self._starter: Starter = self.server
         self._folder = Path(tempfile.mkdtemp(prefix="polyaccel-conformance-"))
         self._workers: list[_Worker] = []
         self._started = 0
@@ -140,7 +140,7 @@ class Pool:
             self._end(worker)
         self._workers = []
         if self._own:
-            self._server.close()
+            self.server.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------

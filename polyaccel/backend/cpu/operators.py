@@ -153,6 +153,9 @@ class CpuOperators:
         self, y: torch.Tensor, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens"
     ) -> torch.Tensor:
         own = check_rows("sgmv", x, weight)
+        if y.dtype != x.dtype or y.shape[-1] != own.spec.n:
+            reason = f"weight {own.spec.site!r} gives rows of {own.spec.n} in x's dtype"
+            raise OperatorError.describe("sgmv", reason, {"y": y, "x": x})
         return self.adapt(y, self.contiguous("sgmv", "x", x), own, CpuStep.of("sgmv", step), row_set)
 
     def adapt(

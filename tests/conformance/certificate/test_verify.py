@@ -127,7 +127,8 @@ def test_a_bundle_of_other_sources_is_stale_and_says_which(tmp_path: Path, key: 
     write_log(tmp_path / "results.jsonl", sources={key: "0" * 32})
     write_bundle(tmp_path / "old.tar.xz", tmp_path / "results.jsonl")
     found = verified(tmp_path / "old.tar.xz")
-    assert (found.verdict, found.stale, found.problems) == ("STALE", (says,), ())
+    assert (found.verdict, found.problems) == ("STALE", ())
+    assert says in found.stale
     assert found.exit_code is ExitCode.INCONCLUSIVE
 
 

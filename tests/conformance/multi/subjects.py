@@ -31,7 +31,9 @@ def subject(name: str) -> Subject:
 class Composites(TableBackend):
     """Plain torch; ``connected`` may put something wrong in place of the communicator."""
 
-    def __init__(self, connected: Wrap | None = None, operators: dict[str, Callable[..., object]] | None = None) -> None:
+    def __init__(
+        self, connected: Wrap | None = None, operators: dict[str, Callable[..., object]] | None = None
+    ) -> None:
         super().__init__("cpu", operators or {}, name="composites")
         self._connected = connected
 

@@ -32,12 +32,26 @@ CAUGHT: list[tuple[str, str, Case]] = [
     ("full_delta", "lora.tp_delta_equal", ranked_case("sgmv", 2, **{**MODULE, "structure__module": "o_proj"})),
     ("padded_scale", "lora.tp_delta_equal", ranked_case("sgmv", 2, **MODULE)),
     ("further_collective", "comm.trace", ranked_case("row_parallel_linear", 2, structure__adapters="one", **LINEAR)),
-    ("hidden_copy", "comm.row_parallel_operands", ranked_case("row_parallel_linear", 2, structure__operand="x", **LINEAR)),
+    (
+        "hidden_copy",
+        "comm.row_parallel_operands",
+        ranked_case("row_parallel_linear", 2, structure__operand="x", **LINEAR),
+    ),
     ("full_weights", "comm.memory", ranked_case("row_parallel_linear", 2, structure__even=True)),
 ]
 # Found by this check and by none of the others that were asked.
-ALONE = {"differing", "no_barrier", "mixing", "silent_timeout", "silent_failure", "padded_scale", "further_collective",
-         "hidden_copy", "full_weights", "wrong_group"}
+ALONE = {
+    "differing",
+    "no_barrier",
+    "mixing",
+    "silent_timeout",
+    "silent_failure",
+    "padded_scale",
+    "further_collective",
+    "hidden_copy",
+    "full_weights",
+    "wrong_group",
+}
 
 
 @pytest.mark.parametrize(("mutant", "check", "case"), CAUGHT, ids=[f"{m}-{c}" for m, c, _ in CAUGHT])
@@ -51,7 +65,9 @@ def test_a_mistake_is_found_by_its_check(server: ForkServer, mutant: str, check:
 
 
 @pytest.mark.parametrize("case", {case.key: case for _, _, case in CAUGHT}.values(), ids=lambda c: c.operator)
-def test_what_finds_mistakes_finds_none_in_a_right_backend(server: ForkServer, case: Case, pools: dict[int, RankPool]) -> None:
+def test_what_finds_mistakes_finds_none_in_a_right_backend(
+    server: ForkServer, case: Case, pools: dict[int, RankPool]
+) -> None:
     result = pools[case.ranks].run(case)
     assert result.passed, result.failures
     assert result.checks

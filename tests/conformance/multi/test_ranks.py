@@ -50,9 +50,7 @@ def test_a_rank_that_dies_ends_the_case_and_the_next_one_gets_new_processes(serv
 
 def test_a_rank_that_hangs_becomes_a_failing_case_that_is_saved(server: ForkServer, tmp_path: Path) -> None:
     case = reduce_case(2)
-    with RankPool(
-        subject("hangs"), 2, server=server, checks=CHECKS, timeout=1, case_timeout=3, hung=tmp_path
-    ) as pool:
+    with RankPool(subject("hangs"), 2, server=server, checks=CHECKS, timeout=1, case_timeout=3, hung=tmp_path) as pool:
         result = pool.run(case)
     (failure,) = [f for f in result.failures if f.cause == "hang"]
     assert failure.message.startswith("rank 1: no answer within")

@@ -5,24 +5,51 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from polyaccel_conformance.casefile import CaseFile, Outcome
+from polyaccel_conformance.casefile import CaseFile, Outcome, Replay
 from polyaccel_conformance.errors import ExitCode, UsageError
 from polyaccel_conformance.log import read_log
-from polyaccel_conformance.replay import dump_case, replay
+from polyaccel_conformance.replay import Archive
+from polyaccel_conformance.replay import dump_case as dump_in_worker
+from polyaccel_conformance.replay import replay as replay_in_worker
 from polyaccel_conformance.results import FailureGroup, RunResult
-from polyaccel_conformance.runner import RESULTS, WORKER, Options, run
+from polyaccel_conformance.runner import RESULTS, WORKER, Options, Watch
+from polyaccel_conformance.runner import run as run_suite
 from polyaccel_conformance.standalone import write_standalone
 from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.workers.process import ForkServer
 
 TABLES = str(Path(__file__).with_name("tables.py"))
 VALUES = ("values.exact", "values.bound")
 FAST = Options(profile="quick", checks=VALUES, operators=("layer_norm",))
+
+
+SERVER = ForkServer()
+"""Imports torch once for all runs of this file."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> Iterator[None]:
+    yield
+    SERVER.close()
+
+
+def run(subject: Subject, options: Options, watch: Watch | None = None) -> RunResult:
+    return run_suite(subject, options, watch, SERVER)
+
+
+def replay(file: CaseFile) -> Replay:
+    return replay_in_worker(file, server=SERVER)
+
+
+def dump_case(file: CaseFile) -> Archive:
+    return dump_in_worker(file, SERVER)
 
 
 def table(name: str) -> Subject:
@@ -176,21 +203,36 @@ def test_a_worker_that_hangs_is_ended_and_its_case_fails(tmp_path: Path) -> None
     assert {(group.check, group.cause) for group in result.failures} == {(WORKER, "hang")}
 
 
+class Interrupting(Watching):
+    """Ctrl-C after some cases."""
+
+    def progress(self, done: int, expected: int, failed: int, now: str) -> None:
+        super().progress(done, expected, failed, now)
+        if done == 40:
+            raise KeyboardInterrupt
+
+
 def test_a_run_is_taken_up_where_it_was_broken_off(tmp_path: Path) -> None:
-    options = replace(FAST, folder=tmp_path, checks=(), budget=0.5)
-    first = run(table("RIGHT"), options)
+    options = replace(FAST, folder=tmp_path)
+    first = run(table("RIGHT"), options, Interrupting())
     assert first.exit_code is ExitCode.INCONCLUSIVE
-    assert "--resume" in first.incomplete
-    again = run(table("RIGHT"), replace(options, budget=None, resume=True))
+    assert first.incomplete == "interrupted"
+    again = run(table("RIGHT"), replace(options, resume=True))
     assert again.incomplete == ""
     assert again.exit_code is ExitCode.PASS, again.checks
-    whole = read_log(tmp_path / RESULTS)
-    assert whole.ended
-    lines = (tmp_path / RESULTS).read_text().splitlines()
-    keys = [json.loads(line)["case"] for line in lines if json.loads(line)["type"] == "case"]
-    assert len(keys) == len({json.dumps(key) for key in keys}) == again.cases > first.cases > 0
+    assert read_log(tmp_path / RESULTS).ended
+    lines = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
+    keys = [json.dumps(line["case"]) for line in lines if line["type"] == "case"]
+    assert len(keys) == len(set(keys)) == again.cases > first.cases == 40
     with pytest.raises(UsageError, match="another run"):
         run(table("RIGHT"), replace(options, seed=5, resume=True))
+
+
+def test_a_run_without_time_left_says_how_to_go_on() -> None:
+    result = run(table("RIGHT"), replace(FAST, budget=0.0))
+    assert result.cases == 0
+    assert "--resume" in result.incomplete
+    assert result.exit_code is ExitCode.INCONCLUSIVE
 
 
 def test_only_what_failed_is_run_again(wrong: tuple[RunResult, Path]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Failure

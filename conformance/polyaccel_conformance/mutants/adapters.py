@@ -1,0 +1,192 @@
+"""Wrong LoRA operators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyaccel.backend import AdapterRows, Step, Weight
+from polyaccel.backend.composite.operators import CompositeOperators
+from polyaccel_conformance.harness.overlay import Overlay
+from polyaccel_conformance.mutants.mutant import Function, Mutant, altered, redeclared
+from polyaccel_conformance.mutants.sequences import _same_kind, restep
+
+Tensor = torch.Tensor
+
+
+def _rows(edit: Any) -> Any:
+    """The host's sgmv on other triples; None leaves the call as it is."""
+
+    def wrap(fn: Function) -> Function:
+        def sgmv(y: Tensor, x: Tensor, weight: Weight, step: Step, row_set: Any = "tokens") -> Tensor:
+            changed = edit(step.input.rows(row_set), weight, step)
+            if changed is None:
+                return fn(y, x, weight, step, row_set)  # type: ignore[no-any-return]
+            inputs = replace(step.input, adapters={**step.input.adapters, row_set: changed})
+            return fn(y, x, weight, restep(step, inputs, _same_kind), row_set)  # type: ignore[no-any-return]
+
+        return sgmv
+
+    return wrap
+
+
+def _largest(weight: Weight, step: Step, slot: int) -> int:
+    store = step.state.adapters
+    assert store is not None
+    count = len(weight.spec.slices)
+    return max(store.true_rank(weight.spec.site, i, slot) for i in range(count)) if slot < store.slots else 0
+
+
+def _whole_mix(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | None:
+    return AdapterRows.build(rows.rows, rows.slots, np.ones_like(rows.weights)) if len(rows) else None
+
+
+def _without(rows: AdapterRows, drop: Any) -> AdapterRows | None:
+    if not drop.any():
+        return None
+    return AdapterRows.build(rows.rows[~drop], rows.slots[~drop], rows.weights[~drop])
+
+
+def _last_slot(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | None:
+    store = step.state.adapters
+    return None if store is None else _without(rows, rows.slots == store.slots - 1)
+
+
+def _rank_one(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | None:
+    ones = [slot for slot in set(rows.slots.tolist()) if _largest(weight, step, slot) == 1]
+    return _without(rows, np.isin(rows.slots, ones))
+
+
+def _boundary(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | None:
+    """The last row of each of several segments goes with the next one."""
+    if len(rows.segment_slots) < 2:
+        return None
+    slots = rows.slots.copy()
+    for end, following in zip(rows.starts[1:-1], rows.segment_slots[1:], strict=True):
+        slots[end - 1] = following
+    return AdapterRows.build(rows.rows, slots, rows.weights)
+
+
+def _gap_rows(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | None:
+    """Rows without an adapter get the first one's."""
+    if not len(rows):
+        return None
+    missing = np.setdiff1d(np.arange(rows.rows.max() + 1), rows.rows).astype(np.int32)
+    if not len(missing):
+        return None
+    return AdapterRows.build(
+        np.concatenate((rows.rows, missing)),
+        np.concatenate((rows.slots, np.full(len(missing), rows.slots[0], dtype=rows.slots.dtype))),
+        np.concatenate((rows.weights, np.ones(len(missing), dtype=np.float32))),
+    )
+
+
+def _sgmv_low(fn: Function) -> Function:
+    def sgmv(y: Tensor, x: Tensor, weight: Weight, step: Step, row_set: Any = "tokens") -> Tensor:
+        """float32 rows are rounded to bfloat16 before the shrink."""
+        low = x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x
+        return fn(y, low, weight, step, row_set)  # type: ignore[no-any-return]
+
+    return sgmv
+
+
+class _FallsBack(Overlay):
+    """A native sgmv that runs the composite inside for what its kernel cannot do."""
+
+    def __init__(self, inner: Any, hard: Any) -> None:
+        entries = [replace(entry, fn=self._wrap(entry.fn, hard)) for entry in inner.table()["sgmv"]]
+        super().__init__(inner, {"sgmv": entries})
+        self._composite = CompositeOperators(inner).table()["sgmv"]
+
+    def _wrap(self, fn: Function, hard: Any) -> Function:
+        def sgmv(y: Tensor, x: Tensor, weight: Weight, step: Step, row_set: Any = "tokens") -> Any:
+            slots = set(step.input.rows(row_set).slots.tolist())
+            if any(hard(_largest(weight, step, slot), weight) for slot in slots):
+                return self.composites()["sgmv"](y, x, weight, step, row_set)
+            return fn(y, x, weight, step, row_set)
+
+        return sgmv
+
+
+def _not_sixteen(rank: int, weight: Weight) -> bool:
+    return rank % 16 != 0
+
+
+def _narrow_slice(rank: int, weight: Weight) -> bool:
+    return any(part.n < rank for part in weight.spec.slices)
+
+
+def _up_to_16(query: Any) -> list[str]:
+    rank = query.integer("largest_rank")
+    return [f"largest rank {rank}; the kernel takes 16"] if rank > 16 else []
+
+
+ADAPTERS: tuple[Mutant, ...] = (
+    Mutant(
+        name="sgmv.falls_back_unless_16",
+        what="The founding case: the composite runs inside where the rank is no multiple of 16.",
+        operators=("sgmv",),
+        check="evidence.native",
+        apply=lambda inner: _FallsBack(inner, _not_sixteen),
+    ),
+    Mutant(
+        name="sgmv.falls_back_narrow_slice",
+        what="The composite runs inside where a slice is narrower than the rank.",
+        operators=("sgmv",),
+        check="evidence.native",
+        apply=lambda inner: _FallsBack(inner, _narrow_slice),
+    ),
+    Mutant(
+        name="sgmv.mix_ignored",
+        what="Mix weights are taken to be 1.",
+        operators=("sgmv",),
+        check="values.exact",
+        apply=altered(sgmv=_rows(_whole_mix)),
+    ),
+    Mutant(
+        name="sgmv.last_slot",
+        what="The last slot's rows get no delta.",
+        operators=("sgmv",),
+        check="values.bound",
+        apply=altered(sgmv=_rows(_last_slot)),
+    ),
+    Mutant(
+        name="sgmv.rank_one",
+        what="Adapters of rank 1 are left out.",
+        operators=("sgmv",),
+        check="values.bound",
+        apply=altered(sgmv=_rows(_rank_one)),
+        narrow=True,
+    ),
+    Mutant(
+        name="sgmv.segment_boundary",
+        what="The last row of a segment uses the next segment's adapter.",
+        operators=("sgmv",),
+        check="values.exact",
+        apply=altered(sgmv=_rows(_boundary)),
+    ),
+    Mutant(
+        name="sgmv.base_rows",
+        what="Rows without an adapter get the first one's delta.",
+        operators=("sgmv",),
+        check="values.exact",
+        apply=altered(sgmv=_rows(_gap_rows)),
+    ),
+    Mutant(
+        name="sgmv.low_shrink",
+        what="float32 rows are rounded to bfloat16 first.",
+        operators=("sgmv",),
+        check="values.bound",
+        apply=altered(sgmv=_sgmv_low),
+    ),
+    Mutant(
+        name="sgmv.refuses_hard_ranks",
+        what="Ranks above 16 are refused, so that the composite serves them.",
+        operators=("sgmv",),
+        check="lora.native_evidence",
+        apply=redeclared("sgmv", supports=_up_to_16),
+    ),
+)

@@ -1,0 +1,227 @@
+"""Wrong routing, experts, sampling and dequantisation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from polyaccel.backend import SampleOutput, Weight
+from polyaccel_conformance.mutants.mutant import Function, Mutant, altered
+
+Tensor = torch.Tensor
+
+
+def _ties_last(fn: Function) -> Function:
+    def moe_route(logits: Tensor, top_k: int, *rest: Any) -> Any:
+        """Ties go to the highest id: the experts are numbered backwards."""
+        if len(rest) > 2 and rest[2] is not None:
+            return fn(logits, top_k, *rest)
+        if len(rest) > 3 and rest[3] not in (None, 1):
+            return fn(logits, top_k, *rest)
+        weights, ids = fn(logits.flip(-1).contiguous(), top_k, *rest)
+        return weights, logits.shape[-1] - 1 - ids
+
+    return moe_route
+
+
+def _not_renormalised(fn: Function) -> Function:
+    def moe_route(logits: Tensor, top_k: int, scoring: str, renormalise: bool, *rest: Any) -> Any:
+        return fn(logits, top_k, scoring, False, *rest)
+
+    return moe_route
+
+
+def _unscaled(fn: Function) -> Function:
+    def moe_route(logits: Tensor, top_k: int, *rest: Any) -> Any:
+        weights, ids = fn(logits, top_k, *rest)
+        scale = rest[5] if len(rest) > 5 else 1.0
+        return (weights / scale if scale == 0.5 else weights), ids
+
+    return moe_route
+
+
+def _dropped_expert(fn: Function) -> Function:
+    def moe_experts(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+        """Rows of the last expert are dropped where it has exactly one."""
+        last = int(gate_up.spec.experts or 0) - 1
+        hit = ids == last
+        if int(hit.sum()) == 1 and last > 0:
+            weights = torch.where(hit, torch.zeros_like(weights), weights)
+        y: Tensor = fn(x, gate_up, down, ids, weights, *rest)
+        return y
+
+    return moe_experts
+
+
+def _hole(fn: Function) -> Function:
+    def moe_experts(
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        ids: Tensor,
+        weights: Tensor,
+        step: Any,
+        act: str = "silu",
+        held: Any = None,
+    ) -> Tensor:
+        """An expert of another rank is taken for local expert 0."""
+        y: Tensor = fn(x, gate_up, down, ids, weights, step, act, None if held is None else held.clamp(min=0))
+        return y
+
+    return moe_experts
+
+
+def _first_choice(fn: Function) -> Function:
+    def moe_experts(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+        """All of a token's experts get the weight of its first."""
+        y: Tensor = fn(x, gate_up, down, ids, weights[:, :1].expand_as(weights).contiguous(), *rest)
+        return y
+
+    return moe_experts
+
+
+def _sampled(edit: Any) -> Any:
+    def wrap(fn: Function) -> Function:
+        def sample(logits: Tensor, state: Any, step: Any) -> SampleOutput:
+            output: SampleOutput = fn(logits, state, step)
+            return replace(output, ids=edit(output.ids.clone(), logits, step))
+
+        return sample
+
+    return wrap
+
+
+def _highest_tie(ids: Tensor, logits: Tensor, step: Any) -> Tensor:
+    if not logits.numel():
+        return ids
+    values = logits.gather(1, ids[:, None])
+    same = logits == values
+    last = logits.shape[1] - 1 - same.flip(1).int().argmax(1)
+    return torch.where(same.sum(1) > 1, last, ids)
+
+
+def _batch_dependent(ids: Tensor, logits: Tensor, step: Any) -> Tensor:
+    if len(ids) == 8 and logits.shape[1] > 1:
+        ids[-1] = (ids[-1] + 1) % logits.shape[1]
+    return ids
+
+
+def _ignores_u(fn: Function) -> Function:
+    def sample(logits: Tensor, state: Any, step: Any) -> Any:
+        """float32 logits are rounded to bfloat16."""
+        return fn(logits.bfloat16().to(logits.dtype), state, step)
+
+    return sample
+
+
+def _sign_bit(fn: Function) -> Function:
+    def dequantize(weight: Weight) -> Tensor:
+        """Packed int4 codes are taken as signed."""
+        w: Tensor = fn(weight)
+        quantisation = weight.spec.quantisation
+        if quantisation is None or quantisation.bits != 4 or not w.numel():
+            return w
+        return -w
+
+    return dequantize
+
+
+def _last_group(fn: Function) -> Function:
+    def dequantize(weight: Weight) -> Tensor:
+        """A last group that is not full uses the one before."""
+        w: Tensor = fn(weight)
+        quantisation = weight.spec.quantisation
+        k = weight.spec.k
+        if quantisation is None or k <= quantisation.group_size or k % quantisation.group_size == 0:
+            return w
+        w = w.clone()
+        rest = k % quantisation.group_size
+        w[..., k - rest :] = w[..., k - rest - quantisation.group_size : k - quantisation.group_size]
+        return w
+
+    return dequantize
+
+
+CHOICES: tuple[Mutant, ...] = (
+    Mutant(
+        name="moe_route.ties_to_highest",
+        what="Ties go to the highest id.",
+        operators=("moe_route",),
+        check="values.exact",
+        apply=altered(moe_route=_ties_last),
+    ),
+    Mutant(
+        name="moe_route.never_renormalised",
+        what="Weights are not divided by their sum.",
+        operators=("moe_route",),
+        check="values.bound",
+        apply=altered(moe_route=_not_renormalised),
+    ),
+    Mutant(
+        name="moe_route.scale_half",
+        what="A scale of 0.5 is forgotten.",
+        operators=("moe_route",),
+        check="values.bound",
+        apply=altered(moe_route=_unscaled),
+    ),
+    Mutant(
+        name="moe_experts.single_row_of_last",
+        what="The last expert is skipped where it has one row.",
+        operators=("moe_experts",),
+        check="values.bound",
+        apply=altered(moe_experts=_dropped_expert),
+        narrow=True,
+    ),
+    Mutant(
+        name="moe_experts.hole_is_zero",
+        what="Experts of other ranks are taken for local expert 0.",
+        operators=("moe_experts",),
+        check="values.exact",
+        apply=altered(moe_experts=_hole),
+    ),
+    Mutant(
+        name="moe_experts.first_weight",
+        what="All experts of a token get its first weight.",
+        operators=("moe_experts",),
+        check="values.bound",
+        apply=altered(moe_experts=_first_choice),
+    ),
+    Mutant(
+        name="sample.ties_to_highest",
+        what="Ties go to the highest id.",
+        operators=("sample",),
+        check="values.exact",
+        apply=altered(sample=_sampled(_highest_tie)),
+    ),
+    Mutant(
+        name="sample.eighth_row",
+        what="The last of eight rows is one id off.",
+        operators=("sample",),
+        check="values.exact",
+        apply=altered(sample=_sampled(_batch_dependent)),
+    ),
+    Mutant(
+        name="sample.low_logits",
+        what="Logits are rounded to bfloat16.",
+        operators=("sample",),
+        check="values.exact",
+        apply=altered(sample=_ignores_u),
+    ),
+    Mutant(
+        name="dequantize.sign",
+        what="int4 values have the other sign.",
+        operators=("dequantize",),
+        check="values.exact",
+        apply=altered(dequantize=_sign_bit),
+    ),
+    Mutant(
+        name="dequantize.last_group",
+        what="A last group that is not full uses the one before.",
+        operators=("dequantize",),
+        check="values.exact",
+        apply=altered(dequantize=_last_group),
+        narrow=True,
+    ),
+)
