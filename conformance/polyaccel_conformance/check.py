@@ -63,7 +63,7 @@ class Check(ABC):
 
     def applies(self, case: Case, problem: Problem) -> bool:
         """Whether the question has a meaning for this case: by default, for all that call an operator."""
-        return problem.exact is not None
+        return problem.arithmetic
 
     def unavailable(self, bench: Bench) -> str:
         """Why the question cannot be asked on this device, which has nothing to ask it of; empty if it can. The check

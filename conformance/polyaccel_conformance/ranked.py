@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
+from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Failure
 from polyaccel_conformance.errors import ConformanceError
 from polyaccel_conformance.problem import ProblemSet
@@ -49,7 +50,7 @@ class RankedCases:
                 if deadline is not None and time.monotonic() >= deadline:
                     self.incomplete = "the budget was spent among the cases of several ranks; --resume goes on"
                     return
-                yield item, self._run(world, item)
+                yield item, self.run(item.case)
             # One world at a time holds processes; a control opens its own again.
             self._pools[world].close()
 
@@ -85,9 +86,15 @@ class RankedCases:
 
         return RANKED_SETS
 
-    def _run(self, world: int, item: Scheduled) -> CaseResult:
+    def run(self, case: Case) -> CaseResult:
+        """One case, all ranks in lock-step; also while a failing one is made smaller."""
         try:
-            return self._pools[world].run(item.case, self._header.checks)
+            return self._pools[case.ranks].run(case, self._header.checks)
         except ConformanceError as error:
             failure = Failure(check=CHECK, cause="ranks did not start", message=str(error))
-            return CaseResult(case=item.case, failures=(failure,), checks=(), implementation="", kind="")
+            return CaseResult(case=case, failures=(failure,), checks=(), implementation="", kind="")
+
+    def problems(self, case: Case) -> ProblemSet | None:
+        """Where simpler cases of the same number of ranks come from."""
+        found = self._sets().get(case.operator)
+        return None if found is None else OfRanks(found, case.ranks)

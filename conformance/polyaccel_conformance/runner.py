@@ -178,10 +178,12 @@ class _Run:
 
     def _header(self, profile: Profile, facts: Mapping[str, Any]) -> RunHeader:
         from polyaccel_conformance.checks.registry import CHECKS
+        from polyaccel_conformance.multi.registry import RANKED_SETS
         from polyaccel_conformance.problems.registry import PROBLEM_SETS
 
         options = self.options
-        operators = _names("operator", options.operators, PROBLEM_SETS)
+        known = PROBLEM_SETS if options.devices < 2 else {**PROBLEM_SETS, **RANKED_SETS}
+        operators = _names("operator", options.operators, known)
         checks = _names("check", options.checks, CHECKS)
         if options.stop_at and options.stop_at not in checks:
             raise UsageError(f"unknown check {options.stop_at!r}; there are {', '.join(CHECKS)}")
@@ -222,7 +224,8 @@ class _Run:
     def _schedule(self, header: RunHeader, profile: Profile) -> Schedule:
         from polyaccel_conformance.problems.registry import PROBLEM_SETS
 
-        self.sets = {name: PROBLEM_SETS[name] for name in header.operators}
+        # Some operators have cases of several ranks only.
+        self.sets = {name: PROBLEM_SETS[name] for name in header.operators if name in PROBLEM_SETS}
         given: tuple[Case, ...] = ()
         if self.options.failed:
             given = self._failed()
@@ -271,14 +274,14 @@ class _Run:
             self._show(profile)
             if self.stopped or self.incomplete:
                 break
-        if not self.tally.planned:
-            raise UsageError(f"nothing is selected by {header.selection}")
         if self.stopped:
             return
         self._controls(header, log)
         if not self.incomplete:
             self._on_ranks(schedule, header, profile, log, deadline)
             self._show(profile)
+        if not self.tally.planned:
+            raise UsageError(f"nothing is selected by {header.selection}")
 
     def _controls(self, header: RunHeader, log: ResultsLog) -> None:
         """Of the checks that were asked, on the same device."""
@@ -385,12 +388,16 @@ class _Run:
         shown = [g.shown.result for g in self.groups.values() if g.shown is not None]
         known = next((r for r in shown if r.case.operator == operator and _fails(r, check, cause)), None)
         problems = self.sets.get(operator)
+        if best.case.ranks > 1 and self.ranked is not None:
+            problems = self.ranked.problems(best.case)
         left = min(profile.shrink_seconds, SHRINK_TOTAL - self.shrinking)
         if known is not None:
             best = known
-        elif self.options.shrink and left > 0 and problems is not None and best.case.ranks == 1:
+        elif self.options.shrink and left > 0 and problems is not None:
 
             def run_cases(cases: Sequence[Case]) -> Sequence[CaseResult]:
+                if self.ranked is not None and best.case.ranks > 1:
+                    return [self.ranked.run(case) for case in cases]
                 jobs = [self._job(case, self._asked(best), profile, place) for place, case in enumerate(cases)]
                 answers = {answer.job.name: answer for answer in self.pool.run(jobs)}
                 return [self._result_of(answers[place], case) for place, case in enumerate(cases)]

@@ -23,6 +23,7 @@ UNDER_ANOTHER_NAME: Mapping[tuple[str, str], str] = {
     ("all_to_all", "send_rows"): "structure.counts",
     ("all_to_all", "receive_rows"): "structure.counts",
     ("column_linear", "row_set"): "structure.decode",
+    ("qkv_rope_cache", "head_dim"): "dims.head_dim",
 }
 """Attributes that follow from an axis of another name."""
 

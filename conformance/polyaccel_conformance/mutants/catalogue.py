@@ -10,11 +10,12 @@ from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.mutants.adapters import ADAPTERS
 from polyaccel_conformance.mutants.arithmetic import ARITHMETIC
 from polyaccel_conformance.mutants.choices import CHOICES
+from polyaccel_conformance.mutants.conduct import CONDUCT
 from polyaccel_conformance.mutants.mutant import Mutant
 from polyaccel_conformance.mutants.sequences import SEQUENCES
 
 MUTANTS: Mapping[str, Mutant] = MappingProxyType(
-    {mutant.name: mutant for mutant in (*ARITHMETIC, *SEQUENCES, *ADAPTERS, *CHOICES)}
+    {mutant.name: mutant for mutant in (*ARITHMETIC, *SEQUENCES, *ADAPTERS, *CHOICES, *CONDUCT)}
 )
 
 

@@ -53,10 +53,11 @@ def attention(
     with np.errstate(invalid="ignore"):
         out, terms = _attend(rows, keys, values, seen, scale, p_format, exp_ulps, divide_ulps)
     sees = np.asarray(visible.any(axis=1)).reshape(n, 1, 1)
+    every = bool(sees.all())
 
     def restore(x: Floats) -> Floats:
         x = x.reshape(kv_heads, n, group, width).transpose(1, 0, 2, 3).reshape(n, heads, width)
-        return np.where(sees, x, 0.0)
+        return x if every else np.where(sees, x, 0.0)
 
     shaped = tuple((name, restore(np.broadcast_to(term, out.shape))) for name, term in terms)
     return Bounded(restore(out), np.sum([term for _, term in shaped], axis=0), shaped)

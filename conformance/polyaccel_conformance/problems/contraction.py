@@ -43,10 +43,19 @@ def largest_integer(dtype: str, k: int) -> int:
     return min(most, max(int((EXACT_SUM / max(k, 1)) ** 0.5), 1))
 
 
-def largest_row(dtype: str, k: int, largest_column: int) -> int:
-    """Of x where the other operand's integers are up to ``largest_column``; above 11 bits for float32 if possible."""
-    most = 4095 if dtype == "float32" else 64 if dtype == "bfloat16" else 128
-    return min(most, max(EXACT_SUM // (max(k, 1) * largest_column), 1))
+def few_large_rows(source: Source, dtype: str, rows: int, k: int, largest_column: int) -> Floats:
+    """x ``[rows, k]`` for columns of integers up to ``largest_column``: small integers with a few large ones, above 11
+    bits for float32, so that every sum is exact in float32."""
+    large = 4095 if dtype == "float32" else 64 if dtype == "bfloat16" else 128
+    # Half of what a sum may hold is for the large ones, half for the others.
+    few = min(k, max(EXACT_SUM // 2 // (large * largest_column), 1))
+    small = min(large, max(EXACT_SUM // 2 // (max(k, 1) * largest_column), 1))
+    x = source.integers("a", (rows, k), -small, small).astype(np.float64)
+    if few:
+        columns = source.integers("a large columns", (rows, few), 0, k - 1)
+        large_values = source.integers("a large", (rows, few), -large, large).astype(np.float64)
+        np.put_along_axis(x, columns, large_values, axis=1)
+    return x
 
 
 def representable(dtype: str) -> int:
@@ -60,7 +69,7 @@ def integer_rows(
     """x of an exact kind, ``[rows, k]``, of magnitude up to ``most``: by default what goes with
     :func:`integer_columns`. Float32 operands have more than 11 bits, or TF32 would pass."""
     if most is None:
-        most = largest_row(dtype, k, 1) if dtype == "float32" else largest_integer(dtype, k)
+        most = min(4095, EXACT_SUM // max(k, 1)) if dtype == "float32" else largest_integer(dtype, k)
     half = k // 2
     if data == "cancelling" and not half:
         # Nothing cancels in a single product: it is small by itself.

@@ -19,9 +19,9 @@ from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.contraction import (
     EXACT_KINDS,
     KINDS,
+    few_large_rows,
     integer_columns,
     integer_rows,
-    largest_row,
     order_of,
     overflowing,
     random_columns,
@@ -156,8 +156,10 @@ def contraction(
         quantised = quantised_weight(source, dtype, form, n, k, exact=exact, positive=positive)
         matrix = quantised.values(dtype)
     if exact:
-        largest = None if quantised is None else largest_row(dtype, k, 2 ** parse_form(form)[0] - 1)
-        x = integer_rows(source, dtype, data, rows, k, most=largest)
+        if quantised is None:
+            x = integer_rows(source, dtype, data, rows, k)
+        else:
+            x = few_large_rows(source, dtype, rows, k, 2 ** parse_form(form)[0] - 1)
         w = integer_columns(source, dtype, data, n, k, most=most) if quantised is None else np.zeros((0, 0))
         shift = source.integers("bias", (n,), -8, 8).astype(np.float64)
     else:

@@ -40,7 +40,7 @@ class QkvRopeCacheProblem(StationProblem):
         heads, kv_heads, head_dim = case.dim("heads"), case.dim("kv_heads"), case.dim("head_dim")
         self.slices = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.operands = {"x": self.plain(self.slices, case.dim("k"), ends=False)}
-        self.normed = bool(case.structure["norms"])
+        self.normed = bool(case.structure["q_norm_k_norm"])
         if self.normed:
             for name in ("q_norm", "k_norm"):
                 weight = 1 + 0.25 * source.normal(name, (head_dim,))
@@ -207,7 +207,7 @@ class QkvRopeCacheProblems(ProblemSet):
             "dims.rotary_dim": (64, 2, 8, 16),
             "attributes.eps": (1e-5, 1e-6),
             "attributes.layer": (0, LAYERS - 1),
-            "structure.norms": (False, True),
+            "structure.q_norm_k_norm": (False, True),
             "structure.style": ("half", "interleaved"),
             "structure.blocks": BLOCK_ORDERS,
         }
@@ -226,7 +226,7 @@ class QkvRopeCacheProblems(ProblemSet):
             # Every sequence has blocks of its own.
             axes["dims.tokens"] = min(tokens, 7)
         if axes["data"] in EXACT_KINDS:
-            axes["structure.norms"] = False
+            axes["structure.q_norm_k_norm"] = False
             axes["structure.weight"] = "float"
         rank, heads = axes["dims.rank"], axes["dims.heads"]
         assert isinstance(rank, int)

@@ -87,6 +87,9 @@ class VirtualTensor(torch.Tensor):
         if func is _aten.copy_.default:
             return _copy(args[0], args[1])
         target = kwargs.get("device")
+        if target is not None and torch.device(target).type == "meta":
+            # What torch takes for this tensor's own device.
+            target = kwargs["device"] = None
         if target is not None and torch.device(target).type == "cpu":
             return _download(func, args, kwargs, tensors[0])
         if target is not None and torch.device(target).type == DEVICE_TYPE:

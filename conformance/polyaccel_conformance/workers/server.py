@@ -1,7 +1,7 @@
 """The forkserver: a process that has imported torch, numpy and the oracle, touches no device, and forks on request.
 
-Run as ``python -m polyaccel_conformance.workers.server FD [MODULE ...]``, with modules to import beside those that every
-worker needs: FD is a socket on which each message is one JSON line.
+Run as ``python -m polyaccel_conformance.workers.server FD [MODULE ...]``, with modules to import beside those that
+every worker needs: FD is a socket on which each message is one JSON line.
 ``{"do": "start", "target": "module:function", "arguments": {...}, "log": PATH}`` comes with a second descriptor, the
 new process's own connection; the answer is ``{"pid": N}``. ``{"do": "wait", "pid": N, "seconds": S}`` answers
 ``{"code": C}``: its exit code, negative for a signal, None while it runs.

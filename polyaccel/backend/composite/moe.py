@@ -51,7 +51,8 @@ def moe_route(
         scores, ids = _largest(wide, top_k)
         scores = torch.softmax(scores, dim=-1)
     elif scoring == "sigmoid":
-        plain = torch.sigmoid(wide)
+        # torch's own sigmoid gives some equal logits different values on the CPU, where a row ends within a vector.
+        plain = 1 / (1 + torch.exp(-wide))
         choice = plain if bias is None else plain + bias.float()
         if groups > 1:
             choice = _restrict(choice, groups, topk_groups, top_k)

@@ -132,6 +132,15 @@ def test_numbers_that_do_not_fit_the_experts_are_refused() -> None:
         moe.moe_route(logits, 1, "random", False)
 
 
+@pytest.mark.parametrize("scoring", ["softmax_topk", "topk_softmax", "sigmoid"])
+@pytest.mark.parametrize("experts", [9, 17, 60])
+def test_equal_logits_are_taken_lowest_id_first_whatever_their_value(scoring: str, experts: int) -> None:
+    """torch.sigmoid differs in the last bit between a vector and the end of a row, for about one value in a hundred."""
+    logits = (torch.arange(-2000, 2000) / 251.0).unsqueeze(1).expand(-1, experts)
+    for row in logits.split(1):
+        assert moe.moe_route(row.contiguous(), 2, scoring, False)[1].tolist() == [[0, 1]]
+
+
 # -- experts ---------------------------------------------------------------------------------------------------------
 
 

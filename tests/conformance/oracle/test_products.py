@@ -111,7 +111,7 @@ WIDE: Mapping[str, tuple[Choice, ...]] = {
     "structure__ids": ("inside",),
     "structure__ranks": ("equal",),
     "structure__weight": ("float",),
-    "structure__norms": (False,),
+    "structure__q_norm_k_norm": (False,),
 }
 
 
