@@ -104,9 +104,13 @@ class ProblemSet(ABC):
 
     Axes are named by the paths of :meth:`Case.of`; every argument and attribute of the operator's spec is one. Values
     are listed from simple to special: a failing case shrinks towards the first of each.
+
+    Attributes:
+        weight: how many ordinary cases one of these takes the time of; so many fewer are drawn.
     """
 
     operator: str
+    weight: int = 1
 
     @abstractmethod
     def axes(self) -> Mapping[str, Sequence[Choice]]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from polyaccel.backend.version import API_VERSION, format_version
 from polyaccel_conformance import SUITE_REVISION
@@ -23,6 +23,7 @@ from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.profiles import Profile, profile_of
 from polyaccel_conformance.ranked import RankedCases
 from polyaccel_conformance.results import FailureGroup, Phase, RunHeader, RunResult, result_from_json
+from polyaccel_conformance.run_options import Options, Silent, Watch
 from polyaccel_conformance.schedule import Schedule, Scheduled
 from polyaccel_conformance.selection import parse
 from polyaccel_conformance.shrink import cost, shrink
@@ -31,72 +32,28 @@ from polyaccel_conformance.tally import Tally
 from polyaccel_conformance.workers.pool import Answer, Job, Pool, WorkerLost
 from polyaccel_conformance.workers.process import ForkServer
 
+__all__ = ["CASES", "RESULTS", "WORKER", "Options", "Silent", "Watch", "lost_result", "run"]
+
 WORKER = "worker"
 """Under this name failures are reported that are no check's: the process died or hung, or the suite itself failed."""
 CONTROL_SECONDS = 120.0
+HANG = "hang"
+HEAVY = 100
+HEAVY_PATIENCE = 4
+"""A case of a set of at least this weight, such as a whole model, may take so many times as long as any other."""
 MAX_DEATHS = 12
 """Cases of one operator that may cost a worker before its remaining cases are left out."""
+MAX_HANGS = 3
 SHRINK_TOTAL = 180.0
 """Seconds that all minimal cases of a run may take together."""
 RESULTS = "results.jsonl"
 CASES = "cases"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What to run, and how.
-
-    Attributes:
-        profile: name of a profile; ``seed``: of the drawn cases, None for the profile's way.
-        operators, checks: names, empty for all; ``selection``: a ``-k`` expression.
-        devices: ranks at most; ``device``: index of the one for single-rank cases.
-        workers: processes.
-        timeout: seconds after which a case counts as hanging, None for the profile's.
-        budget: seconds after which no further case is begun; such a run can be taken up again.
-        folder: for the results log and case files, None to write nothing.
-        resume: take up the log in the folder; ``failed``: only the cases that failed in it.
-        stop_at: end at the first failure of this check.
-        shrink: make failing cases minimal.
-    """
-
-    profile: str = "default"
-    seed: int | None = None
-    operators: tuple[str, ...] = ()
-    checks: tuple[str, ...] = ()
-    selection: str = ""
-    devices: int = 1
-    device: int = 0
-    workers: int = 2
-    timeout: float | None = None
-    budget: float | None = None
-    folder: Path | None = None
-    resume: bool = False
-    failed: bool = False
-    stop_at: str = ""
-    shrink: bool = True
-
-
-class Watch(Protocol):
-    """Who wants to know while it runs."""
-
-    def progress(self, done: int, expected: int, failed: int, now: str) -> None: ...
-
-    def failure(self, group: FailureGroup) -> None: ...
-
-
-class Silent:
-    """Nobody watches."""
-
-    def progress(self, done: int, expected: int, failed: int, now: str) -> None:
-        return None
-
-    def failure(self, group: FailureGroup) -> None:
-        return None
+DEFAULTS = Options()
 
 
 def run(
     subject: Subject,
-    options: Options = Options(),
+    options: Options = DEFAULTS,
     watch: Watch | None = None,
     server: ForkServer | None = None,
 ) -> RunResult:
@@ -327,7 +284,8 @@ class _Run:
 
     def _job(self, case: Case, checks: Sequence[str], profile: Profile, name: object) -> Job:
         request = {"do": "case", "case": case.to_json(), "checks": list(checks)}
-        return Job(name=name, request=request, seconds=profile.timeout)
+        heavy = self.sets[case.operator].weight >= HEAVY
+        return Job(name=name, request=request, seconds=profile.timeout * (HEAVY_PATIENCE if heavy else 1))
 
     def _result_of(self, answer: Answer, case: Case) -> CaseResult:
         if "result" in answer.reply:
@@ -335,7 +293,8 @@ class _Run:
             if any(failure.message.startswith("DeviceLost") for failure in result.failures):
                 self.pool.retire()
             return result
-        self.deaths[case.operator] += bool(answer.died)
+        # A hang costs far more time than a crash.
+        self.deaths[case.operator] += MAX_DEATHS // MAX_HANGS if answer.died == HANG else bool(answer.died)
         return lost_result(answer, case)
 
     def _count(self, phase: Phase, result: CaseResult) -> None:
@@ -419,6 +378,11 @@ class _Run:
             shrink_seconds=seconds,
             path=path,
         )
+
+    def _patience(self, operator: str, profile: Profile) -> float:
+        """Seconds after which a simpler case than one that hangs is taken to hang as well."""
+        slowest = max((r.seconds for r in self.tally.results if r.case.operator == operator), default=0.0)
+        return min(max(10 * slowest, 2.0), profile.timeout)
 
     def _asked(self, result: CaseResult) -> tuple[str, ...]:
         from polyaccel_conformance.checks.registry import CHECKS

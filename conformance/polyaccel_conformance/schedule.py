@@ -27,7 +27,7 @@ class OfRanks(ProblemSet):
     """A set of cases for several ranks, at one world size."""
 
     def __init__(self, problems: ProblemSet, ranks: int) -> None:
-        self.operator = problems.operator
+        self.operator, self.weight = problems.operator, problems.weight
         self._problems, self._ranks = problems, ranks
 
     def axes(self) -> Mapping[str, Sequence[Choice]]:
@@ -64,7 +64,8 @@ def drawn(problems: ProblemSet, profile: Profile, seed: int, *, ranks: int = 1) 
     digest = hashlib.sha256(f"{seed}:{problems.operator}:{ranks}".encode()).digest()
     base = int.from_bytes(digest[:4], "little")
     limits = {"ranks": ranks}
-    cases = examples(problems, profile.examples, base, scale=profile.scale, limits=limits)
+    count = profile.examples // problems.weight
+    cases = examples(problems, count, base, scale=profile.scale, limits=limits)
     return tuple(Scheduled(phase="drawn", case=case) for case in cases)
 
 
@@ -109,4 +110,5 @@ class Schedule:
 
     def expected(self, fixed_cases: int) -> int:
         """About how many cases there will be, once the fixed ones are known."""
-        return fixed_cases if self.given else fixed_cases + self.profile.examples * len(self.sets)
+        drawn_cases = sum(self.profile.examples // problems.weight for problems in self.sets.values())
+        return fixed_cases if self.given else fixed_cases + drawn_cases

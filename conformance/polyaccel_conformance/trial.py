@@ -135,6 +135,11 @@ class Trial:
                 raise
         return self._seen[setting]
 
+    @property
+    def planned(self) -> Planned | None:
+        """What the plan said would run; None before the first call."""
+        return None if self._resolved is None else self._resolved.planned
+
     def ask(self, setting: Setting = Setting()) -> Observation:
         """The same for checks that expect no error: raises the backend's."""
         observation = self.observe(setting)

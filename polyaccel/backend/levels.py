@@ -161,14 +161,25 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     Requirement(operator="linear", each=_GEMM),
                     Requirement(operator="dequantize"),
                 ),
-                checks=("storage.weight",),
+                checks=("device.copy_paths", "storage.weight"),
             ),
             Level(
                 name="L2",
                 title="dense model",
                 builds_on=("L1",),
                 table=_rows(_DENSE),
-                checks=("storage.kv", "storage.sampling"),
+                checks=(
+                    "storage.kv",
+                    "storage.sampling",
+                    "sample.generator",
+                    "cache.identity",
+                    "model.tokens",
+                    "model.crowd",
+                    "model.overlap",
+                    "model.chunks",
+                    "model.prefix_cache",
+                    "model.preemption",
+                ),
             ),
             Level(
                 name="L3",
@@ -188,7 +199,7 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     ),
                     *_rows(("sgmv_shrink", "sgmv_expand")),
                 ),
-                checks=("storage.adapters", "lora.native_evidence", "lora.tp_delta_equal", "lora.load_cost"),
+                checks=("storage.adapters", "lora.native_evidence", "lora.load_cost", "model.adapters"),
             ),
             Level(name="L4", title="mixture of experts", builds_on=("L1",), table=_rows(("moe_route", "moe_experts"))),
             Level(
@@ -207,6 +218,8 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     *(Requirement(operator=name, needs=DEVICES, layouts=False, attributes=False) for name in _SHARDED),
                 ),
                 checks=(
+                    "model.ranks",
+                    "lora.tp_delta_equal",
                     "comm.row_parallel_operands",
                     "comm.collectives",
                     "comm.trace",
@@ -219,7 +232,12 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     "comm.failure_on_one_rank",
                 ),
             ),
-            Level(name="L7", title="graphs", builds_on=("L2",), checks=("graph.adapter_cost",)),
+            Level(
+                name="L7",
+                title="graphs",
+                builds_on=("L2",),
+                checks=("graph.replay", "graph.adapter_cost", "model.graphs"),
+            ),
         )
     }
 )

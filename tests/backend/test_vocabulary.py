@@ -90,3 +90,8 @@ def test_the_null_backend_has_every_operator_with_the_specified_arguments(name: 
     operator = NullBackend().operators()[name]
     assert callable(operator)
     assert list(inspect.signature(operator).parameters) == [argument.name for argument in OPERATORS[name].arguments]
+
+
+def test_in_place_collectives_say_that_they_change_their_tensor() -> None:
+    mutated = {name for name, spec in OPERATORS.items() if spec.group == "ranks" and spec.arguments[0].mutated}
+    assert mutated == {"all_reduce", "broadcast"}

@@ -56,6 +56,15 @@ class PluginHouse:
             self._wheels[name] = next(wheels.glob(f"{_distribution(copy)}-*.whl"))
 
 
+def install_source(source: Path, work: Path, target: Path) -> Path:
+    """Build the distribution in ``source`` into a wheel below ``work`` and install it, alone, into ``target``."""
+    copy = work / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    _pip("wheel", "--no-deps", "--no-build-isolation", "-w", str(work / "wheels"), str(copy))
+    _pip("install", "--no-deps", "--target", str(target), *map(str, (work / "wheels").glob("*.whl")))
+    return target
+
+
 def _source(name: str) -> Path:
     return next(folder / name for folder in SOURCES if (folder / name / "pyproject.toml").is_file())
 
@@ -82,7 +91,7 @@ def environment(*sites: Path, cache: Path | None = None, marks: Path | None = No
 
     ``cache``: where stevedore keeps what it found; ``marks``: the file in which plugins note that they were imported.
     """
-    path = os.pathsep.join(map(str, (*sites, ROOT)))
+    path = os.pathsep.join(map(str, (*sites, ROOT, ROOT / "conformance")))
     variables = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
     if cache is not None:
         variables["XDG_CACHE_HOME"] = str(cache)

@@ -254,6 +254,7 @@ class CacheIdentity(DeviceCheck):
     """Every change of content under a name."""
 
     operator = "cache.identity"
+    weight = 50
     levels = ("L2",)
 
     def axes(self) -> Mapping[str, Sequence[Choice]]:

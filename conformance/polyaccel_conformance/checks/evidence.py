@@ -13,7 +13,8 @@ from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
 from polyaccel_conformance.harness.controls import all_of, linear_problem, verdict
-from polyaccel_conformance.harness.evidence import KernelTrace, has_profiler, undeclared, undeclared_kernels
+from polyaccel_conformance.harness.evidence import undeclared
+from polyaccel_conformance.harness.kernels import KernelTrace, has_profiler, undeclared_kernels
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.trial import POISONED, Observation, Setting, Trial
 

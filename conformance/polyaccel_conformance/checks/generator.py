@@ -83,6 +83,7 @@ class Generator(DeviceCheck):
     """The three parts of the generator's counter and key."""
 
     operator = "sample.generator"
+    weight = 50
     levels = ("L2",)
 
     def axes(self) -> Mapping[str, Sequence[Choice]]:

@@ -27,9 +27,11 @@ DENSE = Setting(poison=Poison.NAN, contiguous=True)
 
 
 class Arguments(Check):
-    """The result is that for contiguous operands: bit by bit on exact data, and on others within the bound. What the contract does not make implementations
-    accept is accepted all the same, copied and counted as ``copy.<operator>.<argument>``, or refused by a typed error
-    that names the argument."""
+    """The result is that for contiguous operands: bit by bit on exact data, and on others within the bound.
+
+    Copies of an operand that only its layout costs are counted as ``copy.<operator>.<argument>``. A layout that the
+    contract does not make implementations accept may also be refused, by a typed error that names the argument.
+    """
 
     name = "layout.arguments"
 

@@ -171,7 +171,7 @@ class BadArguments(Check):
                 return None
             return self._handled(trial, bad, prepared, result, tensors)
         except OperatorError as error:
-            return self._error(bad, error, watch)
+            return self._error(trial, bad, error, watch)
         except PolyaccelError as error:
             return self._failure("another error", bad, f"raised {type(error).__name__}, not OperatorError: {error}")
         except Exception as error:
@@ -195,11 +195,15 @@ class BadArguments(Check):
                 return None
         return self._failure("accepted", bad, "was accepted, and the result is wrong")
 
-    def _error(self, bad: _Bad, error: OperatorError, watch: Watch) -> Failure | None:
+    def _error(self, trial: Trial, bad: _Bad, error: OperatorError, watch: Watch) -> Failure | None:
         writes = watch.activity().operand_writes
         if writes:
             return self._failure("refused late", bad, f"was refused after operands had been written to: {dict(writes)}")
         named = any(operand.name == bad.argument for operand in error.operands)
+        planned = trial.planned
+        if planned is not None and planned.kind == "parts":
+            # A part has its own name for what the station calls otherwise.
+            named = named or any(operand.shape == tuple(bad.tensor.shape) for operand in error.operands)
         if not named and re.search(rf"\b{re.escape(bad.argument)}\b", error.reason) is None:
             return self._failure("error names no argument", bad, f"was refused without naming it: {error}")
         return None

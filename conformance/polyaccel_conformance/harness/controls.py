@@ -10,7 +10,7 @@ import torch
 
 from polyaccel.backend import Entry
 from polyaccel_conformance.bench import Bench
-from polyaccel_conformance.case import Case
+from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.harness.overlay import Overlay
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Expected
@@ -29,8 +29,9 @@ def linear_problem(*, dtype: str = "float32", data: str = "normal", layout: str 
     """A small ``linear``, which every backend has."""
     from polyaccel_conformance.problems.linear import LinearProblem
 
-    axes = {"dims.tokens": 5, "dims.k": 16, "dims.n": 8, "layouts.x": layout, "data": data, "dtype": dtype}
-    return LinearProblem(Case.of("linear", {**axes, "structure.slices": "one", "structure.bias": True}, 20_260_101))
+    axes: dict[str, Choice] = {"dims.tokens": 5, "dims.k": 16, "dims.n": 8, "layouts.x": layout}
+    axes |= {"data": data, "dtype": dtype, "structure.slices": "one", "structure.bias": True}
+    return LinearProblem(Case.of("linear", axes, 20_260_101))
 
 
 class NormProblem(Problem):
@@ -107,7 +108,7 @@ def all_of(*controls: Control) -> Control:
 
 
 def wrong_values(bench: Bench, check: Check) -> Control:
-    """One element of ``linear`` wrong: by a unit in the last place where equality is asked for, else by half and one."""
+    """One element of ``linear`` wrong: by a unit in the last place where equality is asked for, else by half of it."""
     exact = check.tier == 1
 
     def wrap(fn: Function) -> Function:

@@ -1,11 +1,10 @@
-"""What a call really executes, seen from outside of the backend: torch's dispatcher, and the profiler on devices."""
+"""What a call really executes, seen from outside of the backend by torch's dispatcher."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -113,7 +112,7 @@ class Watch(PlainDispatchMode):
     """
 
     def __init__(self, poison: Poison, storages: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.allocations = Allocations(poison)
         self._storages = storages
         self._operators: dict[str, int] = {}
@@ -198,55 +197,3 @@ def undeclared(activity: Activity, declared: Sequence[str]) -> list[str]:
         if name not in names and full not in names and full.removesuffix(".default") not in names:
             found.append(name)
     return sorted(dict.fromkeys(found))
-
-
-# -- devices with a profiler -------------------------------------------------------------------------------------------
-
-
-def has_profiler(device: torch.device) -> bool:
-    """Whether torch's profiler sees the kernels of a device here."""
-    if device.type == "cuda":
-        return torch.cuda.is_available() and _activity("cuda") in torch.profiler.supported_activities()
-    kind = _activity("privateuse1")
-    return device.type not in ("cpu", "meta") and kind is not None and kind in torch.profiler.supported_activities()
-
-
-def _activity(name: str) -> object:
-    return {
-        "cuda": torch.profiler.ProfilerActivity.CUDA,
-        "privateuse1": getattr(torch.profiler.ProfilerActivity, "PrivateUse1", None),
-    }[name]
-
-
-class KernelTrace:
-    """The names of the kernels that a device ran in the block, by torch's profiler (Kineto).
-
-    Copies and fills that the driver makes have names too (``Memcpy DtoH``); they are told apart by ``copies``.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        kinds = [_activity("cuda" if device.type == "cuda" else "privateuse1")]
-        self._profile = torch.profiler.profile(activities=kinds)
-        self.kernels: tuple[str, ...] = ()
-        self.copies: tuple[str, ...] = ()
-
-    def __enter__(self) -> KernelTrace:
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
-        names = [
-            event.name
-            for event in self._profile.events() or ()
-            if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation
-        ]
-        self.copies = tuple(n for n in names if n.startswith(("Memcpy", "Memset")))
-        self.kernels = tuple(n for n in names if n not in self.copies)
-
-
-def undeclared_kernels(kernels: Sequence[str], declared: Sequence[str]) -> list[str]:
-    """Kernels that no declared pattern (``*`` and ``?``) matches. Names with ``::`` in front are operators of torch,
-    whose kernels have names of their own."""
-    patterns = [d for d in declared if "::" not in d]
-    return sorted({k for k in kernels if not any(fnmatchcase(k, p) for p in patterns)})

@@ -24,6 +24,9 @@ Floats = npt.NDArray[np.float64]
 ACCUMULATOR_BITS = 24
 """No probe asks for more: beyond these, float32 operands and sums are themselves inexact."""
 
+TILE = 64
+"""Rows and columns from which libraries use matrix units: a product with a single column may be another kernel."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
@@ -50,6 +53,19 @@ class _Planted(LinearProblem):
 
 
 def _product(bench: Bench, case: Case, x: Floats, w: Floats) -> Floats:
+    """``x @ w.T`` of both kinds of kernel. Where they differ it is NaN, which is right for no probe."""
+    narrow, wide = _products(bench, case, x, w)
+    return np.where(narrow == wide, narrow, np.nan)
+
+
+def _products(bench: Bench, case: Case, x: Floats, w: Floats) -> tuple[Floats, Floats]:
+    """``x @ w.T`` as it is, and with rows and columns repeated to a tile of matrix units."""
+    rows, columns = -(-TILE // len(x)), -(-TILE // len(w))
+    wide = _multiply(bench, case, np.tile(x, (rows, 1)), np.tile(w, (columns, 1)))
+    return _multiply(bench, case, x, w), wide[: len(x), : len(w)]
+
+
+def _multiply(bench: Bench, case: Case, x: Floats, w: Floats) -> Floats:
     trial = Trial(bench, _Planted(case, x, w))
     try:
         return trial.ask().outputs["y"].values.astype(np.float64)
@@ -58,7 +74,7 @@ def _product(bench: Bench, case: Case, x: Floats, w: Floats) -> Floats:
 
 
 def measure(bench: Bench, case: Case, k: int) -> Measured:
-    """Measure ``linear`` of the case's dtype for products over ``k`` (at least 3).
+    """Measure ``linear`` of the case's dtype for products over ``k`` (at least 3), of a few and of 64 rows and columns.
 
     Raises:
         PolyaccelError: the backend's.
@@ -105,8 +121,8 @@ def _accumulator_bits(bench: Bench, case: Case, k: int) -> int:
         # 2^s does not fit above 2^15: half of the exponent goes to the other factor.
         return _split_accumulator_bits(bench, case, exponents, places, k, ones)
     y = _product(bench, case, x.reshape(-1, k), w).reshape(len(exponents), len(places), len(places))
-    right = np.stack([y[:, i, i] == ones for i in range(len(places))], axis=1).all(axis=1)
-    return 1 + _leading(right)
+    found = np.stack([y[:, i, i] for i in range(len(places))], axis=1)
+    return 1 + _leading(np.all(found == ones, axis=1))
 
 
 def _split_accumulator_bits(
@@ -134,13 +150,13 @@ def _rounding(bench: Bench, case: Case, k: int) -> str:
         x, w = np.zeros((1, k)), np.zeros((1, k))
         for place, term in zip(places, order, strict=True):
             x[0, place], w[0, place] = ((big, big), (1.5, 1.0), (-big, big))[term]
-        found.add(float(_product(bench, case, x, w)[0, 0]))
+        found |= {float(y[0, 0]) for y in _products(bench, case, x, w)}
     if found <= {1.5}:
         return "wider"
     return "truncated" if any(0 <= f < 1.5 for f in found) else "nearest"
 
 
-def _leading(right: npt.NDArray[np.bool_]) -> int:
+def _leading(right: npt.NDArray[np.bool_] | np.bool_) -> int:
     """How many are true before the first that is not."""
     wrong = np.flatnonzero(~right)
-    return int(wrong[0]) if len(wrong) else len(right)
+    return int(wrong[0]) if len(wrong) else int(np.size(right))

@@ -74,6 +74,7 @@ class ModelQuestion(DeviceCheck):
 
     levels: ClassVar[tuple[Level, ...]] = ("L2", "L3")
     kind: type[ModelProblem] = ModelProblem
+    weight = 200
 
     def __init__(self, name: str, *, families: Sequence[str] = FAMILIES) -> None:
         self.operator = name

@@ -6,12 +6,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import MappingProxyType
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Control, Failure
@@ -42,7 +41,6 @@ class RankedResult(CaseResult):
 
     verdicts: tuple[RankVerdict, ...] = ()
     identities: tuple[RankIdentity, ...] = ()
-    parts: Mapping[int, CaseResult] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(slots=True)
@@ -347,7 +345,7 @@ def _merge(
         seconds=seconds,
         verdicts=tuple(verdicts),
         identities=identities,
-        parts=MappingProxyType(parts),
+        notes=tuple(dict.fromkeys(note for part in parts.values() for note in part.notes)),
     )
 
 

@@ -77,7 +77,9 @@ class VirtualTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, VirtualTensor)]
+        tensors: list[VirtualTensor] = []
+        _collect(args, tensors)
+        _collect(tuple(kwargs.values()), tensors)
         runtime = tensors[0].memory.device.runtime
         kernel_device = runtime.kernel_device
         if kernel_device is not None:
@@ -156,9 +158,10 @@ def _inside(
 
 
 def _view(func: Any, args: Any, kwargs: Any, memory: Memory) -> Any:
-    return tree_map_only(
-        torch.Tensor, lambda inner: VirtualTensor(inner, memory), func(*_inner(args), **_inner(kwargs))
-    )
+    result = func(*_inner(args), **_inner(kwargs))
+    if isinstance(result, torch.Tensor):
+        return VirtualTensor(result, memory)
+    return [VirtualTensor(part, memory) for part in result]
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -291,4 +294,20 @@ def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def _inner(value: Any) -> Any:
-    return tree_map_only(VirtualTensor, lambda tensor: tensor.host, value)
+    """The host tensors behind virtual ones, in arguments that are tensors, lists and tuples of them, or anything else
+    (torch's own tree functions cost more than most operators here)."""
+    if isinstance(value, VirtualTensor):
+        return value.host
+    if isinstance(value, list | tuple):
+        return type(value)([_inner(item) for item in value])
+    if isinstance(value, dict):
+        return {name: _inner(item) for name, item in value.items()}
+    return value
+
+
+def _collect(values: Any, found: list[VirtualTensor]) -> None:
+    for value in values:
+        if isinstance(value, VirtualTensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            _collect(value, found)

@@ -229,6 +229,16 @@ def test_gelu_is_exact_or_by_tanh(dtype: torch.dtype) -> None:
         assert_within(y, 0.5 * wide * (1 + curve), np.abs(wide))
 
 
+def test_exact_gelu_keeps_infinity_and_the_units_that_erf_is_allowed() -> None:
+    assert dense.gelu(torch.full((16,), torch.inf), "none").tolist() == [math.inf] * 16
+    x = torch.linspace(-6, 6, 4001)
+    wide = f64(x)
+    half = 0.5 * wide * (1 + np.vectorize(math.erf)(wide / math.sqrt(2)))
+    # Four units of erf, one of the sum and one of each product, all of numbers up to 2.
+    allowed = 0.5 * np.abs(wide) * 8 * torch.finfo(torch.float32).eps
+    assert (np.abs(f64(dense.gelu(x, "none")) - half) <= allowed).all()
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 

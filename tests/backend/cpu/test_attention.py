@@ -197,3 +197,20 @@ def test_queries_that_do_not_fit_the_cache_are_refused(q: torch.Tensor) -> None:
     paged: Any = Paged([(1, 3)], 2, 4, torch.float32, Draw(9), shuffled=False, shared=False)
     with pytest.raises(OperatorError, match="paged_attention"):
         paged.attend(q, 0.5, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [1, 7, 15, 16, 17, 40])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_nan_query_gives_nan_in_its_own_row_and_head_only(
+    dtype: torch.dtype, context: int, window: int | None
+) -> None:
+    draw = Draw(3)
+    paged = Paged([(context, context), (1, context)], 2, 8, dtype, draw, shuffled=True, shared=False)
+    q = draw.tensor(context + 1, 4, 8, dtype=dtype)
+    for row in (0, context // 2, context):
+        poisoned = q.clone()
+        poisoned[row, 1, 3] = torch.nan
+        nan = paged.attend(poisoned, 0.5, window).isnan()
+        assert nan[row, 1].all()
+        assert nan.sum() == 8

@@ -130,7 +130,7 @@ def test_a_float32_sum_in_any_narrower_format_exceeds_the_bound(world: int) -> N
 
 @pytest.mark.parametrize("form", ["add", "ride"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(world=st.integers(2, 4), seed=st.integers(0, 2**32), kind=st.sampled_from(("normal", "outliers", "digits")))
+@given(world=st.integers(2, 8), seed=st.integers(0, 2**32), kind=st.sampled_from(("normal", "outliers", "digits")))
 def test_both_forms_of_an_adapter_in_a_row_parallel_layer_stay_within_the_bound(
     form: str, dtype: str, world: int, seed: int, kind: str
 ) -> None:

@@ -104,3 +104,10 @@ def test_right_backends_pass_cases_of_every_operator(server: ForkServer, name: s
                 result = pool.run(ranked_case(operator, world, index, **chosen))
                 failures |= {(operator, index): result.failures} if not result.passed else {}
     assert not failures
+
+
+@pytest.mark.parametrize("operator", ["row_parallel_linear", "row_parallel_add_norm"])
+def test_a_step_without_tokens_is_a_case_where_rank_rows_ride(server: ForkServer, operator: str) -> None:
+    case = ranked_case(operator, 2, dims__tokens=0, structure__adapters="one")
+    with RankPool(subject("folded"), 2, server=server) as pool:
+        assert pool.run(case).passed

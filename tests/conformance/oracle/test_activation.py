@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float64]
 Round = Callable[[npt.ArrayLike], Floats]
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "activation.json").read_text())
-COUNTS = [70, pytest.param(3400, marks=pytest.mark.slow)]
+COUNTS = [70, pytest.param(3400, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 
 
 def _off(exact: Floats, ulps: int, step: Round = f32) -> Floats:

@@ -133,7 +133,7 @@ FORMS: Mapping[str, Emulation] = {
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("count", [35, pytest.param(3400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [35, pytest.param(3400, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_no_legitimate_implementation_is_over_and_the_worst_is_near(dtype: str, count: int) -> None:
     kinds = tuple(kind for kind in DenseAttentionProblems().axes()["data"] if kind != "selection")
     drawn = problems(DenseAttentionProblems(), count, seed=41, dtype=(dtype,), data=kinds, **SMALL)
@@ -143,7 +143,7 @@ def test_no_legitimate_implementation_is_over_and_the_worst_is_near(dtype: str, 
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("count", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_every_legitimate_implementation_selects_bit_by_bit(dtype: str, count: int) -> None:
     drawn = problems(DenseAttentionProblems(), count, seed=43, dtype=(dtype,), data=("selection",), **SMALL)
     ratios = survey({**ACCUMULATIONS, **FORMS}, drawn)

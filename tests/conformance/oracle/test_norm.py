@@ -109,7 +109,7 @@ LAYER_LEGITIMATE: Mapping[str, Emulation] = {
     ids=["rms_norm", "layer_norm"],
 )
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("count", [70, pytest.param(3400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [70, pytest.param(3400, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_no_legitimate_implementation_is_over_and_the_worst_is_near(
     problem_set: RmsNormProblems | LayerNormProblems, emulations: Mapping[str, Emulation], dtype: str, count: int
 ) -> None:

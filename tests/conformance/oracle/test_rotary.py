@@ -55,7 +55,7 @@ LEGITIMATE: Mapping[str, Emulation] = {
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("count", [70, pytest.param(3400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [70, pytest.param(3400, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_no_legitimate_implementation_is_over_and_the_worst_is_near(dtype: str, count: int) -> None:
     ratios = survey(LEGITIMATE, problems(RotaryProblems(), count, seed=31, dtype=(dtype,), **SMALL))
     assert {name: ratio for name, ratio in ratios.items() if ratio > 1} == {}

@@ -39,7 +39,7 @@ def test_every_combination_of_axes_is_a_case(problem_set: ProblemSet, data: st.D
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_healthy_backends_pass(problem_set: ProblemSet, backend: Callable[[], Backend], count: int) -> None:
     bench = Bench(backend())
     found = [(p.case, failure) for p in problems(problem_set, count, 100) if (failure := verdict(bench, p))]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,13 +15,18 @@ from hypothesis import strategies as st
 
 from polyaccel.backend import Backend, KVCache, TableBackend, load
 from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.problem import ProblemSet
-from polyaccel_conformance.problems.kv_cache import LAYERS, WriteKVCacheProblems
+from polyaccel_conformance.problems.kv_cache import LAYERS, WriteKVCacheProblems, canonical
+from polyaccel_conformance.problems.select_rows import SelectRowsProblem, SelectRowsProblems
+from polyaccel_conformance.problems.steps import Paging, build_step
+from polyaccel_conformance.words import Source
 from tests.backends.folded.backend import FoldedBackend
 from tests.conformance.drawn import problems, undrawn, unmended, verdict
 
 BACKENDS: tuple[Callable[[], Backend], ...] = (lambda: load("cpu"), lambda: TableBackend("cpu", {}), FoldedBackend)
 NAMES = ("cpu", "composite", "folded")
+GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "copies.json").read_text())
 SETS = (WriteKVCacheProblems(),)
 
 
@@ -36,7 +44,7 @@ def test_every_combination_of_axes_is_a_case(problem_set: ProblemSet, data: st.D
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
 @pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_healthy_backends_pass(problem_set: ProblemSet, backend: Callable[[], Backend], count: int) -> None:
     bench = Bench(backend())
     found = [(p.case, failure) for p in problems(problem_set, count, 100) if (failure := verdict(bench, p))]
@@ -83,3 +91,28 @@ def test_a_wrong_write_fails(wrong: Write, unstored: str) -> None:
     bench = Bench(TableBackend("cpu", {"write_kv_cache": wrong}))
     where = {"dims__tokens": (7,), "structure__unstored": (unstored,), "data": ("normal", "nonfinite")}
     assert all(verdict(bench, p) for p in problems(WriteKVCacheProblems(), 6, 7, **where))
+
+
+@pytest.mark.parametrize("golden", [g for g in GOLDENS if "slots" in g], ids=lambda golden: golden["name"])
+def test_tokens_go_to_the_slots_of_their_blocks(golden: dict[str, Any]) -> None:
+    table = np.array([golden["table"]], dtype=np.int32)
+    paging = Paging(tables=table, block_size=golden["block_size"], blocks=4)
+    step = build_step(Source(1), [golden["queries"]], contexts=[golden["context"]], paging=paging)
+    assert step.kv_slots.tolist() == golden["slots"]
+
+
+@pytest.mark.parametrize("golden", [g for g in GOLDENS if "bits" in g], ids=lambda golden: golden["name"])
+def test_stored_values_are_compared_by_their_bits(golden: dict[str, Any]) -> None:
+    values = torch.tensor([float(value) for value in golden["values"]])
+    assert canonical(values).tolist() == golden["bits"]
+
+
+@pytest.mark.parametrize("golden", [g for g in GOLDENS if "rows" in g], ids=lambda golden: golden["name"])
+def test_selected_rows_are_those_of_x(golden: dict[str, Any]) -> None:
+    where = {"dtype": ("float32",), "dims__tokens": (len(golden["x"]),), "dims__hidden": (len(golden["x"][0]),)}
+    problem = next(problems(SelectRowsProblems(), 1, 3, **where, structure__decode=(False,)))
+    assert isinstance(problem, SelectRowsProblem)
+    problem.operands = {"x": Operand.rounded(golden["x"], "float32")}
+    problem.rows = np.array(golden["rows"], dtype=np.int64)
+    assert problem.expected()["rows"].value.tolist() == golden["expected"]  # type: ignore[union-attr]
+    assert verdict(Bench(TableBackend("cpu", {})), problem) is None
