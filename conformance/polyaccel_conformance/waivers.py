@@ -5,7 +5,7 @@ A file holds tables of one form::
     [[waiver]]
     test = "linear/values.bound/dtype=float16,dims.k=8192..16384"
     reason = "the accumulator of the first silicon revision has 22 bits"
-    url = "https://..."
+    url = "https://github.com/acme/polyaccel-acme/issues/1"
     expires = 2027-03-31
 
 ``test`` is ``operator/check/axes``; operator and check are shell patterns, axes (``*`` for any) are conditions on the

@@ -145,7 +145,8 @@ class TorchDevice(Device):
         return DoneEvent()
 
     def synchronize(self) -> None:
-        return None
+        if self.torch_device.type not in ("cpu", "meta"):
+            torch.get_device_module(self.torch_device).synchronize(self.torch_device)
 
     def memory(self) -> MemoryInfo:
         """Free and total system memory for the CPU; other devices override this."""

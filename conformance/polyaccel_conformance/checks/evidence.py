@@ -165,6 +165,7 @@ class Kernels(Check):
         traces: list[KernelTrace] = []
 
         def around(bench: Bench) -> KernelTrace:
+            bench.synchronize()
             traces.append(KernelTrace(bench.torch_device))
             return traces[0]
 

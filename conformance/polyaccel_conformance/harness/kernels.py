@@ -25,7 +25,7 @@ def _kind(device: torch.device) -> Any:
 
 
 class KernelTrace:
-    """The names of the kernels that a device ran in the block. What was left unfinished before is waited for first.
+    """The names of the kernels that a device ran in the block; the device has to be idle before and after.
 
     Copies and fills by the driver (``Memcpy DtoH``) are in ``copies``.
     """

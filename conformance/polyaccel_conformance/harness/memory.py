@@ -78,7 +78,9 @@ class Guarded:
         where = place(values.shape, layout, GUARD)
         host = poison_(torch.empty(where.span + GUARD, dtype=values.dtype), poison)
         self._where = (tuple(values.shape), where.strides, where.offset)
-        host.as_strided(*self._where).copy_(values)
+        # Dimensions whose elements share their memory are written once.
+        self._once = tuple(slice(1) if stride == 0 else slice(None) for stride in where.strides)
+        host.as_strided(*self._where)[self._once].copy_(values[self._once])
         self._host = host
         self._buffer = upload(host)
         self.tensor = self._buffer.as_strided(*self._where)
@@ -95,6 +97,6 @@ class Guarded:
         if not total:
             return 0, 0
         own = torch.zeros(len(self._host), dtype=torch.bool)
-        own.as_strided(*self._where).fill_(True)
+        own.as_strided(*self._where)[self._once].fill_(True)
         inside = int(torch.count_nonzero(different & own))
         return total - inside, inside
