@@ -84,6 +84,14 @@ def test_the_operand_that_the_others_are_compared_with_is_named_by_its_own_index
         Launcher(Ledger()).common_device("k", (None, CPU, CPU, META))
 
 
+def test_operands_given_by_name_are_named_in_the_error() -> None:
+    launcher = Launcher(Ledger())
+    assert launcher.launch("k", {"x": CPU, "bias": None}, lambda: 3) == 3
+    with pytest.raises(OperatorError, match="residual is on meta but x is on cpu") as caught:
+        launcher.launch("k", {"x": CPU, "bias": None, "residual": META}, lambda: 3)
+    assert [operand.name for operand in caught.value.operands] == ["x", "residual"]
+
+
 def test_a_launch_without_operands_is_refused() -> None:
     with pytest.raises(OperatorError, match="without a tensor operand"):
         Launcher(Ledger()).launch("k", (None,), lambda: None)

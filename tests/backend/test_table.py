@@ -71,3 +71,11 @@ def test_a_table_is_never_chosen_by_itself_and_does_not_capture_graphs() -> None
     assert backend.priority is None
     (reason,) = backend.graph_refusals()
     assert "'table'" in reason
+
+
+def test_the_plain_forms_of_the_mandatory_operators_come_with_their_evidence() -> None:
+    table = TableBackend("cpu", {"silu_and_mul": torch.nn.functional.silu}).table()
+    assert "aten::addmm" in table["linear"][0].evidence
+    assert table["dequantize"][0].evidence
+    assert table["silu_and_mul"][0].evidence == ()
+    assert TableBackend("cpu", {"linear": lambda x, weight: x}).table()["linear"][0].evidence == ()

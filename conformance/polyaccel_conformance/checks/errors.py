@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from polyaccel.backend import OPERATORS, STATIONS
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
@@ -24,7 +25,8 @@ class _Late(Check):
     """One case in so many, whichever they are; the processes take their time."""
 
     def applies(self, case: Case, problem: Problem) -> bool:
-        return case.ranks == 1 and problem.spec.group != "ranks" and int(case.key, 16) % self.share == 0
+        known = case.operator in OPERATORS or case.operator in STATIONS
+        return known and case.ranks == 1 and problem.spec.group != "ranks" and int(case.key, 16) % self.share == 0
 
     def unavailable(self, bench: Bench) -> str:
         if bench.subject is None:
@@ -50,7 +52,7 @@ class AsyncOperator(_Late):
     raises DeviceLost and returns no numbers."""
 
     name = "errors.async_operator"
-    share = 4
+    share = 16
 
     def judge(self, problem: Problem, report: Report) -> Failure | None:
         found = report("synchronize")
@@ -87,7 +89,7 @@ class Swallowed(_Late):
     """Whichever way the host waits, a failure that happened before is raised there."""
 
     name = "errors.swallowed"
-    share = 24
+    share = 48
 
     def judge(self, problem: Problem, report: Report) -> Failure | None:
         silent = []

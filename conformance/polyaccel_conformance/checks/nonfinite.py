@@ -33,6 +33,8 @@ def planted(problem: Problem, argument: str, value: float) -> Problem:
     place = int(problem.source.integers(f"non-finite {argument}", (1,), 0, values.size - 1)[0])
     values.reshape(-1)[place] = value
     other = copy.copy(problem)
+    # A worker lets a problem look up what its own operands lead to: these are others.
+    vars(other).pop("expected", None)
     other.operands = {**problem.operands, argument: Operand(values, operand.dtype)}
     return other
 

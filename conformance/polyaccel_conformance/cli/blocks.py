@@ -71,8 +71,11 @@ def _summary(result: RunResult) -> Iterator[str]:
             head = f", err / tol <= {max(state.headroom.values()):.2f}" if state.headroom else ""
             failed = f", {state.failed} failed" if state.failed else ""
             yield f"{state.operator:<{width}}  {state.verdict}: {state.cases} cases ({kinds}){failed}{head}"
+    idle = [check.check for check in result.checks if check.verdict == "not exercised" and not check.cases]
+    if idle:
+        yield f"asked by no case: {', '.join(idle)}"
     for check in result.checks:
-        if check.verdict != "passed":
+        if check.verdict != "passed" and check.check not in idle:
             detail = f"{check.failures} of {check.cases} cases" if check.failures else check.reason
             yield f"check {check.check}: {check.verdict}: {detail}"
     if result.empty_cells:

@@ -288,6 +288,7 @@ def _padded(inputs: StepInput) -> StepInput:
 
 def replayed_steps(seed: int) -> tuple[DecodeStep, ...]:
     """The step of the capture, and others that differ from it in everything that a graph might have kept."""
+
     def triples(*found: Triple) -> dict[RowSet, Sequence[Triple]]:
         return {"tokens": found, "logits": found}
 

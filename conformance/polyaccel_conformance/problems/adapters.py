@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
-import torch
 
 from polyaccel.backend import AdapterStore, PackedAdapter, PackedEntry, SlotRange, Weight
 from polyaccel_conformance.bench import SITE, Bench
-from polyaccel_conformance.formats import FORMATS
+from polyaccel_conformance.formats import to_torch
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.lora import Adapter, Module
 from polyaccel_conformance.problems.contraction import integer_columns, random_columns
@@ -24,6 +23,9 @@ HISTORIES = ("fresh", "reloaded", "dirty")
 """What slots held before: nothing; an adapter of larger rank each; NaN in every rank row of the store."""
 
 MOST_RANK = 512
+
+GAP = 3
+"""Elements of nobody behind each matrix of a packed adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,9 +97,11 @@ class HostAdapters:
         return store
 
     def digests(self) -> dict[str, str]:
+        """Of every matrix that is written."""
         return {
-            f"slot{slot}.{i}.{name}": operand.digest()
-            for slot, adapter in self.adapters.items()
+            f"{when}{slot}.{i}.{name}": operand.digest()
+            for when, held in (("slot", self.adapters), ("cleared", self.discarded), ("before", self.before))
+            for slot, adapter in held.items()
             for i, module in enumerate(adapter)
             if module is not None
             for name, operand in (("a", module.a), ("b", module.b))
@@ -211,35 +215,30 @@ def _rank(adapter: HostAdapter) -> int:
 def pack(site: str, adapter: HostAdapter, *, lookup: bool = False) -> PackedAdapter:
     """In one buffer, with elements of nobody (NaN) between the matrices, B before A."""
     entries: list[PackedEntry] = []
-    parts: list[torch.Tensor] = []
-    offset = 0
-    dtype = next((FORMATS[m.a.dtype].torch for m in adapter if m is not None), torch.float32)
-
-    def append(values: torch.Tensor) -> int:
-        nonlocal offset
-        begin = offset
-        gap = torch.full((3,), torch.nan, dtype=dtype)
-        parts.extend((values.reshape(-1), gap))
-        offset += values.numel() + 3
-        return begin
-
+    parts: list[Floats] = []
+    dtype = next((m.a.dtype for m in adapter if m is not None), "float32")
+    gap = np.full(GAP, np.nan)
+    end = 0
     for i, module in enumerate(adapter):
-        if module is not None:
-            b, a = append(module.b.torch()), append(module.a.torch())
-            entries.append(
-                PackedEntry(
-                    site=site,
-                    slice=i,
-                    expert=None,
-                    kind="embedding" if lookup else "linear",
-                    rank=module.rank,
-                    a_offset=a,
-                    a_shape=(module.a.shape[0], module.a.shape[1]),
-                    b_offset=b,
-                    b_shape=(module.b.shape[0], module.b.shape[1]),
-                )
+        if module is None:
+            continue
+        b, a = module.b.values.astype(np.float64, copy=False), module.a.values.astype(np.float64, copy=False)
+        parts += [b.reshape(-1), gap, a.reshape(-1), gap]
+        entries.append(
+            PackedEntry(
+                site=site,
+                slice=i,
+                expert=None,
+                kind="embedding" if lookup else "linear",
+                rank=module.rank,
+                a_offset=end + b.size + GAP,
+                a_shape=(a.shape[0], a.shape[1]),
+                b_offset=end,
+                b_shape=(b.shape[0], b.shape[1]),
             )
-    buffer = torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+        )
+        end += b.size + a.size + 2 * GAP
+    buffer = to_torch(np.concatenate(parts) if parts else np.zeros(0), dtype)
     return PackedAdapter(buffer=buffer, entries=tuple(entries), max_rank=max((e.rank for e in entries), default=0))
 
 

@@ -20,6 +20,7 @@ from polyaccel_conformance.problems.sgmv import (
     ROWS,
     WIDTHS,
     adapter_axes,
+    digests_of,
     draw_host_adapters,
     draw_rows,
     mend_adapters,
@@ -116,7 +117,7 @@ class EmbeddingProblem(Problem):
 
     def digests(self) -> dict[str, str]:
         ids = Operand(self.ids, "int64").digest()
-        return self.weight.digests() | self.adapters.digests() | {"token_ids": ids}
+        return self.weight.digests() | self.adapters.digests() | digests_of(self.rows) | {"token_ids": ids}
 
 
 def sampled(bench: Bench, source: Source, ids: Ints, vocabulary: int) -> SamplingState:

@@ -119,6 +119,12 @@ def triples_of(rows: AdapterRows) -> Triples:
     )
 
 
+def digests_of(rows: AdapterRows) -> dict[str, str]:
+    """Hashes of the triples."""
+    found = {"rows": (rows.rows, "int64"), "slots": (rows.slots, "int64"), "mix": (rows.weights, "float32")}
+    return {f"triples.{name}": Operand(values, dtype).digest() for name, (values, dtype) in found.items()}
+
+
 def thin_rows(n: int, pattern: str) -> tuple[int, ...]:
     """Rows of each slice, by one of :data:`SLICE_FORMS`."""
     return (1, n - 3, 2) if pattern == "thin" and n > 3 else split_rows(n, "one" if pattern == "thin" else pattern)
@@ -204,7 +210,7 @@ class LoraProblem(Problem):
         return source.normal("y", shape)
 
     def digests(self) -> dict[str, str]:
-        return super().digests() | self.adapters.digests()
+        return super().digests() | self.adapters.digests() | digests_of(self.rows)
 
 
 def row_values(source: Source, case: Case, rows: int) -> Operand:

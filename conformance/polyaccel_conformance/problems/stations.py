@@ -28,6 +28,7 @@ from polyaccel_conformance.problems.sgmv import (
     WIDTHS,
     RowSetName,
     adapter_axes,
+    digests_of,
     draw_host_adapters,
     draw_rows,
     mend_adapters,
@@ -162,7 +163,7 @@ class StationProblem(Problem):
         )
 
     def digests(self) -> dict[str, str]:
-        return super().digests() | self.weight.digests() | self.adapters.digests()
+        return super().digests() | self.weight.digests() | self.adapters.digests() | digests_of(self.rows)
 
 
 class ColumnLinearProblem(StationProblem):

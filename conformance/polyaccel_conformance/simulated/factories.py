@@ -73,11 +73,10 @@ def _register() -> torch.library.Library | None:
         return None
     # torch imports the device's module before it makes a tensor there.
     sys.modules[f"torch.{DEVICE_TYPE}"] = types.ModuleType(f"torch.{DEVICE_TYPE}")
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("empty.memory_format", _empty, "PrivateUse1")
-    library.impl("empty_strided", _empty_strided, "PrivateUse1")
-    for name in _COMPUTED:
-        library.impl(name, _computed(name), "PrivateUse1")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    functions = {"empty.memory_format": _empty, "empty_strided": _empty_strided}
+    for name, function in {**functions, **{name: _computed(name) for name in _COMPUTED}}.items():
+        library.impl(name, function, "PrivateUse1")  # type: ignore[no-untyped-call]
     return library
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -30,6 +31,8 @@ from polyaccel_conformance.simulated.storage import SimulatedKVCache, SimulatedS
 
 Operands = Mapping[str, torch.Tensor | None]
 
+_NO_SIZES: Mapping[str, int] = MappingProxyType({})
+
 
 class SimulatedOperators:
     """Issues kernels. Methods have the arguments of the specification."""
@@ -49,7 +52,7 @@ class SimulatedOperators:
         operands: Operands,
         effect: Callable[[], object],
         outputs: Sequence[Shape] = (),
-        **sizes: int,
+        sizes: Mapping[str, int] = _NO_SIZES,
     ) -> list[torch.Tensor]:
         """``sizes``: dimensions of the specification that are known from elsewhere than the operands."""
         check_operands(kernel, operands, sizes, self._launcher.rank)
@@ -73,7 +76,7 @@ class SimulatedOperators:
             raise OperatorError.describe("linear", f"{spec.site!r} takes {spec.dtype} rows of {spec.k}", {"x": x})
         operands = {"x": x, **weight_tensors(weight)}
         shape = ((*x.shape[:-1], spec.n), x.dtype)
-        return self._run("linear", operands, lambda: linears.linear(x, weight), [shape], k=spec.k, n=spec.n)[0]
+        return self._run("linear", operands, lambda: linears.linear(x, weight), [shape], _sizes(weight))[0]
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -103,7 +106,7 @@ class SimulatedOperators:
             operands,
             lambda: dense.rotary_embedding(q, k, rope, issued.running()),
             [(q.shape, q.dtype), (k.shape, k.dtype)],
-            T=issued.extent.tokens,
+            sizes={"T": issued.extent.tokens},
         )
         return made[0], made[1]
 
@@ -120,9 +123,8 @@ class SimulatedOperators:
             return x
         operands = {"x": x, **_step_operand(issued)}
         shape = ((issued.extent.rows, *x.shape[1:]), x.dtype)
-        return self._run(
-            "select_rows", operands, lambda: dense.select_rows(x, issued.running()), [shape], T=issued.extent.tokens
-        )[0]
+        tokens = {"T": issued.extent.tokens}
+        return self._run("select_rows", operands, lambda: dense.select_rows(x, issued.running()), [shape], tokens)[0]
 
     # -- attention ---------------------------------------------------------------------------------------------------
 
@@ -133,7 +135,7 @@ class SimulatedOperators:
             "write_kv_cache",
             operands,
             lambda: attention.write_kv_cache(k, v, cache, layer, issued.running()),
-            **_heads(issued, cache),
+            sizes=_heads(issued, cache),
         )
 
     def paged_attention(
@@ -146,8 +148,7 @@ class SimulatedOperators:
             operands,
             lambda: attention.paged_attention(q, cache, layer, issued.running(), scale, window),
             [(q.shape, q.dtype)],
-            T=issued.extent.tokens,
-            head_dim=cache.spec.head_dim,
+            sizes={"T": issued.extent.tokens, "head_dim": cache.spec.head_dim},
         )[0]
 
     def dense_attention(
@@ -168,7 +169,10 @@ class SimulatedOperators:
         issued = _issued("sgmv", step)
         operands = {"y": y, "x": x, **weight_tensors(weight), **_step_operand(issued)}
         self._run(
-            "sgmv", operands, lambda: _in_place(lora.sgmv(y, x, weight, issued.running(), row_set)), **_sizes(weight)
+            "sgmv",
+            operands,
+            lambda: _in_place(lora.sgmv(y, x, weight, issued.running(), row_set)),
+            sizes=_sizes(weight),
         )
         return y
 
@@ -185,7 +189,7 @@ class SimulatedOperators:
             operands,
             lambda: lora.sgmv_shrink(x, weight, issued.running(), row_set),
             [((triples, slices, largest), torch.float32)],
-            **_sizes(weight),
+            sizes=_sizes(weight),
         )[0]
 
     def sgmv_expand(
@@ -197,8 +201,7 @@ class SimulatedOperators:
             "sgmv_expand",
             operands,
             lambda: _in_place(lora.sgmv_expand(y, h, weight, issued.running(), row_set)),
-            n=weight.spec.n,
-            slices=len(weight.spec.slices),
+            sizes={"n": weight.spec.n, "slices": len(weight.spec.slices)},
         )
         return y
 
@@ -256,7 +259,7 @@ class SimulatedOperators:
             )
 
         shape = ((x.shape[0], down.spec.n), x.dtype)
-        return self._run("moe_experts", operands, effect, [shape], hidden=gate_up.spec.k)[0]
+        return self._run("moe_experts", operands, effect, [shape], {"hidden": gate_up.spec.k})[0]
 
     # -- others ------------------------------------------------------------------------------------------------------
 
@@ -284,7 +287,9 @@ class SimulatedOperators:
             return found.ids, found.logprobs, found.top_ids, found.top_logprobs
 
         operands = {"logits": logits, "state": state.parameters, **_step_operand(issued)}
-        made = self._run("sample", operands, effect, outputs, R=issued.extent.rows, vocabulary=state.spec.vocabulary)
+        made = self._run(
+            "sample", operands, effect, outputs, {"R": issued.extent.rows, "vocabulary": state.spec.vocabulary}
+        )
         if not full:
             return SampleOutput(ids=made[0])
         return SampleOutput(ids=made[0], logprobs=made[1], top_ids=made[2], top_logprobs=made[3])

@@ -10,8 +10,6 @@ from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 
 # Bounds the mask and lets a tile skip the keys that none of its queries sees.
 QUERY_TILE = 512
-# From this many keys on torch's flash kernel compares scores by vectors, which keep NaN (AVX-512, float32).
-VECTOR_KEYS = 16
 
 
 def paged_attention(
@@ -169,8 +167,6 @@ def _flash(
 ) -> torch.Tensor:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     out: torch.Tensor = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
-    if k.shape[-2] < VECTOR_KEYS or q.dtype != torch.float32:
-        # With few keys the kernel takes a NaN query for one that sees nothing and gives zeros; in 16 bits an infinite
-        # one may be taken so at any length.
-        out = out + (q * 0).sum(-1, keepdim=True)
+    # The kernel takes a query whose scores are NaN or minus infinity for one that sees nothing, and gives zeros.
+    out.add_((q * 0).sum(-1, keepdim=True))
     return out

@@ -30,7 +30,7 @@ _KV_ROWS = ("aten::where", "aten::lt", "aten::div", "aten::mul", "aten::add", "a
 _WRITE = (*_KV_ROWS, "aten::index_put_")
 _ACTIVATION = ("aten::silu", "aten::mul_")
 _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
-_MASK = ("aten::sub", "aten::add", "aten::lt", "aten::ge", "aten::bitwise_or_", "aten::masked_fill_")
+_MASK = ("aten::sub", "aten::add", "aten::add_", "aten::lt", "aten::ge", "aten::bitwise_or_", "aten::masked_fill_")
 _DECODE = (
     "aten::baddbmm",
     "aten::bmm",

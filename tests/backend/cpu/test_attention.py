@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyaccel.backend.cpu import attention, decode_plan
+from polyaccel.backend.cpu.backend import CpuBackend
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.kv_cache import KVSpec
 from tests.backend.composite.cases import Draw, NoReadback, assert_within, f64, step_input
@@ -214,3 +215,30 @@ def test_a_nan_query_gives_nan_in_its_own_row_and_head_only(
         nan = paged.attend(poisoned, 0.5, window).isnan()
         assert nan[row, 1].all()
         assert nan.sum() == 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [1, 16, 17, 33, 49])
+def test_an_infinite_query_gives_nan_in_its_own_row_and_head_only(dtype: torch.dtype, context: int) -> None:
+    draw = Draw(4)
+    paged = Paged([(context, context)], 2, 8, dtype, draw, shuffled=True, shared=False)
+    q = draw.tensor(context, 4, 8, dtype=dtype)
+    for value in (torch.inf, -torch.inf):
+        for row in (0, context // 2, context - 1):
+            poisoned = q.clone()
+            poisoned[row, 1, 3] = value
+            nan = paged.attend(poisoned, 0.5, None).isnan()
+            assert nan[row, 1].all()
+            assert nan.sum() == 8
+
+
+def test_dense_attention_copies_and_counts_operands_of_other_strides() -> None:
+    draw = Draw(12)
+    backend = CpuBackend()
+    q, k, v = (draw.tensor(5, heads, 4) for heads in (4, 2, 2))
+    attend = backend.table()["dense_attention"][0].fn
+    expected = attend(q, k, v, [0, 2, 5], 0.5, True)
+    padded = torch.zeros(5, 2, 7)
+    padded[:, :, :4] = k
+    assert torch.equal(attend(q, padded[:, :, :4], v, [0, 2, 5], 0.5, True), expected)
+    assert backend.ledger.counts() == {"cpu.dense_attention": 2, "copy.dense_attention.k": 1}

@@ -28,6 +28,13 @@ def test_every_operator_and_station_is_native() -> None:
     assert sorted(CpuBackend().operators()) == sorted([*OPERATORS, *STATIONS])
 
 
+def test_every_entry_declares_what_it_may_execute() -> None:
+    entries = {name: entry for name, found in CpuBackend().table().items() for entry in found}
+    assert [name for name, entry in entries.items() if not entry.evidence] == []
+    declared = {operator for entry in entries.values() for operator in entry.evidence}
+    assert [operator for operator in declared if operator.count("::") != 1] == []
+
+
 def test_strict_plans_have_fused_stations_and_no_composites() -> None:
     static = {"dtype": "float32", "heads": 9, "kv_heads": 3, "head_dim": 64, "rotary_dim": 64, "act": "silu"}
     requests = [SiteRequest(site=name, operator=name, static=static) for name in [*STATIONS, *OPERATORS]]

@@ -172,3 +172,14 @@ def test_an_adapter_of_another_shape_leaves_its_slot_empty() -> None:
         store.write(where, wrong)
     assert store.ranges()[0] is None
     assert store.read("w", 0, 0) is None
+
+
+@pytest.mark.parametrize("y", [torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 5)])
+def test_an_output_of_another_dtype_or_width_is_refused(y: torch.Tensor) -> None:
+    draw, machine = Draw(8), Machine()
+    weight, _ = machine.weight(spec_of("w", [4], 3, rank_rows=8), draw)
+    store, _ = machine.store({"w": weight}, {0: [Module("w", 0, 2)]}, draw)
+    step = machine.begin(step_input(tokens=2, adapters={"tokens": [(0, 0, 1.0)]}), adapters=store)
+    with pytest.raises(OperatorError, match="'w' gives rows of 4") as caught:
+        machine.operator("sgmv")(y, draw.tensor(2, 3), weight, step)
+    assert [operand.name for operand in caught.value.operands] == ["y", "x"]
