@@ -97,9 +97,7 @@ def start_theirs(threads: int) -> None:
 
 
 def start_ours(threads: int) -> None:
-    _engine.append(
-        polyaccel.LLM(smollm2(), backend="cpu", prefix_caching=False, max_model_len=2048, threads=threads)
-    )
+    _engine.append(polyaccel.LLM(smollm2(), backend="cpu", prefix_caching=False, max_model_len=2048, threads=threads))
 
 
 def run_theirs(prompts: np.ndarray, new_tokens: int) -> tuple[float, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,12 +14,14 @@ from polyaccel.backend import (
     Communicator,
     Device,
     DeviceState,
+    Entry,
     Plan,
     Planned,
     SingleRank,
     SiteRequest,
     Step,
     StepInput,
+    Weight,
 )
 from polyaccel.backend.plan import KEYS, Policy
 from polyaccel_conformance.problem import Prepared
@@ -63,6 +66,17 @@ class Bench:
     @property
     def torch_device(self) -> torch.device:
         return self.device.torch_device
+
+    @functools.cached_property
+    def table(self) -> Mapping[str, tuple[Entry, ...]]:
+        """The backend's own operators, asked for once."""
+        return self.backend.table()
+
+    def dequantize(self, weight: Weight) -> torch.Tensor:
+        """By the backend's own ``dequantize``: ``[n, k]`` or ``[experts, n, k]`` of the weight's dtype."""
+        values = self.table["dequantize"][0].fn(weight)
+        assert isinstance(values, torch.Tensor)
+        return values
 
     def resolve(self, operator: str, prepared: Prepared) -> Resolved:
         """Ask the plan, exactly as a model does, what runs this operator for this problem."""

@@ -16,10 +16,12 @@ from polyaccel_conformance.bench import Bench, Resolved, call_by_name
 from polyaccel_conformance.formats import bits_of, from_torch
 from polyaccel_conformance.harness import state
 from polyaccel_conformance.harness.evidence import Activity, Watch
+from polyaccel_conformance.harness.kernels import KernelTrace
 from polyaccel_conformance.harness.layouts import promised
 from polyaccel_conformance.harness.memory import Guarded, Poison
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.problem import Exactly, Prepared, Problem
+from polyaccel_conformance.simulated.factories import virtual_device
 
 Array = npt.NDArray[np.generic]
 
@@ -222,6 +224,7 @@ class Trial:
         storages = {buffer.storage: name for name, buffer in guarded.items()}
         watched = setting.watched or setting.poison is not Poison.ZERO
         watch = Watch(setting.poison, storages) if watched else None
+        trace = None if watch is None or virtual_device(bench.torch_device) is None else KernelTrace(bench.torch_device)
         prepared = self.prepare()
         planned: Planned | None = None
         outputs: dict[str, Output] = {}
@@ -239,7 +242,7 @@ class Trial:
             planned = resolved.planned
             counts = bench.backend.ledger.counts()
             around = setting.around(bench) if setting.around is not None else nullcontext()
-            with around, watch if watch is not None else nullcontext():
+            with around, trace or nullcontext(), watch if watch is not None else nullcontext():
                 result = self.call(resolved, prepared, tensors)
                 if watch is not None:
                     watch.returned()
@@ -270,7 +273,7 @@ class Trial:
             planned=planned,
             disturbed=disturbed,
             fresh=fresh,
-            activity=None if watch is None else watch.activity(),
+            activity=None if watch is None else watch.activity(() if trace is None else trace.kernels),
         )
 
     def _values(self, name: str, setting: Setting) -> torch.Tensor:

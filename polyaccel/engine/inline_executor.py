@@ -49,9 +49,7 @@ class InlineExecutor(Executor):
         self, path: str, *, allow_unmatched: bool = False, allow_no_effect: bool = False
     ) -> PreparedHandle:
         prepared = call_on_fresh_thread(
-            lambda: self._runner.prepare_adapter(
-                path, allow_unmatched=allow_unmatched, allow_no_effect=allow_no_effect
-            )
+            lambda: self._runner.prepare_adapter(path, allow_unmatched=allow_unmatched, allow_no_effect=allow_no_effect)
         )
         handle = PreparedHandle(token=next(self._tokens), max_rank=prepared.matched.max_rank)
         self._prepared[handle.token] = prepared

@@ -110,7 +110,8 @@ def speed_tables() -> str:
         "|---|---|---|---|",
     ]
     lines += [
-        f"| {row['prompt_tokens']} | {row['base_tokens_per_s']:.1f} | {row['adapters_tokens_per_s']:.1f} | {row['ratio']:.2f} |"
+        f"| {row['prompt_tokens']} | {row['base_tokens_per_s']:.1f} "
+        f"| {row['adapters_tokens_per_s']:.1f} | {row['ratio']:.2f} |"
         for row in adapted
     ]
     return "\n".join(lines) + "\n"

@@ -26,8 +26,7 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
         tally.plan(case_result.case.operator)
     checks = tally.check_states(logged.header.checks)
     incomplete = "" if logged.ended else "the log has no end: the run was interrupted"
-    if logged.header.selection:
-        incomplete = f"only {logged.header.selection} was selected"
+    whole = not incomplete and logged.header.complete
     result = RunResult(
         header=logged.header,
         operators=tally.operator_states(logged.header),
@@ -48,10 +47,10 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
             checks,
             machine(logged.header.environment, ranks),
             waived=waived,
-            complete=not incomplete and not applied.problems,
+            complete=whole and not applied.problems,
         )
         levels = grant(evidence, require_native=require_native)
-        if not incomplete:
+        if whole:
             result = replace(result, empty_cells=empty_cells(evidence, logged.header.operators))
     left = Counter(case.operator for i, (_, case, _) in enumerate(failures) if i not in applied.covered)
     return Report(

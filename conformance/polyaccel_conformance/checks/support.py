@@ -56,7 +56,7 @@ class Pure(Check):
         queries = [query]
         if operator in STATIONS:
             queries += [query.for_part(part) for part in parts_of(operator, query)]
-        table, composites = bench.backend.table(), bench.backend.composites()
+        table = bench.table
         for asked in queries:
             entries = table.get(asked.operator, ())
             refused = True
@@ -65,7 +65,7 @@ class Pure(Check):
                 if found is not None:
                     return found
                 refused = refused and bool(entry.supports(asked))
-            if refused and asked.operator not in composites and asked.operator not in STATIONS:
+            if refused and asked.operator not in STATIONS and asked.operator not in bench.backend.composites():
                 message = f"every entry of {asked.operator} refuses this, and there is no composite to run instead"
                 return Failure(check=self.name, cause="refused without a composite", message=message)
         return None

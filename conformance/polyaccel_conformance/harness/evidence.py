@@ -128,15 +128,19 @@ class Watch(PlainDispatchMode):
         """The call has returned: what comes now is the device's queue, whose kernels may be Python here."""
         self._returned = True
 
-    def activity(self) -> Activity:
+    def activity(self, kernels: Sequence[str] = ()) -> Activity:
+        """``kernels``: what the device says it ran beside what was dispatched."""
+        operators = dict(self._operators)
+        for kernel in kernels:
+            operators[kernel] = operators.get(kernel, 0) + 1
         return Activity(
-            operators=MappingProxyType(dict(self._operators)),
+            operators=MappingProxyType(operators),
             overloads=MappingProxyType(dict(self._overloads)),
             operand_copies=MappingProxyType(dict(self._operand_copies)),
             operand_writes=MappingProxyType(dict(self._operand_writes)),
             reads=tuple(self._reads),
             crossings=tuple(self._crossings),
-            dispatched=self._dispatched,
+            dispatched=self._dispatched + len(kernels),
         )
 
     def __torch_dispatch__(

@@ -23,7 +23,7 @@ def snapshot(bench: Bench, problem: Problem, prepared: Prepared) -> dict[str, to
     step = next((value for value in arguments.values() if isinstance(value, Step)), None)
     for name, value in arguments.items():
         if isinstance(value, Weight):
-            found[f"weight {name!r}"] = _bits(bench.backend.dequantize(value))
+            found[f"weight {name!r}"] = _bits(bench.dequantize(value))
             if step is not None and step.state.adapters is not None:
                 found |= _adapters(step, value, name)
         elif isinstance(value, KVCache):

@@ -224,21 +224,21 @@ def _brief(some: Sequence[Cell], every: Sequence[Cell]) -> str:
 
 def _checks(level: Level, evidence: Evidence) -> tuple[list[str], list[str]]:
     """Why the level's questions deny it, and which of them could not be asked here."""
-    reasons: list[str] = []
-    idle: list[str] = []
-    for name in level.checks:
-        if name not in evidence.checks:
-            reasons.append(f"check {name} was not asked")
     asked = {name for operator in level.operators for name in evidence.asked.get(operator, ())}
-    for name in sorted({*asked, *level.checks} & set(evidence.checks)):
-        state = evidence.checks[name]
-        if state is Asked.INCONCLUSIVE:
-            reasons.append(f"check {name} is inconclusive: its control did not fail")
-        elif state is Asked.FAILED and name in level.checks:
-            reasons.append(f"check {name} failed")
-        elif state is Asked.NOT_EXERCISED:
-            idle.append(f"check {name}")
-    return reasons, idle
+    states = {name: evidence.checks[name] for name in sorted({*asked, *level.checks}) if name in evidence.checks}
+    missing = [name for name in level.checks if name not in evidence.checks]
+    unsure = [name for name, state in states.items() if state is Asked.INCONCLUSIVE]
+    failed = [name for name, state in states.items() if state is Asked.FAILED and name in level.checks]
+    reasons = [
+        f"{text}: {', '.join(names)}"
+        for text, names in (
+            ("checks that were not asked", missing),
+            ("checks that failed", failed),
+            ("inconclusive checks, whose controls did not fail", unsure),
+        )
+        if names
+    ]
+    return reasons, [f"check {name}" for name, state in states.items() if state is Asked.NOT_EXERCISED]
 
 
 def earned(results: Iterable[LevelResult]) -> tuple[LevelResult, ...]:

@@ -139,7 +139,14 @@ def grids(counts: Sequence[CellCount]) -> dict[str, dict[str, dict[str, Square]]
             _add(rows, cell.layout.replace("=", " "), count)
         if cell.range == "-" and cell.layout == "-":
             _add(rows, "all", count)
-    return found
+    return {operator: dict(sorted(rows.items(), key=lambda row: _order(row[0]))) for operator, rows in found.items()}
+
+
+def _order(row: str) -> tuple[bool, str, int, str]:
+    """Sizes before layouts, each by name, ranges from small to large."""
+    name, _, value = row.partition(" ")
+    low = value.partition("..")[0]
+    return (not low.isdigit(), name, int(low) if low.isdigit() else 0, value)
 
 
 def _first(seen: dict[tuple[str, str], set[str]], key: tuple[str, str], name: str) -> bool:

@@ -58,7 +58,7 @@ class SimulatedDevice(Device):
         if self.runtime.kernel_device is not None:
             inner.zero_()
         else:
-            self._submit(Task(kernel="zeros", call=inner.zero_))
+            self._submit(Task(kernel="zeros", call=inner.zero_, kind="fill"))
         return made
 
     def upload(self, source: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,11 @@ def device_of(device: torch.device) -> VirtualDevice:
     return found
 
 
+def virtual_device(device: torch.device) -> VirtualDevice | None:
+    """The same, None for any other device."""
+    return _DEVICES.get(device.index or 0) if device.type == DEVICE_TYPE else None
+
+
 @functools.cache
 def _register() -> torch.library.Library | None:
     if torch._C._get_privateuse1_backend_name() != DEVICE_TYPE or f"torch.{DEVICE_TYPE}" in sys.modules:

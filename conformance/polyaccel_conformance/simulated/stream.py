@@ -26,7 +26,8 @@ KERNEL_TIME = 1.0
 class Task:
     """Work for a device: ``call`` is its effect; the rest is what an error and the device's activity say about it.
 
-    ``kind``: ``kernel``, or a copy ``to device``, ``to host``, ``on device``, ``between devices``; ``delay``, ``mark``.
+    ``kind``: ``kernel``, ``fill``, or a copy ``to device``, ``to host``, ``on device``, ``between devices``; ``delay``,
+    ``mark``.
     """
 
     kernel: str

@@ -4,8 +4,8 @@
 
 How signatures map: a row-wise operator is the function of ``torch.nn.functional`` of the same meaning; ``linear`` is
 ``F.linear`` on the weight as a plain tensor. What PyTorch never promised: one rounding of 16-bit results (activations
-in 16 bits round between their parts), float32 sums where ``allow_tf32`` or a reduced-precision reduction is switched on,
-the same bits whatever the number of rows. A failure there is a finding about the setting, not a bug of PyTorch.
+in 16 bits round between their parts), float32 sums where ``allow_tf32`` or a reduced-precision reduction is switched
+on, the same bits whatever the number of rows. A failure there is a finding about the setting, not a bug of PyTorch.
 
 The functions open a backend under one setting of cuBLAS each; the settings belong to the process.
 """

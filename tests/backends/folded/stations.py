@@ -44,7 +44,8 @@ class FoldedStations(Issuer):
         def run() -> None:
             y = adapted(x, own, issued, "tokens").to(x.dtype)
             q, k, v = (
-                part.unflatten(1, (part.shape[1] // head_dim, head_dim)) for part in torch.split(y, widths, dim=-1)
+                part.reshape(part.shape[0], part.shape[1] // head_dim, head_dim)
+                for part in torch.split(y, widths, dim=-1)
             )
             if q_norm is not None and k_norm is not None:
                 q, k = kernels.rms_norm(q, q_norm, eps), kernels.rms_norm(k, k_norm, eps)

@@ -39,7 +39,8 @@ def _problem(operator: str, seed: int = 3, **wanted: Any) -> Problem:
 def _attention(change: Function) -> Function:
     def wrong(q: torch.Tensor, kv: Any, layer: int, step: Any, scale: float, window: int | None = None) -> torch.Tensor:
         out = attention.paged_attention(q, kv, layer, step, scale, window)
-        return change(out, kv, layer, step)
+        changed: torch.Tensor = change(out, kv, layer, step)
+        return changed
 
     return wrong
 
@@ -54,7 +55,8 @@ def _changes_a_key(out: torch.Tensor, kv: Any, layer: int, step: Any) -> torch.T
 def _reads_unreached_slots(out: torch.Tensor, kv: Any, layer: int, step: Any) -> torch.Tensor:
     slots = torch.arange(kv.spec.blocks * kv.spec.block_size)
     k, _ = kv.read(layer, slots)
-    return out + 0 * k.sum().to(out.dtype)
+    spoiled: torch.Tensor = out + 0 * k.sum().to(out.dtype)
+    return spoiled
 
 
 def _problem_of_attention() -> Problem:

@@ -33,7 +33,7 @@ WITHOUT_VALUES = _only("values.exact", "values.bound")
 
 
 def _end(x: torch.Tensor) -> int:
-    return x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + x.shape[1]
+    return int(x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + x.shape[1])
 
 
 def _writes_past_the_end(x: torch.Tensor) -> None:

@@ -14,7 +14,8 @@ from polyaccel_conformance.harness.memory import Poison
 
 def _watched(call: Callable[[torch.Tensor], object], poison: Poison = Poison.NAN) -> Activity:
     x = torch.arange(12.0).reshape(3, 4)
-    with Watch(poison, {x.untyped_storage().data_ptr(): "x"}) as watch:
+    watch = Watch(poison, {x.untyped_storage().data_ptr(): "x"})
+    with watch:
         call(x)
     return watch.activity()
 

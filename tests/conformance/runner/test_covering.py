@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def test_an_axis_is_cut_to_its_limit_and_nothing_is_left_of_one_beyond_it() -> N
 def test_a_registered_operator_has_a_short_list_of_valid_cases(problems: ProblemSet) -> None:
     found = covering(problems)
     sizes = sorted((len(values) for values in problems.axes().values()), reverse=True)
-    assert len(found.cases) <= max(150, int(1.3 * sizes[0] * sizes[1]))
+    # Constraints cost some cases beyond what the two longest axes need.
+    assert len(found.cases) <= max(170, int(1.3 * math.prod(sizes[:2])))
     assert len({case.key for case in found.cases}) == len(found.cases)
     for case in (*found.cases, *large(problems)):
         axes = {path: case.axes()[path] for path in problems.axes()}
