@@ -15,9 +15,23 @@ ANY = (Layout.STRIDED,)
 
 
 def tensor(
-    name: str, shape: str, *, mutated: bool = False, optional: bool = False, alias: tuple[str, ...] = ()
+    name: str,
+    shape: str,
+    *,
+    mutated: bool = False,
+    optional: bool = False,
+    alias: tuple[str, ...] = (),
+    non_finite: NonFinite = NonFinite.PROPAGATES,
 ) -> Argument:
-    return Argument(name=name, shape=shape, dtypes=FLOATS, mutated=mutated, optional=optional, may_alias=alias)
+    return Argument(
+        name=name,
+        shape=shape,
+        dtypes=FLOATS,
+        mutated=mutated,
+        optional=optional,
+        may_alias=alias,
+        non_finite=non_finite,
+    )
 
 
 def kind(name: str, kind: ArgumentKind, *, optional: bool = False) -> Argument:
@@ -221,7 +235,14 @@ _LORA = (
             "rank, any "
             "width, slices narrower than the rank. Punica, S-LoRA."
         ),
-        arguments=(tensor("y", "[T, n]", mutated=True), tensor("x", "[T, k]"), WEIGHT, STEP, ROW_SET),
+        # Rank rows that pad a slice are zero, and zero times NaN is NaN: x may reach slices that its adapter leaves out.
+        arguments=(
+            tensor("y", "[T, n]", mutated=True),
+            tensor("x", "[T, k]", non_finite=NonFinite.SEGMENT),
+            WEIGHT,
+            STEP,
+            ROW_SET,
+        ),
         returns="y",
         numerics=SGMV_NUMERICS,
         critical=True,

@@ -16,11 +16,11 @@ from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.waivers import read_waivers
 
 
-def ready(subject: Subject, devices: int) -> bool:
+def ready(subject: Subject) -> bool:
     """Whether running makes sense; prints why not. A subject that cannot be opened is for the run to name."""
     if subject.kind != "backend" or subject.mutant:
         return True
-    found = preflight(subject, devices=devices)
+    found = preflight(subject)
     if found.usable or not found.opened:
         return True
     print(found.text(), end="")

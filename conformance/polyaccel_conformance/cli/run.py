@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--backend or --table is needed")
     if options.workers < 1:
         raise UsageError(f"--workers {options.workers}: at least one is needed")
-    if not ready(subject, options.devices):
+    if not ready(subject):
         return ExitCode.FAIL
     folder = options.out if options.out is not None else Path("conformance-results") / subject.name.lower()
     line = ProgressLine(enabled=not options.no_progress)

@@ -63,6 +63,20 @@ class VirtualTensor(torch.Tensor):
     def is_meta(self) -> bool:  # type: ignore[override]
         return False
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        # torch would make a number a tensor on the device that it takes this one for, which has no storage.
+        own = self.memory.device
+        where, what = _inner(key), _inner(value)
+        if own.runtime.kernel_device is not None:
+            raw(self, own.runtime.kernel_device)[where] = what
+            return
+        host = self.host
+
+        def write() -> None:
+            host[where] = what
+
+        own.runtime.submit(Task(kernel="index_put_", call=write), own.runtime.current_stream(own))
+
     def data_ptr(self) -> int:
         return self.host.data_ptr()
 

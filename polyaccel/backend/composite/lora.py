@@ -125,7 +125,13 @@ def sgmv_shrink(x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "
 def sgmv_expand(
     y: torch.Tensor, h: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens"
 ) -> torch.Tensor:
-    """Add ``mix * h @ B.T`` of every triple to ``y: [rows, n]``, in place; h as from :func:`sgmv_shrink`. Returns y."""
+    """Add ``mix * h @ B.T`` of every triple to ``y: [rows, n]``, in place; h as from :func:`sgmv_shrink`. Returns y.
+
+    Raises:
+        OperatorError: y is not of the weight's dtype and width.
+    """
+    if y.dtype != weight.spec.dtype or y.shape[-1] != weight.spec.n:
+        raise OperatorError.describe("sgmv_expand", f"y must be {weight.spec.dtype} rows of {weight.spec.n}", {"y": y})
     if len(step.input.rows(row_set)) == 0:
         return y
     store, spec = adapter_store("sgmv_expand", step), _plain_spec("sgmv_expand", weight)

@@ -14,6 +14,7 @@ from polyaccel.backend.cpu.linear import check_rows, multiply, multiply_add
 from polyaccel.backend.cpu.operators import CpuOperators
 from polyaccel.backend.cpu.step import CpuStep, own_cache
 from polyaccel.backend.cpu.weight import PackedWeight
+from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.guard import Launcher
 from polyaccel.backend.kv_cache import KVCache
 from polyaccel.backend.rope import RopeStyle, RopeTable
@@ -99,6 +100,13 @@ class CpuStations:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         operators, launch = self._operators, self._launch
         scalar = operators.scalar(eps)
+        if residual.shape != (*x.shape[:-1], weight.spec.n) or residual.dtype != x.dtype:
+            # Found out later, the residual would have been added to already.
+            raise OperatorError.describe(
+                "row_parallel_add_norm",
+                f"residual must be {x.dtype} rows of {weight.spec.n}, one a row of x",
+                {"x": x, "residual": residual},
+            )
         if comm.world_size > 1:
             y = self.row_parallel_linear(x, weight, step, comm)
             parts: tuple[torch.Tensor | None, ...] = (y, residual, norm_weight)

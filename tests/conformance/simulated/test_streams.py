@@ -131,6 +131,18 @@ def test_torchs_own_factories_and_operators_work_on_virtual_devices() -> None:
     assert found.device == device
     assert found.to("cpu").tolist() == [[0.0, 3.0], [0.0, 7.0], [0.0, 12.0]]
     assert torch.equal(torch.ones(3).to(device), torch.ones(3, device=device))
+    x[:, 1:] = 7
+    x[0, 0] = -1.0
+    x[torch.tensor([1], device=device), 2] = 5.0
+    assert x.to("cpu").tolist() == [[-1.0, 7.0, 7.0], [3.0, 7.0, 5.0]]
+
+
+def test_what_torch_would_do_behind_a_virtual_devices_back_is_refused() -> None:
+    device = SimulatedBackend().devices()[0].torch_device
+    with pytest.raises(RuntimeError, match=r"make it on the host and move it there"):
+        torch.tensor([1.0, 2.0], device=device)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(2, device=device) + torch.ones(2)
 
 
 def test_a_host_source_may_change_as_soon_as_an_upload_returns() -> None:
