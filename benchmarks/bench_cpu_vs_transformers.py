@@ -2,9 +2,9 @@
 
     python benchmarks/bench_cpu_vs_transformers.py [--batches 1 8] [--prompts 128 1024] [--new-tokens 128]
 
-Same weights, threads, dtype (float32) and prompts; greedy; both warmed up; the median of repeats, for ratios that of the
-repeats' own ratios. transformers gets
-sdpa, no_grad and equal prompt lengths (no padding). The tokens are compared in the same run: they may differ only from
+Same weights, threads, dtype (float32) and prompts; greedy; both warmed up; the median of repeats, for ratios that of
+the repeats' own ratios (neighbours in time). transformers gets sdpa, no_grad and equal prompt lengths (no padding).
+The tokens are compared in the same run: they may differ only from
 a position on where transformers' own best two logits are closer than rounding. ``of_bandwidth`` is the share of the
 memory bandwidth, measured in the same run, that reading the weights once a step takes.
 

@@ -235,7 +235,7 @@ _LORA = (
             "rank, any "
             "width, slices narrower than the rank. Punica, S-LoRA."
         ),
-        # Rank rows that pad a slice are zero, and zero times NaN is NaN: x may reach slices that its adapter leaves out.
+        # Rank rows that pad a slice are zero, and zero times NaN is NaN: x may reach slices that its adapter lacks.
         arguments=(
             tensor("y", "[T, n]", mutated=True),
             tensor("x", "[T, k]", non_finite=NonFinite.SEGMENT),

@@ -133,7 +133,7 @@ def test_torchs_own_factories_and_operators_work_on_virtual_devices() -> None:
     assert torch.equal(torch.ones(3).to(device), torch.ones(3, device=device))
     x[:, 1:] = 7
     x[0, 0] = -1.0
-    x[torch.tensor([1], device=device), 2] = 5.0
+    x[torch.tensor([1]).to(device), 2] = 5.0
     assert x.to("cpu").tolist() == [[-1.0, 7.0, 7.0], [3.0, 7.0, 5.0]]
 
 
