@@ -121,6 +121,11 @@ class DeviceProblem(Problem, ABC):
         """What could not be tried on this device, after the drive."""
         return tuple(self._facts.notes)
 
+    @property
+    def stated(self) -> bool:
+        """Whether the drive came to any statement."""
+        return bool(self._facts.names)
+
     def _judge(self, _: npt.NDArray[np.generic]) -> str | None:
         wrong = self._facts.wrong
         if not self._facts.names and not self._facts.notes:
@@ -172,9 +177,13 @@ class DeviceQuestion(Check):
         problem.sabotaged = True
         trial = Trial(bench, problem)
         try:
-            return "failed as it must" if self.run(trial) is not None else "did not fail"
+            failed = self.run(trial) is not None
         finally:
             trial.close()
+        if failed:
+            return "failed as it must"
+        # A device that has nothing of what is asked about can show neither a right nor a wrong answer.
+        return "impossible here" if problem.notes and not problem.stated else "did not fail"
 
 
 def first_case(cases: ProblemSet) -> Case:

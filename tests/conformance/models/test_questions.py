@@ -63,6 +63,7 @@ def test_a_backend_without_graphs_is_not_judged_by_them() -> None:
     result = run_case(bench, check.cases.problem(case), [check])
     assert result.passed
     assert result.notes == ("backend 'cpu' does not capture graphs",)
+    assert check.control(bench) == "impossible here"
 
 
 def test_a_wrong_operator_changes_the_tokens() -> None:
