@@ -1,4 +1,4 @@
-"""Long tests of the suite run on request only."""
+"""Long tests of the suite run on request only, so that the others can run on every change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 LONG = "POLYACCEL_LONG_TESTS"
+# They start workers, build wheels and run whole profiles.
+FOLDERS = ("runner", "template", "report", "certificate", "simulated")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,5 +17,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     here = Path(__file__).parent
     for item in items:
-        if here in item.path.parents and item.get_closest_marker("slow") is not None:
+        if here not in item.path.parents:
+            continue
+        folder = item.path.relative_to(here).parts[0]
+        if folder in FOLDERS or item.get_closest_marker("slow") is not None:
             item.add_marker(pytest.mark.skip(reason=f"takes minutes; set {LONG}=1"))
