@@ -289,10 +289,7 @@ class _Run:
 
     def _result_of(self, answer: Answer, case: Case) -> CaseResult:
         if "result" in answer.reply:
-            result = result_from_json(answer.reply["result"])
-            if any(failure.message.startswith("DeviceLost") for failure in result.failures):
-                self.pool.retire()
-            return result
+            return result_from_json(answer.reply["result"])
         # A hang costs far more time than a crash.
         self.deaths[case.operator] += MAX_DEATHS // MAX_HANGS if answer.died == HANG else bool(answer.died)
         return lost_result(answer, case)

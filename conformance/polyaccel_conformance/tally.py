@@ -60,11 +60,11 @@ class Tally:
         reason = ""
         if failures:
             verdict = "failed"
-        elif not cases:
-            verdict, reason = "not exercised", "no case asks it"
         elif control.startswith(IMPOSSIBLE):
             verdict = "not exercised"
             reason = control.removeprefix(IMPOSSIBLE).removeprefix(": ") or "its control is impossible here"
+        elif not cases:
+            verdict, reason = "not exercised", "no case asks it"
         elif control != AS_IT_MUST:
             verdict = "inconclusive"
             reason = f"its control {control}" if control else "its control was not run"

@@ -9,7 +9,7 @@ import pytest
 
 LONG = "POLYACCEL_LONG_TESTS"
 # They start workers, build wheels and run whole profiles.
-FOLDERS = ("runner", "template", "report", "certificate", "simulated")
+FOLDERS = ("runner", "template", "report", "certificate")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -189,6 +189,9 @@ class Watch(PlainDispatchMode):
     def _operand(self, tensor: object) -> str | None:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
             return None
+        if not tensor.numel():
+            # Memory of no bytes has no address of its own.
+            return None
         return self._storages.get(tensor.untyped_storage().data_ptr())
 
 

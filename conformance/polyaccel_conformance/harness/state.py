@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from polyaccel.backend import KVCache, Step, Weight
+from polyaccel.backend import AdapterStore, KVCache, PackedAdapter, PackedEntry, SlotRange, Step, Weight
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.harness.memory import Poison, as_bits, poison_
 from polyaccel_conformance.problem import Prepared, Problem
@@ -42,10 +42,15 @@ def changed(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor
 
 
 def poison_room(bench: Bench, problem: Problem, prepared: Prepared, poison: Poison) -> None:
-    """Poison the KV slots that no sequence of the step reaches, for operators that only read the cache."""
+    """Poison the KV slots that no sequence of the step reaches, for operators that only read the cache; and load an
+    adapter of poison into a free slot that the step does not name."""
+    step = next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
+    for value in prepared.arguments.values():
+        if isinstance(value, Weight) and step is not None and step.state.adapters is not None:
+            _poison_slot(step, step.state.adapters, value, poison)
+    bench.synchronize()
     if problem.case.operator in WRITES_KV:
         return
-    step = next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
     for value in prepared.arguments.values():
         if isinstance(value, KVCache) and step is not None:
             slots = _slots(bench, value, _reached(step, value))
@@ -56,6 +61,41 @@ def poison_room(bench: Bench, problem: Problem, prepared: Prepared, poison: Pois
             for layer in range(value.spec.layers):
                 value.write(layer, slots, rows, rows)
             bench.synchronize()
+
+
+def _poison_slot(step: Step, store: AdapterStore, weight: Weight, poison: Poison) -> None:
+    ranges = store.ranges()
+    filled = sorted((r.first_rank_row, r.rank_rows) for r in ranges if r is not None)
+    named = {int(slot) for rows in step.input.adapters.values() for slot in rows.slots}
+    free = [slot for slot, where in enumerate(ranges) if where is None and slot not in named]
+    starts = [0, *(first + count for first, count in filled)]
+    rows = [row for row in starts if row < store.rank_rows and all(not f <= row < f + c for f, c in filled)]
+    spec = weight.spec
+    if not (filled and free and rows and spec.rank_rows):
+        return
+    # Of rank 1, so that no store gets a larger rank by it.
+    entries, size = [], 0
+    for index, part in enumerate(spec.slices):
+        width, height = (part.n, spec.k) if spec.lookup else (spec.k, part.n)
+        for expert in (None,) if spec.experts is None else range(spec.experts):
+            entries.append(
+                PackedEntry(
+                    site=spec.site,
+                    slice=index,
+                    expert=expert,
+                    kind="embedding" if spec.lookup else "linear",
+                    rank=1,
+                    a_offset=size,
+                    a_shape=(1, width),
+                    b_offset=size + width,
+                    b_shape=(height, 1),
+                )
+            )
+            size += width + height
+    packed = PackedAdapter(
+        buffer=poison_(torch.empty(size, dtype=spec.dtype), poison), entries=tuple(entries), max_rank=1
+    )
+    store.write(SlotRange(slot=free[0], first_rank_row=rows[0], rank_rows=1), packed).synchronize()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from polyaccel.backend import Backend, Device
 from polyaccel_conformance.formats import bits_of
 from polyaccel_conformance.preflight.finding import Finding, Mark
+from polyaccel_conformance.simulated.factories import virtual_device
 
 REQUIRED = (torch.float32, torch.int32)
 """What every level stores. One 16-bit type is needed too; float64, int64 and the rest never are."""
@@ -134,6 +135,8 @@ def _streams(device: Device) -> Answer:
     kind = device.torch_device.type
     if kind in ("cpu", "meta"):
         return False, "one queue; checks on side streams are not exercised"
+    if virtual_device(device.torch_device) is not None:
+        return True, ""
     module = torch.get_device_module(kind)
     has = hasattr(module, "Stream") and hasattr(module, "stream")
     return has, "" if has else f"torch.{kind} has no streams"

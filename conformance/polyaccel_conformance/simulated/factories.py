@@ -77,7 +77,7 @@ def _register() -> torch.library.Library | None:
     if torch._C._get_privateuse1_backend_name() != DEVICE_TYPE or f"torch.{DEVICE_TYPE}" in sys.modules:
         return None
     # torch imports the device's module before it makes a tensor there.
-    sys.modules[f"torch.{DEVICE_TYPE}"] = types.ModuleType(f"torch.{DEVICE_TYPE}")
+    torch._register_device_module(DEVICE_TYPE, types.ModuleType(f"torch.{DEVICE_TYPE}"))  # type: ignore[no-untyped-call]
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     functions = {"empty.memory_format": _empty, "empty_strided": _empty_strided}
     for name, function in {**functions, **{name: _computed(name) for name in _COMPUTED}}.items():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from polyaccel.backend import Launcher
-from polyaccel_conformance.simulated.runtime import Runtime, operand_infos
+from polyaccel_conformance.simulated.runtime import Runtime, named
 from polyaccel_conformance.simulated.stream import Task
 from polyaccel_conformance.simulated.tensor import VirtualTensor, empty_on
 
@@ -42,7 +42,7 @@ def launch(
                 if isinstance(result, torch.Tensor):
                     target.copy_(result)
 
-        infos = operand_infos([*operands.items(), *((f"output {i}", tensor) for i, tensor in enumerate(made))])
+        infos = named([*operands.items(), *((f"output {i}", tensor) for i, tensor in enumerate(made))])
         runtime.submit(Task(kernel=kernel, call=run, operands=infos, rank=launcher.rank))
         return list(made)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -32,9 +32,8 @@ class Failure:
     cause: Exception
 
     def error(self) -> OperatorError:
-        return OperatorError(
-            self.task.kernel, f"failed on the device: {self.cause}", self.task.operands, self.task.rank
-        )
+        operands = [OperandInfo.of(name, tensor) for name, tensor in self.task.operands]
+        return OperatorError(self.task.kernel, f"failed on the device: {self.cause}", operands, self.task.rank)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -276,8 +275,12 @@ class Runtime:
         self._kernel_device = device
         try:
             # Device work is invisible to whoever watches the host's operators.
-            with _disable_current_modes(), torch.no_grad():
-                task.call()
+            if torch._C._len_torch_dispatch_stack():
+                with _disable_current_modes(), torch.no_grad():
+                    task.call()
+            else:
+                with torch.no_grad():
+                    task.call()
         except Exception as error:
             device.failure = Failure(task, error)
         finally:
@@ -295,6 +298,6 @@ def _nothing() -> None:
     return None
 
 
-def operand_infos(tensors: Sequence[tuple[str, torch.Tensor | None]]) -> tuple[OperandInfo, ...]:
-    """What an error will say about a kernel's operands."""
-    return tuple(OperandInfo.of(name, tensor) for name, tensor in tensors if tensor is not None)
+def named(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> tuple[tuple[str, torch.Tensor], ...]:
+    """The operands that there are, for an error to describe."""
+    return tuple((name, tensor) for name, tensor in tensors if tensor is not None)

@@ -62,6 +62,7 @@ class StepBuffers:
     def __init__(self, room: Extent, device: SimulatedDevice) -> None:
         self.room = room
         self.triples: dict[RowSet, AdapterRows] = {}
+        self._held: dict[Extent, dict[str, np.ndarray]] = {}
         self.arrays: dict[str, VirtualTensor] = {}
         for name in DEVICE_ARRAYS:
             dtype = torch.int64 if name in _INT64 else torch.float32 if name == "uniforms" else torch.int32
@@ -76,6 +77,14 @@ class StepBuffers:
         """The rows of an array that a step of this extent has."""
         whole = self.arrays[name]
         return VirtualTensor(whole.host[: extent.length(name)], whole.memory)
+
+    def held(self, extent: Extent) -> dict[str, np.ndarray]:
+        """The same memory as arrays, by name."""
+        found = self._held.get(extent)
+        if found is None:
+            found = {name: self.view(name, extent).host.numpy() for name in DEVICE_ARRAYS}
+            self._held[extent] = found
+        return found
 
     def load(self, inputs: StepInput, state: DeviceState) -> None:
         """On the device: overwrite everything, and resolve token sources to the ids sampled by then."""
@@ -130,8 +139,8 @@ class RunningStep(Step):
 
     def __init__(self, buffers: StepBuffers, extent: Extent, state: DeviceState) -> None:
         self.state, self._buffers, self._extent = state, buffers, extent
-        held = {name: buffers.view(name, extent).host.numpy() for name in DEVICE_ARRAYS}
-        self.input = StepInput(token_class=TokenClass.MIXED, adapters=dict(buffers.triples), **held)
+        arrays = buffers.held(extent)
+        self.input = StepInput(token_class=TokenClass.MIXED, adapters=dict(buffers.triples), **arrays)
         self.plan_key = plan_key(TokenClass.MIXED, self.input.has_adapters)
 
     def tensor(self, name: str) -> torch.Tensor:

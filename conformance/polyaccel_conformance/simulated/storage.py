@@ -19,13 +19,14 @@ from polyaccel.backend import (
     SlotRange,
     Weight,
 )
-from polyaccel.backend.composite.adapter_store import Module, TensorAdapterStore
+from polyaccel.backend.composite.adapter_store import Module, SiteBuffers, TensorAdapterStore
 from polyaccel.backend.composite.kv_cache import TensorKVCache
 from polyaccel.backend.composite.sampling_state import StepNeeds, TensorSamplingState
 from polyaccel.backend.composite.weight import TensorWeight
 from polyaccel_conformance.simulated.device import SimulatedDevice
 from polyaccel_conformance.simulated.launch import launch
 from polyaccel_conformance.simulated.runtime import Runtime
+from polyaccel_conformance.simulated.tensor import raw
 
 
 class SimulatedKVCache(TensorKVCache):
@@ -105,8 +106,11 @@ class SimulatedAdapterStore(TensorAdapterStore):
 
     def _place(self, where: SlotRange, packed: PackedAdapter, modules: Mapping[Module, PackedEntry]) -> None:
         """Inside of a kernel: every site's rows of the range, zero where the adapter has none."""
-        for site, buffers in self.sites.items():
+        device = self._virtual.virtual
+        source = PackedAdapter(buffer=raw(packed.buffer, device), entries=packed.entries, max_rank=packed.max_rank)
+        for site, held in self.sites.items():
             experts = self._specs[site].experts
+            buffers = SiteBuffers(a=raw(held.a, device), b=tuple(raw(b, device) for b in held.b))
             for index in range(len(buffers.b)):
                 for expert in (None,) if experts is None else range(experts):
                     a, b = buffers.rows(index, expert, where.first_rank_row, where.rank_rows)
@@ -114,8 +118,8 @@ class SimulatedAdapterStore(TensorAdapterStore):
                     b.zero_()
                     entry = modules.get((site, index, expert))
                     if entry is not None:
-                        a[: entry.rank].copy_(packed.a(entry))
-                        b[: entry.rank].copy_(packed.b(entry).T)
+                        a[: entry.rank].copy_(source.a(entry))
+                        b[: entry.rank].copy_(source.b(entry).T)
 
 
 class SimulatedSamplingState(TensorSamplingState):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from polyaccel.backend import OperandInfo
+import torch
 
 if TYPE_CHECKING:
     from polyaccel_conformance.simulated.runtime import VirtualDevice
@@ -33,7 +33,7 @@ class Task:
     kernel: str
     call: Callable[[], object]
     kind: str = "kernel"
-    operands: tuple[OperandInfo, ...] = ()
+    operands: tuple[tuple[str, torch.Tensor], ...] = ()
     rank: int | None = None
     duration: float = KERNEL_TIME
 

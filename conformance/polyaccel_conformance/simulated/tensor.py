@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from polyaccel_conformance.simulated.factories import DEVICE_TYPE, device_of
-from polyaccel_conformance.simulated.runtime import IllegalAccess, Memory, VirtualDevice, operand_infos
+from polyaccel_conformance.simulated.runtime import IllegalAccess, Memory, VirtualDevice, named
 from polyaccel_conformance.simulated.stream import Task
 
 _aten = torch.ops.aten
@@ -201,7 +201,7 @@ def _copy(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
                 kernel="copy",
                 call=lambda: inner.copy_(values),
                 kind="on device",
-                operands=operand_infos((("destination", destination), ("source", source))),
+                operands=named((("destination", destination), ("source", source))),
             ),
             stream,
         )
@@ -246,7 +246,7 @@ def _queue(func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[Virtu
             )
     stream = runtime.current_stream(device)
     inner_args, inner_kwargs = _inner(args), _inner(kwargs)
-    infos = operand_infos([(f"operand {i}", tensor) for i, tensor in enumerate(tensors)])
+    infos = named([(f"operand {i}", tensor) for i, tensor in enumerate(tensors)])
     name = str(func.overloadpacket).removeprefix("aten.")
     if func in _READS:
         runtime.wait_stream(stream)

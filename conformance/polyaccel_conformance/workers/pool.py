@@ -21,7 +21,8 @@ from polyaccel_conformance.workers.process import ForkServer, Process, Spawn, St
 from polyaccel_conformance.workers.worker import TARGET
 
 OPEN_SECONDS = 120.0
-MAX_RESTARTS = 400
+MAX_IN_A_ROW = 25
+"""Workers that may end one after the other, without one that survives a case, before the device counts as lost."""
 LOG_TAIL = 6
 
 
@@ -73,6 +74,7 @@ class Pool:
     def __init__(self, subject: Subject, *, count: int = 2, device: int = 0, server: ForkServer | None = None) -> None:
         self.facts: Mapping[str, Any] = {}
         self.restarts = 0
+        self._in_a_row = 0
         self._subject, self._count, self._device = subject, count, device
         self._own = server is None
         self.server = server if server is not None else ForkServer()
@@ -173,6 +175,11 @@ class Pool:
                     yield self._lost(worker, job, _ending(code))
                 else:
                     worker.job = None
+                    if reply.get("retire"):
+                        self._end(worker)
+                        self._workers.remove(worker)
+                    else:
+                        self._in_a_row = 0
                     yield Answer(job=job, reply=reply)
             elif time.monotonic() >= worker.deadline:
                 worker.process.kill()
@@ -183,20 +190,14 @@ class Pool:
         self._workers.remove(worker)
         return Answer(job=job, reply={}, died=how, log=_tail(worker.log))
 
-    def retire(self) -> None:
-        """End idle workers, so that the next jobs get fresh ones: after a failure that leaves a device untrusted."""
-        idle = [worker for worker in self._workers if worker.job is None]
-        for worker in idle:
-            self._end(worker)
-            self._workers.remove(worker)
-
     # -- processes -----------------------------------------------------------------------------------------------------
 
     def _reopen(self) -> _Worker:
         if self._started > self._count:
             self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
-            raise WorkerLost(f"workers ended {self.restarts} times")
+            self._in_a_row += 1
+        if self._in_a_row > MAX_IN_A_ROW:
+            raise WorkerLost(f"{self._in_a_row} workers in a row did not survive a case")
         try:
             worker, _ = self._open()
         except UsageError as error:

@@ -43,7 +43,8 @@ class Worker:
 
     def case(self, request: Mapping[str, Any]) -> dict[str, Any]:
         problem = self._problem(request["case"])
-        return {"result": encode(run_case(self.bench, problem, checks_named(request["checks"])))}
+        result = encode(run_case(self.bench, problem, checks_named(request["checks"])))
+        return {"result": result, "retire": not self._healthy()}
 
     def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
         (check,) = checks_named([request["check"]])
@@ -55,6 +56,16 @@ class Worker:
 
         dump(self.bench, self._problem(request["case"]), Path(request["path"]), run=request["run"])
         return {"path": request["path"]}
+
+    def _healthy(self) -> bool:
+        """Whether the device still does what it is told: a failure that comes late would be blamed on the next case."""
+        try:
+            self.bench.upload(torch.zeros(1))
+            self.bench.synchronize()
+        except Exception:
+            # Of any type: what was queued may fail only now.
+            return False
+        return True
 
     def _problem(self, value: Mapping[str, Any]) -> Problem:
         from polyaccel_conformance.problems.registry import PROBLEM_SETS

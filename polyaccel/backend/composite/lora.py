@@ -81,7 +81,13 @@ def adapter_store(operator: str, step: Step) -> AdapterStore:
 
 
 def sgmv(y: torch.Tensor, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
-    """Add every triple's delta to ``y: [rows, n]``, in place; ``x: [rows, k]``. Returns y."""
+    """Add every triple's delta to ``y: [rows, n]``, in place; ``x: [rows, k]``. Returns y.
+
+    Raises:
+        OperatorError: x or y is not of the weight's dtype and width.
+    """
+    _check_rows("sgmv", "y", y, weight.spec.n, weight)
+    _check_rows("sgmv", "x", x, weight.spec.k, weight)
     if len(step.input.rows(row_set)) == 0:
         return y
     store, spec = adapter_store("sgmv", step), _plain_spec("sgmv", weight)
@@ -130,8 +136,7 @@ def sgmv_expand(
     Raises:
         OperatorError: y is not of the weight's dtype and width.
     """
-    if y.dtype != weight.spec.dtype or y.shape[-1] != weight.spec.n:
-        raise OperatorError.describe("sgmv_expand", f"y must be {weight.spec.dtype} rows of {weight.spec.n}", {"y": y})
+    _check_rows("sgmv_expand", "y", y, weight.spec.n, weight)
     if len(step.input.rows(row_set)) == 0:
         return y
     store, spec = adapter_store("sgmv_expand", step), _plain_spec("sgmv_expand", weight)
@@ -146,6 +151,12 @@ def sgmv_expand(
     if total is not y:
         y.copy_(total)
     return y
+
+
+def _check_rows(operator: str, name: str, rows: torch.Tensor, width: int, weight: Weight) -> None:
+    """Refuse rows that are not of the weight's dtype and of ``width``, before anything is written."""
+    if rows.dtype != weight.spec.dtype or rows.shape[-1] != width:
+        raise OperatorError.describe(operator, f"{name} must be {weight.spec.dtype} rows of {width}", {name: rows})
 
 
 def _plain_spec(operator: str, weight: Weight) -> WeightSpec:

@@ -53,11 +53,11 @@ def rows_for(operator: str, x: torch.Tensor, weight: FoldedWeight) -> None:
         raise OperatorError.describe(operator, f"{spec.site!r} takes rows of {spec.k} in {spec.dtype}", {"x": x})
 
 
-def same_width(operator: str, x: torch.Tensor, others: Mapping[str, torch.Tensor | None]) -> None:
-    """Refuse operands that are not of x's last dimension."""
-    for name, other in others.items():
-        if other is not None and other.shape[-1] != x.shape[-1]:
-            raise OperatorError.describe(operator, f"{name} has another width than x", {"x": x, name: other})
+def same_width(operator: str, operands: Mapping[str, torch.Tensor | None]) -> None:
+    """Refuse operands whose last dimensions differ."""
+    given = {name: x for name, x in operands.items() if x is not None}
+    if len({x.shape[-1] for x in given.values()}) > 1:
+        raise OperatorError.describe(operator, f"{' and '.join(given)} are not of one width", given)
 
 
 def heads_for(operator: str, kv: FoldedKVCache, **operands: torch.Tensor) -> None:

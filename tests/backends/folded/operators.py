@@ -77,7 +77,7 @@ class FoldedOperators(Issuer):
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        same_width("rms_norm", x, {"weight": weight, "residual": residual})
+        same_width("rms_norm", {"x": x, "weight": weight, "residual": residual})
         outputs = [self._device.empty(x.shape, x.dtype) for _ in range(1 if residual is None else 2)]
 
         def run() -> None:

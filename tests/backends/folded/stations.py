@@ -91,7 +91,7 @@ class FoldedStations(Issuer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         own, issued = folded("row_parallel_add_norm", weight), issued_step(step)
         rows_for("row_parallel_add_norm", x, own)
-        same_width("row_parallel_add_norm", residual, {"norm_weight": norm_weight})
+        same_width("row_parallel_add_norm", {"residual": residual, "norm_weight": norm_weight})
         message = self._message(x, own, issued)
         self._summed(message, comm)
         normed, total = self._device.empty(residual.shape, x.dtype), self._device.empty(residual.shape, x.dtype)

@@ -103,6 +103,21 @@ def test_an_adapter_that_a_call_changes_is_found() -> None:
     assert failing(bench_of(lora.sgmv, "sgmv"), problem, MEMORY) == {}
 
 
+def test_reading_an_adapter_that_the_step_does_not_name_is_found() -> None:
+    def wrong(y: torch.Tensor, x: torch.Tensor, weight: Any, step: Any, row_set: Any = "tokens") -> torch.Tensor:
+        store = step.state.adapters
+        result = lora.sgmv(y, x, weight, step, row_set)
+        for slot in range(store.slots):
+            matrices = store.read(weight.spec.site, 0, slot)
+            if matrices is not None:
+                result.add_(0 * matrices.b.sum())
+        return result
+
+    problem = _problem("sgmv", dtype="float32", data="normal", dims__tokens=7, structure__segments="each")
+    found = failing(bench_of(wrong, "sgmv"), problem, MEMORY)
+    assert found == {"memory.reads": "reads memory that is not its own"}
+
+
 def test_the_cache_a_call_writes_may_change_at_the_slots_of_the_step_only() -> None:
     problem = _problem("write_kv_cache", dtype="float32", data="normal", dims__tokens=7)
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from polyaccel.backend import Backend, TableBackend
+from polyaccel.backend import Backend, DeviceLost, TableBackend, TorchDevice
 from polyaccel.backend.composite.dense import layer_norm, rms_norm
 
 
@@ -48,6 +48,41 @@ class Spawned(TableBackend):
     def __init__(self) -> None:
         super().__init__("cpu", {"rms_norm": rms_norm}, name="spawned")
         self.fork_safe = False
+
+
+class Fragile(TorchDevice):
+    """After its first failure it reports nothing but that failure."""
+
+    lost = False
+
+    def synchronize(self) -> None:
+        if self.lost:
+            raise DeviceLost("an earlier call failed")
+
+
+class Poisoned(TableBackend):
+    """A float16 call fails, and takes the device with it."""
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float16,)
+
+    def __init__(self) -> None:
+        self.fragile = Fragile("cpu")
+        super().__init__(self.fragile, {"rms_norm": self._rms_norm}, name="poisoned")
+
+    def _rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> object:
+        if x.dtype in self.dtypes:
+            self.fragile.lost = True
+        if self.fragile.lost:
+            raise DeviceLost("this call failed")
+        return rms_norm(x, weight, eps, residual)
+
+
+class Lost(Poisoned):
+    """No call succeeds."""
+
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def composites() -> Backend:

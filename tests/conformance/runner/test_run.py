@@ -197,6 +197,20 @@ def test_a_worker_that_dies_fails_its_cases_and_the_run_goes_on(tmp_path: Path) 
     assert replay(CaseFile.read(Path(group.path))).outcome is Outcome.REPRODUCED
 
 
+def test_a_device_that_a_case_has_left_in_a_bad_state_is_not_given_to_the_next_case() -> None:
+    result = run(table("Poisoned"), replace(FAST, operators=("rms_norm",), shrink=False))
+    (state,) = result.operators
+    wrong = {(group.check, group.cause) for group in result.failures}
+    assert wrong == {("values.exact", "error"), ("values.bound", "error")}
+    assert 0 < state.failed < state.cases / 2, "only the cases of one dtype"
+
+
+def test_a_device_that_never_recovers_ends_the_run_as_lost() -> None:
+    result = run(table("Lost"), replace(FAST, operators=("rms_norm",), shrink=False))
+    assert result.exit_code is ExitCode.DEVICE_LOST
+    assert "in a row" in result.device_lost
+
+
 def test_a_worker_that_hangs_is_ended_and_its_case_fails(tmp_path: Path) -> None:
     options = replace(FAST, folder=tmp_path, timeout=0.5, selection="dtype=float16 and dims.hidden=2", shrink=False)
     result = run(table("HANGS"), options)
