@@ -48,13 +48,6 @@ class Failure:
     pattern: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """The plan has no native implementation for this case: not a failure by itself, counted by the levels."""
-
-    reasons: tuple[str, ...]
-
-
 class Check(ABC):
     """A named question. ``levels`` that need it; ``tier`` 1 exact, 2 bound, 3 measured, 0 for what is no arithmetic."""
 

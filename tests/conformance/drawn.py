@@ -83,13 +83,17 @@ def verdict(bench: Bench, problem: Problem) -> Failure | None:
     return next((failure for check in applied if (failure := check.run(trial)) is not None), None)
 
 
-def unmended(problem_set: ProblemSet, draw: Callable[[Sequence[Choice]], Choice]) -> None:
-    """Mending twice changes nothing more, and the case survives its file."""
+def mending_faults(problem_set: ProblemSet, draw: Callable[[Sequence[Choice]], Choice]) -> list[str]:
+    """What is wrong with a drawn combination: mending it has no end, its case does not survive its file, or it holds
+    operands that their dtype does not."""
     mended = problem_set.mend({name: draw(values) for name, values in problem_set.axes().items()})
-    assert mended is not None
-    assert problem_set.mend(dict(mended)) == mended
+    if mended is None:
+        return ["has no meaning"]
     case = Case.of(problem_set.operator, mended, 1)
-    assert Case.from_json(case.to_json()) == case
-    for item in problem_set.problem(case).operands.values():
-        if item.dtype in FORMATS:
-            np.testing.assert_array_equal(FORMATS[item.dtype].round(item.values), item.values)
+    faults = [] if problem_set.mend(dict(mended)) == mended else ["mending twice changes more"]
+    faults += [] if Case.from_json(case.to_json()) == case else ["the case does not survive its file"]
+    for name, item in problem_set.problem(case).operands.items():
+        values = item.values
+        if item.dtype in FORMATS and not np.array_equal(FORMATS[item.dtype].round(values), values, equal_nan=True):
+            faults.append(f"{name} is not representable")
+    return faults

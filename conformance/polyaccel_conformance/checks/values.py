@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -36,23 +37,8 @@ class _Values(Check):
             else:
                 found = compare(expected, output.values, output.dtype)
             if found is not None:
-                return self._failure(name, found)
+                return Failure(check=self.name, output=name, **dataclasses.asdict(found))
         return None
-
-    def _failure(self, output: str, found: Disagreement) -> Failure:
-        return Failure(
-            check=self.name,
-            cause=found.cause,
-            message=found.message,
-            output=output,
-            index=found.index,
-            got=found.got,
-            expected=found.expected,
-            error=found.error,
-            tolerance=found.tolerance,
-            term=found.term,
-            pattern=found.pattern,
-        )
 
     def control(self, bench: Bench) -> Control:
         """The comparison itself is pure and has tests; on a device it is its own control through a changed element."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,36 +10,14 @@ import numpy.typing as npt
 import torch
 
 from polyaccel.backend import Backend, Device, PackedAdapter, Weight
-from polyaccel_conformance.models.families import write_safetensors
+from polyaccel_conformance.models.families import FAMILIES, write_peft
 
 Floats = npt.NDArray[np.float64]
 Ranges = tuple[tuple[int, int], ...]
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 72, 100, 9, 3, 8
+FAMILY = replace(FAMILIES["llama"], layers=1, vocabulary=16)
 """Head counts as SmolLM2's: no world size but 3 cuts them evenly, and four ranks share a KV head."""
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 16,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": 1,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": HEAD_DIM,
-    "max_position_embeddings": 16,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-}
-FEATURES = {
-    "q_proj": (HEADS * HEAD_DIM, HIDDEN),
-    "k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "o_proj": (HIDDEN, HEADS * HEAD_DIM),
-    "gate_proj": (INTERMEDIATE, HIDDEN),
-    "up_proj": (INTERMEDIATE, HIDDEN),
-    "down_proj": (HIDDEN, INTERMEDIATE),
-}
+FEATURES = {name.split(".")[-2]: shape for name, shape in FAMILY.shapes().items() if "_proj." in name}
 """Output and input features of each module."""
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 
@@ -67,13 +44,9 @@ class ModuleCut:
 
 def write_adapter(folder: Path, module: str, a: Floats, b: Floats, alpha: float) -> Path:
     """A PEFT folder with one module: ``a: [rank, in]``, ``b: [out, rank]``, in float32."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": "LORA", "r": a.shape[0], "lora_alpha": alpha, "bias": "none", "target_modules": [module]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
     stem = f"base_model.model.{_name(module)}"
     tensors = {f"{stem}.lora_A.weight": a.astype(np.float32), f"{stem}.lora_B.weight": b.astype(np.float32)}
-    write_safetensors(folder / "adapter_model.safetensors", tensors)
-    return folder
+    return write_peft(folder, tensors, rank=a.shape[0], alpha=alpha, modules=[module])
 
 
 def cut_module(
@@ -101,7 +74,7 @@ def cut_module(
 
     model = build_model(
         ModelOptions(
-            config=ModelConfig.from_hf(CONFIG),
+            config=ModelConfig.from_hf(FAMILY.config()),
             backend=backend,
             devices=(device,),
             rank=rank,
@@ -131,5 +104,4 @@ def cut_module(
 
 
 def _name(module: str) -> str:
-    parent = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    return f"model.layers.0.{parent}.{module}"
+    return next(name.removesuffix(".weight") for name in FAMILY.shapes() if name.endswith(f".{module}.weight"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from polyaccel import LLM
 from polyaccel.backend import Backend, TableBackend
 from polyaccel_conformance.models.answers import Answer, Mix, ask_alone, greedy
 from polyaccel_conformance.models.families import ADAPTERS, FAMILIES, prompts, write_adapter, write_model
-from polyaccel_conformance.subject import Subject
 
 LENGTHS = (5, 37, 1, 70, 18, 45)
 GREEDY = greedy(12)
@@ -83,10 +82,3 @@ class Workshop:
             with self.open(family, backend, adapters=self.adapters(family) if used else None, **plain) as llm:
                 self._answers[key] = ask_alone(llm, self.prompts(family, block_size), mixes, [GREEDY] * len(mixes))
         return self._answers[key]
-
-
-def backend_of(subject: Subject, ranks: int) -> Callable[[], Backend | str]:
-    """How an engine gets the subject: as an instance, or by name where workers must find it themselves."""
-    if ranks == 1:
-        return subject.open
-    return lambda: subject.name

@@ -201,17 +201,24 @@ def write_adapter(adapter: SmallAdapter, family: Family, folder: Path, seed: int
         b = source.normal(f"{adapter.name}.{name}.b", (n, adapter.rank)) / adapter.rank**0.5
         found[f"{base}.lora_A.weight"] = a.astype(np.float32)
         found[f"{base}.lora_B.weight"] = (0.3 * adapter.rank / adapter.alpha * b).astype(np.float32)
+    return write_peft(folder, found, rank=adapter.rank, alpha=adapter.alpha, modules=modules)
+
+
+def write_peft(
+    folder: Path, tensors: Mapping[str, Floats32], *, rank: int, alpha: float, modules: Sequence[str]
+) -> Path:
+    """A PEFT folder with these tensors, by PEFT's names."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "target_modules": list(modules),
         "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_safetensors(folder / "adapter_model.safetensors", found)
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
     return folder
 
 

@@ -11,8 +11,8 @@ import torch
 from polyaccel.backend import AdapterRows, Step, Weight
 from polyaccel.backend.composite.operators import CompositeOperators
 from polyaccel_conformance.harness.overlay import Overlay
-from polyaccel_conformance.mutants.mutant import Function, Mutant, altered, redeclared
-from polyaccel_conformance.mutants.sequences import _same_kind, restep
+from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant, redeclared
+from polyaccel_conformance.mutants.sequences import restep
 
 Tensor = torch.Tensor
 
@@ -26,7 +26,7 @@ def _rows(edit: Any) -> Any:
             if changed is None:
                 return fn(y, x, weight, step, row_set)  # type: ignore[no-any-return]
             inputs = replace(step.input, adapters={**step.input.adapters, row_set: changed})
-            return fn(y, x, weight, restep(step, inputs, _same_kind), row_set)  # type: ignore[no-any-return]
+            return fn(y, x, weight, restep(step, inputs), row_set)  # type: ignore[no-any-return]
 
         return sgmv
 
@@ -139,49 +139,19 @@ ADAPTERS: tuple[Mutant, ...] = (
         check="evidence.native",
         apply=lambda inner: _FallsBack(inner, _narrow_slice),
     ),
-    Mutant(
-        name="sgmv.mix_ignored",
-        what="Mix weights are taken to be 1.",
-        operators=("sgmv",),
-        check="values.exact",
-        apply=altered(sgmv=_rows(_whole_mix)),
+    mutant("sgmv.mix_ignored", "Mix weights are taken to be 1.", "values.exact", sgmv=_rows(_whole_mix)),
+    mutant("sgmv.last_slot", "The last slot's rows get no delta.", "values.bound", sgmv=_rows(_last_slot)),
+    mutant("sgmv.rank_one", "Adapters of rank 1 are left out.", "values.bound", narrow=True, sgmv=_rows(_rank_one)),
+    mutant(
+        "sgmv.segment_boundary",
+        "The last row of a segment uses the next segment's adapter.",
+        "values.exact",
+        sgmv=_rows(_boundary),
     ),
-    Mutant(
-        name="sgmv.last_slot",
-        what="The last slot's rows get no delta.",
-        operators=("sgmv",),
-        check="values.bound",
-        apply=altered(sgmv=_rows(_last_slot)),
+    mutant(
+        "sgmv.base_rows", "Rows without an adapter get the first one's delta.", "values.exact", sgmv=_rows(_gap_rows)
     ),
-    Mutant(
-        name="sgmv.rank_one",
-        what="Adapters of rank 1 are left out.",
-        operators=("sgmv",),
-        check="values.bound",
-        apply=altered(sgmv=_rows(_rank_one)),
-        narrow=True,
-    ),
-    Mutant(
-        name="sgmv.segment_boundary",
-        what="The last row of a segment uses the next segment's adapter.",
-        operators=("sgmv",),
-        check="values.exact",
-        apply=altered(sgmv=_rows(_boundary)),
-    ),
-    Mutant(
-        name="sgmv.base_rows",
-        what="Rows without an adapter get the first one's delta.",
-        operators=("sgmv",),
-        check="values.exact",
-        apply=altered(sgmv=_rows(_gap_rows)),
-    ),
-    Mutant(
-        name="sgmv.low_shrink",
-        what="float32 rows are rounded to bfloat16 first.",
-        operators=("sgmv",),
-        check="values.bound",
-        apply=altered(sgmv=_sgmv_low),
-    ),
+    mutant("sgmv.low_shrink", "float32 rows are rounded to bfloat16 first.", "values.bound", sgmv=_sgmv_low),
     Mutant(
         name="sgmv.refuses_hard_ranks",
         what="Ranks above 16 are refused, so that the composite serves them.",

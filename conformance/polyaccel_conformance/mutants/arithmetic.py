@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from polyaccel.backend import Backend, Weight
-from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, altered, altered_with
+from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant, Wrap, mutant
 
 Tensor = torch.Tensor
 
 
-def _linear(result: Any) -> Callable[[Backend], Backend]:
-    """``result(y, x, w, bias)`` in place of y, for ``w: [n, k]`` and ``bias: [1, n]``."""
+def _linear(name: str, what: str, check: str, result: Any, *, narrow: bool = False) -> Mutant:
+    """A linear that gives ``result(y, x, w, bias)`` in place of y, for ``w: [n, k]`` and ``bias: [1, n]``."""
 
-    def make(inner: Backend) -> dict[str, Wrap]:
+    def apply(inner: Backend) -> Backend:
         def wrap(fn: Function) -> Function:
             def linear(x: Tensor, weight: Weight) -> Tensor:
                 bias = fn(torch.zeros((1, weight.spec.k), dtype=x.dtype), weight)
@@ -25,9 +24,9 @@ def _linear(result: Any) -> Callable[[Backend], Backend]:
 
             return linear
 
-        return {"linear": wrap}
+        return Altered(inner, {"linear": wrap})
 
-    return altered_with(make)
+    return Mutant(name=name, what=what, operators=("linear",), check=check, apply=apply, narrow=narrow)
 
 
 def _in_chunks(accumulator: torch.dtype, chunk: int, between: bool = True) -> Any:
@@ -184,149 +183,66 @@ def _embedding_outside(fn: Function) -> Function:
 
 
 ARITHMETIC: tuple[Mutant, ...] = (
-    Mutant(
-        name="linear.bf16_accumulator",
-        what="Sums are kept in bfloat16.",
-        operators=("linear",),
-        check="values.exact",
-        apply=_linear(_in_chunks(torch.bfloat16, 4)),
+    _linear("linear.bf16_accumulator", "Sums are kept in bfloat16.", "values.exact", _in_chunks(torch.bfloat16, 4)),
+    _linear("linear.fp16_accumulator", "Sums are kept in float16.", "values.exact", _in_chunks(torch.float16, 4)),
+    _linear(
+        "linear.split_k_bf16", "Two halves of k are added in bfloat16.", "values.bound", _in_chunks(torch.bfloat16, 64)
     ),
-    Mutant(
-        name="linear.fp16_accumulator",
-        what="Sums are kept in float16.",
-        operators=("linear",),
-        check="values.exact",
-        apply=_linear(_in_chunks(torch.float16, 4)),
-    ),
-    Mutant(
-        name="linear.split_k_bf16",
-        what="Two halves of k are added in bfloat16.",
-        operators=("linear",),
-        check="values.bound",
-        apply=_linear(_in_chunks(torch.bfloat16, 64)),
-    ),
-    Mutant(
-        name="linear.tf32",
-        what="float32 operands are rounded to 10 bits.",
-        operators=("linear",),
-        check="values.exact",
-        apply=_linear(_tf32),
-    ),
-    Mutant(
-        name="linear.truncating_store",
-        what="16-bit results are truncated instead of rounded.",
-        operators=("linear",),
-        check="values.exact",
-        apply=_linear(_truncated),
-    ),
-    Mutant(
-        name="linear.last_k_dropped",
-        what="The last product is dropped where k mod 16 is 1.",
-        operators=("linear",),
-        check="values.bound",
-        apply=_linear(_last_k),
-    ),
-    Mutant(
-        name="linear.tokens_mod_16_is_1",
-        what="The last row repeats the one before where rows mod 16 are 1.",
-        operators=("linear",),
-        check="values.bound",
-        apply=_linear(_one_row),
+    _linear("linear.tf32", "float32 operands are rounded to 10 bits.", "values.exact", _tf32),
+    _linear("linear.truncating_store", "16-bit results are truncated instead of rounded.", "values.exact", _truncated),
+    _linear("linear.last_k_dropped", "The last product is dropped where k mod 16 is 1.", "values.bound", _last_k),
+    _linear(
+        "linear.tokens_mod_16_is_1",
+        "The last row repeats the one before where rows mod 16 are 1.",
+        "values.bound",
+        _one_row,
         narrow=True,
     ),
-    Mutant(
-        name="linear.k_over_4096",
-        what="Products beyond k = 4096 are dropped.",
-        operators=("linear",),
-        check="values.bound",
-        apply=_linear(_long_k),
+    _linear("linear.k_over_4096", "Products beyond k = 4096 are dropped.", "values.bound", _long_k, narrow=True),
+    _linear(
+        "linear.column_128_zeroed", "Element [0, 128] is zero where n is 129.", "values.bound", _zeroed, narrow=True
+    ),
+    _linear(
+        "linear.bias_twice_at_one_token", "A single row gets the bias twice.", "values.bound", _bias_twice, narrow=True
+    ),
+    mutant("rms_norm.wrong_eps", "eps is ten times what it should be.", "values.exact", rms_norm=_norm(10.0)),
+    mutant(
+        "rms_norm.low_statistics",
+        "The mean square of float32 rows is taken from bfloat16.",
+        "values.bound",
+        rms_norm=_norm(low=True),
+    ),
+    mutant(
+        "rms_norm.residual_not_updated",
+        "The residual is returned without x.",
+        "values.bound",
+        rms_norm=_norm(keep_sum=False),
+    ),
+    mutant("layer_norm.unbiased_variance", "The variance is divided by n - 1.", "values.bound", layer_norm=_layer_norm),
+    mutant(
+        "rotary.rest_zeroed", "Dimensions beyond rotary_dim are zero.", "values.exact", rotary_embedding=_rotary_partial
+    ),
+    mutant(
+        "rotary.last_of_33",
+        "The last key of 33 tokens is not rotated.",
+        "values.bound",
         narrow=True,
+        rotary_embedding=_rotary_last,
     ),
-    Mutant(
-        name="linear.column_128_zeroed",
-        what="Element [0, 128] is zero where n is 129.",
-        operators=("linear",),
-        check="values.bound",
-        apply=_linear(_zeroed),
-        narrow=True,
+    mutant(
+        "silu.halves_swapped", "Gate and up are swapped where n is odd.", "values.bound", silu_and_mul=_silu_swapped
     ),
-    Mutant(
-        name="linear.bias_twice_at_one_token",
-        what="A single row gets the bias twice.",
-        operators=("linear",),
-        check="values.bound",
-        apply=_linear(_bias_twice),
-        narrow=True,
+    mutant("gelu.always_tanh", "The exact form is approximated by tanh.", "values.bound", gelu=_gelu_tanh),
+    mutant(
+        "select_rows.last",
+        "The last of three or more rows is the one before where it is the last token.",
+        "values.exact",
+        select_rows=_select_last,
     ),
-    Mutant(
-        name="rms_norm.wrong_eps",
-        what="eps is ten times what it should be.",
-        operators=("rms_norm",),
-        check="values.exact",
-        apply=altered(rms_norm=_norm(10.0)),
-    ),
-    Mutant(
-        name="rms_norm.low_statistics",
-        what="The mean square of float32 rows is taken from bfloat16.",
-        operators=("rms_norm",),
-        check="values.bound",
-        apply=altered(rms_norm=_norm(low=True)),
-    ),
-    Mutant(
-        name="rms_norm.residual_not_updated",
-        what="The residual is returned without x.",
-        operators=("rms_norm",),
-        check="values.bound",
-        apply=altered(rms_norm=_norm(keep_sum=False)),
-    ),
-    Mutant(
-        name="layer_norm.unbiased_variance",
-        what="The variance is divided by n - 1.",
-        operators=("layer_norm",),
-        check="values.bound",
-        apply=altered(layer_norm=_layer_norm),
-    ),
-    Mutant(
-        name="rotary.rest_zeroed",
-        what="Dimensions beyond rotary_dim are zero.",
-        operators=("rotary_embedding",),
-        check="values.exact",
-        apply=altered(rotary_embedding=_rotary_partial),
-    ),
-    Mutant(
-        name="rotary.last_of_33",
-        what="The last key of 33 tokens is not rotated.",
-        operators=("rotary_embedding",),
-        check="values.bound",
-        apply=altered(rotary_embedding=_rotary_last),
-        narrow=True,
-    ),
-    Mutant(
-        name="silu.halves_swapped",
-        what="Gate and up are swapped where n is odd.",
-        operators=("silu_and_mul",),
-        check="values.bound",
-        apply=altered(silu_and_mul=_silu_swapped),
-    ),
-    Mutant(
-        name="gelu.always_tanh",
-        what="The exact form is approximated by tanh.",
-        operators=("gelu",),
-        check="values.bound",
-        apply=altered(gelu=_gelu_tanh),
-    ),
-    Mutant(
-        name="select_rows.last",
-        what="The last of three or more rows is the one before where it is the last token.",
-        operators=("select_rows",),
-        check="values.exact",
-        apply=altered(select_rows=_select_last),
-    ),
-    Mutant(
-        name="embedding.outside",
-        what="Ids of other ranks give ones instead of zeros.",
-        operators=("embedding",),
-        check="values.exact",
-        apply=altered(embedding=_embedding_outside),
+    mutant(
+        "embedding.outside",
+        "Ids of other ranks give ones instead of zeros.",
+        "values.exact",
+        embedding=_embedding_outside,
     ),
 )

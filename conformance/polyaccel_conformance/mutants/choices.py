@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from polyaccel.backend import SampleOutput, Weight
-from polyaccel_conformance.mutants.mutant import Function, Mutant, altered
+from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant
 
 Tensor = torch.Tensor
 
@@ -145,83 +145,44 @@ def _last_group(fn: Function) -> Function:
 
 
 CHOICES: tuple[Mutant, ...] = (
-    Mutant(
-        name="moe_route.ties_to_highest",
-        what="Ties go to the highest id.",
-        operators=("moe_route",),
-        check="values.exact",
-        apply=altered(moe_route=_ties_last),
+    mutant("moe_route.ties_to_highest", "Ties go to the highest id.", "values.exact", moe_route=_ties_last),
+    mutant(
+        "moe_route.never_renormalised",
+        "Weights are not divided by their sum.",
+        "values.bound",
+        moe_route=_not_renormalised,
     ),
-    Mutant(
-        name="moe_route.never_renormalised",
-        what="Weights are not divided by their sum.",
-        operators=("moe_route",),
-        check="values.bound",
-        apply=altered(moe_route=_not_renormalised),
-    ),
-    Mutant(
-        name="moe_route.scale_half",
-        what="A scale of 0.5 is forgotten.",
-        operators=("moe_route",),
-        check="values.bound",
-        apply=altered(moe_route=_unscaled),
-    ),
-    Mutant(
-        name="moe_experts.single_row_of_last",
-        what="The last expert is skipped where it has one row.",
-        operators=("moe_experts",),
-        check="values.bound",
-        apply=altered(moe_experts=_dropped_expert),
+    mutant("moe_route.scale_half", "A scale of 0.5 is forgotten.", "values.bound", moe_route=_unscaled),
+    mutant(
+        "moe_experts.single_row_of_last",
+        "The last expert is skipped where it has one row.",
+        "values.bound",
         narrow=True,
+        moe_experts=_dropped_expert,
     ),
-    Mutant(
-        name="moe_experts.hole_is_zero",
-        what="Experts of other ranks are taken for local expert 0.",
-        operators=("moe_experts",),
-        check="values.exact",
-        apply=altered(moe_experts=_hole),
+    mutant(
+        "moe_experts.hole_is_zero",
+        "Experts of other ranks are taken for local expert 0.",
+        "values.exact",
+        moe_experts=_hole,
     ),
-    Mutant(
-        name="moe_experts.first_weight",
-        what="All experts of a token get its first weight.",
-        operators=("moe_experts",),
-        check="values.bound",
-        apply=altered(moe_experts=_first_choice),
+    mutant(
+        "moe_experts.first_weight",
+        "All experts of a token get its first weight.",
+        "values.bound",
+        moe_experts=_first_choice,
     ),
-    Mutant(
-        name="sample.ties_to_highest",
-        what="Ties go to the highest id.",
-        operators=("sample",),
-        check="values.exact",
-        apply=altered(sample=_sampled(_highest_tie)),
+    mutant("sample.ties_to_highest", "Ties go to the highest id.", "values.exact", sample=_sampled(_highest_tie)),
+    mutant(
+        "sample.eighth_row", "The last of eight rows is one id off.", "values.exact", sample=_sampled(_batch_dependent)
     ),
-    Mutant(
-        name="sample.eighth_row",
-        what="The last of eight rows is one id off.",
-        operators=("sample",),
-        check="values.exact",
-        apply=altered(sample=_sampled(_batch_dependent)),
-    ),
-    Mutant(
-        name="sample.low_logits",
-        what="Logits are rounded to bfloat16.",
-        operators=("sample",),
-        check="values.exact",
-        apply=altered(sample=_ignores_u),
-    ),
-    Mutant(
-        name="dequantize.sign",
-        what="int4 values have the other sign.",
-        operators=("dequantize",),
-        check="values.exact",
-        apply=altered(dequantize=_sign_bit),
-    ),
-    Mutant(
-        name="dequantize.last_group",
-        what="A last group that is not full uses the one before.",
-        operators=("dequantize",),
-        check="values.exact",
-        apply=altered(dequantize=_last_group),
+    mutant("sample.low_logits", "Logits are rounded to bfloat16.", "values.exact", sample=_ignores_u),
+    mutant("dequantize.sign", "int4 values have the other sign.", "values.exact", dequantize=_sign_bit),
+    mutant(
+        "dequantize.last_group",
+        "A last group that is not full uses the one before.",
+        "values.exact",
         narrow=True,
+        dequantize=_last_group,
     ),
 )

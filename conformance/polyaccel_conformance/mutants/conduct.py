@@ -10,7 +10,7 @@ import torch
 
 from polyaccel.backend import Backend, Numerics, Query, Weight
 from polyaccel_conformance.harness.overlay import Overlay
-from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, altered, redeclared
+from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, mutant, redeclared
 
 Tensor = torch.Tensor
 
@@ -171,77 +171,34 @@ class _Undisguised(Overlay):
 
 
 CONDUCT: tuple[Mutant, ...] = (
-    Mutant(
-        name="silu.tail_unwritten",
-        what="The last of 33 rows is never written.",
-        operators=("silu_and_mul",),
-        check="memory.unwritten",
-        apply=altered(silu_and_mul=_tail_unwritten),
+    mutant(
+        "silu.tail_unwritten",
+        "The last of 33 rows is never written.",
+        "memory.unwritten",
         narrow=True,
+        silu_and_mul=_tail_unwritten,
     ),
-    Mutant(
-        name="gelu.writes_past_the_end",
-        what="One element behind the input is cleared.",
-        operators=("gelu",),
-        check="memory.writes",
-        apply=altered(gelu=_past_the_end),
+    mutant("gelu.writes_past_the_end", "One element behind the input is cleared.", "memory.writes", gelu=_past_the_end),
+    mutant(
+        "layer_norm.halves_its_input", "float16 input is halved in place.", "memory.inputs", layer_norm=_scales_input
     ),
-    Mutant(
-        name="layer_norm.halves_its_input",
-        what="float16 input is halved in place.",
-        operators=("layer_norm",),
-        check="memory.inputs",
-        apply=altered(layer_norm=_scales_input),
+    mutant(
+        "layer_norm.reads_new_memory",
+        "Memory that was never written is added, times zero.",
+        "memory.reads",
+        layer_norm=_new_memory,
     ),
-    Mutant(
-        name="layer_norm.reads_new_memory",
-        what="Memory that was never written is added, times zero.",
-        operators=("layer_norm",),
-        check="memory.reads",
-        apply=altered(layer_norm=_new_memory),
+    mutant("gelu.ignores_strides", "Rows are taken to be dense.", "layout.arguments", gelu=_reads_gap),
+    mutant("rms_norm.alias", "A residual that is x itself is ignored.", "alias.allowed", rms_norm=_aliased),
+    mutant(
+        "silu.third_call",
+        "Every third call differs in the last bit.",
+        "invariance.run_to_run",
+        silu_and_mul=_once_right(),
     ),
-    Mutant(
-        name="gelu.ignores_strides",
-        what="Rows are taken to be dense.",
-        operators=("gelu",),
-        check="layout.arguments",
-        apply=altered(gelu=_reads_gap),
-    ),
-    Mutant(
-        name="rms_norm.alias",
-        what="A residual that is x itself is ignored.",
-        operators=("rms_norm",),
-        check="alias.allowed",
-        apply=altered(rms_norm=_aliased),
-    ),
-    Mutant(
-        name="silu.third_call",
-        what="Every third call differs in the last bit.",
-        operators=("silu_and_mul",),
-        check="invariance.run_to_run",
-        apply=altered(silu_and_mul=_once_right()),
-    ),
-    Mutant(
-        name="silu.batch",
-        what="More than 16 rows give other last bits.",
-        operators=("silu_and_mul",),
-        check="invariance.batch",
-        apply=altered(silu_and_mul=_by_batch),
-    ),
-    Mutant(
-        name="silu.hides_nan",
-        what="NaN becomes zero.",
-        operators=("silu_and_mul",),
-        check="nonfinite.rules",
-        apply=altered(silu_and_mul=_masks_nan),
-    ),
-    Mutant(
-        name="gelu.spreads_nan",
-        what="NaN reaches the next row.",
-        operators=("gelu",),
-        check="nonfinite.rules",
-        apply=altered(gelu=_spreads_nan),
-    ),
+    mutant("silu.batch", "More than 16 rows give other last bits.", "invariance.batch", silu_and_mul=_by_batch),
+    mutant("silu.hides_nan", "NaN becomes zero.", "nonfinite.rules", silu_and_mul=_masks_nan),
+    mutant("gelu.spreads_nan", "NaN reaches the next row.", "nonfinite.rules", gelu=_spreads_nan),
     Mutant(
         name="linear.moody_support",
         what="The same query is answered yes, then no.",
@@ -249,12 +206,11 @@ CONDUCT: tuple[Mutant, ...] = (
         check="support.pure",
         apply=_moody("linear"),
     ),
-    Mutant(
-        name="linear.lenient",
-        what="Rows of another width or dtype are made to fit in silence.",
-        operators=("linear",),
-        check="errors.arguments",
-        apply=altered(linear=_lenient),
+    mutant(
+        "linear.lenient",
+        "Rows of another width or dtype are made to fit in silence.",
+        "errors.arguments",
+        linear=_lenient,
     ),
     Mutant(
         name="silu.reads_back",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,7 +14,6 @@ from polyaccel_conformance.harness.overlay import Overlay
 
 Function = Callable[..., Any]
 Wrap = Callable[[Function], Function]
-Host = Literal["cpu", "simulated", "folded"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,6 @@ class Mutant:
         check: the check that must fail.
         apply: from the host to the mutant. Name, plan and declarations stay the host's, unless they are the bug.
         narrow: it shows in less than one of twenty uniformly drawn cases.
-        host: the backend that it is planted in; ``ranks``: the world size that it needs.
     """
 
     name: str
@@ -37,8 +35,6 @@ class Mutant:
     check: str
     apply: Callable[[Backend], Backend]
     narrow: bool = False
-    host: Host = "cpu"
-    ranks: int = 1
 
 
 @functools.cache
@@ -69,14 +65,16 @@ class Altered(Overlay):
         return {name: self._wraps[name](fn) if name in self._wraps else fn for name, fn in found.items()}
 
 
-def altered_with(make: Callable[[Backend], Mapping[str, Wrap]]) -> Callable[[Backend], Backend]:
-    """The same for bugs that need the host itself."""
-    return lambda inner: Altered(inner, make(inner))
-
-
-def altered(**wraps: Wrap) -> Callable[[Backend], Backend]:
-    """``apply`` of a mutant whose operators are wrong in themselves."""
-    return lambda inner: Altered(inner, wraps)
+def mutant(name: str, what: str, check: str, *, narrow: bool = False, **wraps: Wrap) -> Mutant:
+    """A mutant whose operators, named by keyword, are wrong in themselves."""
+    return Mutant(
+        name=name,
+        what=what,
+        operators=tuple(wraps),
+        check=check,
+        apply=lambda inner: Altered(inner, wraps),
+        narrow=narrow,
+    )
 
 
 def redeclared(operator: str, **fields: object) -> Callable[[Backend], Backend]:

@@ -8,24 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyaccel.backend import Step, StepInput
-from polyaccel_conformance.mutants.mutant import Function, Mutant, altered
+from polyaccel.backend import Step, StepInput, TorchDevice
+from polyaccel.backend.cpu.step import CpuStep
+from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant
 
 Tensor = torch.Tensor
 
 
-def restep(step: Step, inputs: StepInput, backend_step: Any) -> Step:
-    """A step of the same kind with other inputs."""
-    again: Step = backend_step(inputs, step.state, step)
-    return again
-
-
-def _same_kind(inputs: StepInput, state: Any, step: Step) -> Step:
-    from polyaccel.backend.cpu.step import CpuStep
-    from polyaccel.backend.device import TorchDevice
-
-    assert isinstance(step, CpuStep)
-    return CpuStep(inputs, state, TorchDevice("cpu"))
+def restep(step: Step, inputs: StepInput) -> Step:
+    """A step of the CPU backend with other inputs."""
+    return CpuStep(inputs, step.state, TorchDevice("cpu"))
 
 
 def _window(fn: Function) -> Function:
@@ -48,7 +40,7 @@ def _contexts(edit: Any) -> Any:
             changed = edit(lengths.copy(), queries, kv.spec.block_size)
             if np.array_equal(changed, lengths):
                 return fn(q, kv, layer, step, scale, window)  # type: ignore[no-any-return]
-            other = restep(step, replace(step.input, context_lengths=changed.astype(np.int32)), _same_kind)
+            other = restep(step, replace(step.input, context_lengths=changed.astype(np.int32)))
             return fn(q, kv, layer, other, scale, window)  # type: ignore[no-any-return]
 
         return paged_attention
@@ -74,7 +66,7 @@ def _tables(fn: Function) -> Function:
                 tables[row, :used] = run
         if np.array_equal(tables, inputs.block_tables):
             return fn(q, kv, layer, step, scale, window)  # type: ignore[no-any-return]
-        other = restep(step, replace(inputs, block_tables=tables), _same_kind)
+        other = restep(step, replace(inputs, block_tables=tables))
         return fn(q, kv, layer, other, scale, window)  # type: ignore[no-any-return]
 
     return paged_attention
@@ -139,68 +131,49 @@ def _keys_for_values(fn: Function) -> Function:
 
 
 SEQUENCES: tuple[Mutant, ...] = (
-    Mutant(
-        name="attention.window_plus_one",
-        what="A window sees one key too many.",
-        operators=("paged_attention",),
-        check="values.exact",
-        apply=altered(paged_attention=_window),
-    ),
-    Mutant(
-        name="attention.last_block_skipped",
-        what="In decode a last block with a single token is not read.",
-        operators=("paged_attention",),
-        check="values.bound",
-        apply=altered(paged_attention=_contexts(_last_block)),
+    mutant("attention.window_plus_one", "A window sees one key too many.", "values.exact", paged_attention=_window),
+    mutant(
+        "attention.last_block_skipped",
+        "In decode a last block with a single token is not read.",
+        "values.bound",
         narrow=True,
+        paged_attention=_contexts(_last_block),
     ),
-    Mutant(
-        name="attention.consecutive_blocks",
-        what="Block tables are ignored after the first entry.",
-        operators=("paged_attention",),
-        check="values.exact",
-        apply=altered(paged_attention=_tables),
+    mutant(
+        "attention.consecutive_blocks",
+        "Block tables are ignored after the first entry.",
+        "values.exact",
+        paged_attention=_tables,
     ),
-    Mutant(
-        name="attention.low_scores",
-        what="float32 queries are rounded to bfloat16.",
-        operators=("paged_attention",),
-        check="values.bound",
-        apply=altered(paged_attention=_low_probabilities),
+    mutant(
+        "attention.low_scores",
+        "float32 queries are rounded to bfloat16.",
+        "values.bound",
+        paged_attention=_low_probabilities,
     ),
-    Mutant(
-        name="attention.group_by_modulus",
-        what="Query head h uses key head h mod kv_heads.",
-        operators=("paged_attention",),
-        check="values.exact",
-        apply=altered(paged_attention=_group),
+    mutant(
+        "attention.group_by_modulus",
+        "Query head h uses key head h mod kv_heads.",
+        "values.exact",
+        paged_attention=_group,
     ),
-    Mutant(
-        name="attention.third_layer",
-        what="The third layer reads the first one's cache.",
-        operators=("paged_attention",),
-        check="values.bound",
-        apply=altered(paged_attention=_first_layer),
+    mutant(
+        "attention.third_layer",
+        "The third layer reads the first one's cache.",
+        "values.bound",
+        paged_attention=_first_layer,
     ),
-    Mutant(
-        name="dense_attention.never_causal",
-        what="The causal mask is ignored.",
-        operators=("dense_attention",),
-        check="values.exact",
-        apply=altered(dense_attention=_not_causal),
+    mutant("dense_attention.never_causal", "The causal mask is ignored.", "values.exact", dense_attention=_not_causal),
+    mutant(
+        "kv_cache.padding_stored",
+        "A token with slot -1 overwrites the last slot.",
+        "memory.inputs",
+        write_kv_cache=_stores_padding,
     ),
-    Mutant(
-        name="kv_cache.padding_stored",
-        what="A token with slot -1 overwrites the last slot.",
-        operators=("write_kv_cache",),
-        check="memory.inputs",
-        apply=altered(write_kv_cache=_stores_padding),
-    ),
-    Mutant(
-        name="kv_cache.keys_for_values",
-        what="With eight heads the keys are stored as values too.",
-        operators=("write_kv_cache",),
-        check="values.exact",
-        apply=altered(write_kv_cache=_keys_for_values),
+    mutant(
+        "kv_cache.keys_for_values",
+        "With eight heads the keys are stored as values too.",
+        "values.exact",
+        write_kv_cache=_keys_for_values,
     ),
 )

@@ -21,7 +21,7 @@ CUBIC = 0.044715
 def silu_and_mul(x: Floats, *, kept: Format, exp_ulps: int, divide_ulps: int) -> Bounded:
     """``silu(gate) * up`` for ``x = [gate, up]: [T, 2 n]``; silu(gate) may be kept in ``kept``."""
     gate, up = np.split(x, 2, axis=-1)
-    activated = silu(gate, exp_ulps, divide_ulps)
+    activated = silu(Bounded.exact(gate), exp_ulps, divide_ulps)
     if kept.name != "float32":
         activated = cast(activated, kept, "silu")
     return multiply(activated, Bounded.exact(up))

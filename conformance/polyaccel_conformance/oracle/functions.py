@@ -11,8 +11,9 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from polyaccel_conformance.formats import FORMATS
 from polyaccel_conformance.oracle.bounded import Bounded
-from polyaccel_conformance.oracle.primitives import ACCUMULATOR, Order, apply, total
+from polyaccel_conformance.oracle.primitives import ACCUMULATOR, Order, add, apply, total
 
 Floats = npt.NDArray[np.float64]
 
@@ -76,17 +77,54 @@ def tanh(x: Bounded, ulps: int) -> Bounded:
     return apply(x, np.tanh(x.value), np.cosh(nearest) ** -2.0, ulps, "tanh")
 
 
-def silu(x: Floats, exp_ulps: int, divide_ulps: int) -> Bounded:
-    """``x / (1 + exp(-x))`` of exact x, or x times the rounded sigmoid.
+def exponential(x: Bounded, ulps: int) -> Bounded:
+    """``exp(x)``."""
+    value = np.exp(x.value)
+    return apply(x, value, value * np.exp(x.bound), ulps, "exp")
 
-    Relative errors: the exponential, the addition, the division and the multiplication. Where the exponential overflows
-    float32 or the sigmoid is subnormal, the sigmoid may be zero.
+
+def divide(a: Bounded, b: Bounded, ulps: int) -> Bounded:
+    """``a / b`` for positive b; 0 / 0 is 0 (see ``renormalise``)."""
+    divisor = np.where(b.value == 0, 1.0, b.value)
+    value = a.value / divisor
+    least = np.maximum(divisor - b.bound, divisor * 0.5)
+    carried = (a.bound + np.abs(value) * b.bound) / least
+    unit = 2 * ACCUMULATOR * ulps * np.abs(value) + FORMATS["float32"].smallest
+    result = Bounded(value, np.zeros_like(value)).plus("error of the quotient's parts", carried)
+    return result.plus("division", unit)
+
+
+def softmax(x: Bounded, exp_ulps: int, divide_ulps: int) -> Bounded:
+    """Over the last dimension, relative to the largest."""
+    shifted = add(x, Bounded.exact(-x.value.max(-1, keepdims=True)))
+    mass = exponential(shifted, exp_ulps)
+    return divide(mass, total(mass), divide_ulps)
+
+
+def sigmoid(x: Bounded, exp_ulps: int, divide_ulps: int) -> Bounded:
+    """``1 / (1 + exp(-x))``."""
+    one = Bounded.exact(np.ones_like(x.value))
+    return divide(one, add(one, exponential(-x, exp_ulps)), divide_ulps)
+
+
+def silu(x: Bounded, exp_ulps: int, divide_ulps: int) -> Bounded:
+    """``x / (1 + exp(-x))``, or x times the rounded sigmoid.
+
+    Relative errors: the exponential's, of which the sum with 1 keeps ``1 - sigmoid(x)``, the addition, the division and
+    the multiplication. Where the exponential overflows float32 or the sigmoid is subnormal, the sigmoid may be zero.
     """
-    small = np.exp(-np.abs(x))
-    value = x * np.where(x >= 0, 1.0, small) / (1 + small)
-    x = np.where(np.isfinite(x), x, 0.0)
-    result = apply(Bounded.exact(value), value, np.zeros_like(value), exp_ulps + divide_ulps + 1, "silu")
-    return result.plus("underflow", SMALLEST_NORMAL * np.abs(x))
+    small = np.exp(-np.abs(x.value))
+    gate = np.where(x.value >= 0, 1.0, small) / (1 + small)
+    value = x.value * gate
+    unit = ACCUMULATOR * (2 * exp_ulps * (1 - gate) + 2 * divide_ulps + 2) * np.abs(value) + FORMATS["float32"].smallest
+    result = Bounded(value, np.zeros_like(value))
+    if np.any(x.bound):
+        slope = np.abs(gate + value * (1 - gate))
+        # The derivative is at most 1.1 everywhere, and its own derivative at most 1/2.
+        nearby = np.where(np.isfinite(slope), slope, 1.1) + 0.5 * x.bound
+        result = result.plus("argument of silu", nearby * x.bound)
+    underflow = SMALLEST_NORMAL * np.abs(np.where(np.isfinite(x.value), x.value, 0.0))
+    return result.plus("silu", unit).plus("underflow", underflow)
 
 
 def erf_values(x: Floats) -> Floats:

@@ -11,47 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from polyaccel_conformance.formats import FORMATS, Format
+from polyaccel_conformance.formats import Format
 from polyaccel_conformance.oracle.bounded import Bounded, cast, concatenate
-from polyaccel_conformance.oracle.functions import SMALLEST_NORMAL
-from polyaccel_conformance.oracle.primitives import ACCUMULATOR, add, apply, matmul, multiply, total
+from polyaccel_conformance.oracle.functions import divide, sigmoid, silu, softmax
+from polyaccel_conformance.oracle.primitives import add, matmul, multiply, total
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 EXP_ULPS = 2
 DIVIDE_ULPS = 1
-TINY = FORMATS["float32"].smallest
-
-
-def exponential(x: Bounded) -> Bounded:
-    """``exp(x)``."""
-    value = np.exp(x.value)
-    return apply(x, value, value * np.exp(x.bound), EXP_ULPS, "exp")
-
-
-def divide(a: Bounded, b: Bounded) -> Bounded:
-    """``a / b`` for positive b; 0 / 0 is 0 (see ``renormalise``)."""
-    divisor = np.where(b.value == 0, 1.0, b.value)
-    value = a.value / divisor
-    least = np.maximum(divisor - b.bound, divisor * 0.5)
-    carried = (a.bound + np.abs(value) * b.bound) / least
-    unit = 2 * ACCUMULATOR * DIVIDE_ULPS * np.abs(value) + TINY
-    result = Bounded(value, np.zeros_like(value)).plus("error of the quotient's parts", carried)
-    return result.plus("division", unit)
-
-
-def softmax(x: Bounded) -> Bounded:
-    """Over the last dimension, relative to the largest."""
-    shifted = add(x, Bounded.exact(-x.value.max(-1, keepdims=True)))
-    mass = exponential(shifted)
-    return divide(mass, total(mass))
-
-
-def sigmoid(x: Bounded) -> Bounded:
-    """``1 / (1 + exp(-x))``."""
-    one = Bounded.exact(np.ones_like(x.value))
-    return divide(one, add(one, exponential(-x)))
 
 
 # -- routing -----------------------------------------------------------------------------------------------------------
@@ -99,14 +68,14 @@ def route(logits: Floats, bias: Floats | None, routing: Routing) -> Routed:
     x = Bounded.exact(logits)
     top_k = routing.top_k
     if routing.scoring == "softmax_topk":
-        scores = softmax(x)
+        scores = softmax(x, EXP_ULPS, DIVIDE_ULPS)
         ids, clear = largest(scores, top_k)
         weights = _gather(scores, ids)
     elif routing.scoring == "topk_softmax":
         ids, clear = largest(x, top_k)
-        weights = softmax(_gather(x, ids))
+        weights = softmax(_gather(x, ids), EXP_ULPS, DIVIDE_ULPS)
     else:
-        plain = sigmoid(x)
+        plain = sigmoid(x, EXP_ULPS, DIVIDE_ULPS)
         choice = plain if bias is None else add(plain, Bounded.exact(np.broadcast_to(bias, logits.shape)))
         clear = np.ones(len(logits), dtype=bool)
         if routing.groups > 1:
@@ -115,7 +84,7 @@ def route(logits: Floats, bias: Floats | None, routing: Routing) -> Routed:
         clear &= chosen
         weights = _gather(plain, ids)
     if routing.renormalise:
-        weights = divide(weights, total(weights, order="structured"))
+        weights = divide(weights, total(weights, order="structured"), DIVIDE_ULPS)
     if routing.scale != 1.0:
         weights = multiply(weights, Bounded.exact(np.full(weights.shape, routing.scale)))
     return Routed(ids=ids, weights=weights, clear=clear)
@@ -195,28 +164,13 @@ def experts(
     inputs = Bounded.exact(x[token])
     both = _project(inputs, gate_up, expert, token, deltas[0], keep, kept=True)
     half = gate_up.slices[0]
-    inner = cast(multiply(silu(both[:, :half]), both[:, half:]), keep, "act")
+    inner = cast(multiply(silu(both[:, :half], EXP_ULPS, DIVIDE_ULPS), both[:, half:]), keep, "act")
     outputs = _project(inner, down, expert, token, deltas[1], keep, kept=False)
     outputs = multiply(outputs, Bounded.exact(np.broadcast_to(weights[token, choice][:, None], outputs.shape)))
     # Choices of other ranks are zeros: they add neither value nor error.
     placed = outputs.map(lambda part: _scatter(part, token, choice, (tokens, local.shape[1], hidden)))
     summed = total(placed, axis=1, order="structured")
     return summed.reshape(tokens, hidden)
-
-
-def silu(x: Bounded) -> Bounded:
-    """``x sigmoid(x)`` in float32: exp, addition, division and multiplication."""
-    with np.errstate(over="ignore"):
-        gate = 1 / (1 + np.exp(-x.value))
-    value = x.value * gate
-    slope = np.abs(gate + value * (1 - gate)) + 0.5 * x.bound
-    unit = ACCUMULATOR * (2 * EXP_ULPS * (1 - gate) + 2 * DIVIDE_ULPS + 2) * np.abs(value)
-    # Where the exponential overflows or the sigmoid is subnormal, the sigmoid may be zero.
-    unit = unit + SMALLEST_NORMAL * np.maximum(np.abs(x.value), 1.0)
-    result = Bounded(value, np.zeros_like(value))
-    if np.any(x.bound):
-        result = result.plus("argument of silu", slope * x.bound)
-    return result.plus("silu", unit)
 
 
 def _project(

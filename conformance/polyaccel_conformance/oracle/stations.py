@@ -72,8 +72,7 @@ def gate_up_act(
     n = y.shape[1] // 2
     y = between(y, kept, order)
     gate, up = y[:, :n], y[:, n:]
-    activated = silu(gate.value, exp_ulps, divide_ulps)
-    activated = activated.plus("argument of silu", _silu_slope(gate) * gate.bound)
+    activated = silu(gate, exp_ulps, divide_ulps)
     if silu_kept.name != "float32":
         activated = cast(activated, silu_kept, "silu")
     return multiply(activated, up)
@@ -138,15 +137,6 @@ def _where(mask: npt.NDArray[np.bool_], a: Bounded, b: Bounded) -> Bounded:
     terms = [(name, np.where(mask, term, 0.0)) for name, term in a.terms]
     terms += [(name, np.where(mask, 0.0, term)) for name, term in b.terms]
     return Bounded(np.where(mask, a.value, b.value), np.where(mask, a.bound, b.bound), tuple(terms))
-
-
-def _silu_slope(gate: Bounded) -> Floats:
-    """Of the derivative's magnitude within the bound: its own derivative is at most 1/2."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        sigmoid = 1 / (1 + np.exp(-gate.value))
-        slope = sigmoid * (1 + gate.value * (1 - sigmoid))
-    bound: Floats = np.where(np.isfinite(slope), np.abs(slope), 1.1) + 0.5 * gate.bound
-    return bound
 
 
 def _turned_bound(bound: Floats, cos: Floats, sin: Floats, style: Style) -> Floats:

@@ -10,45 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from polyaccel.backend import Backend, KVCache, TableBackend, load
+from polyaccel.backend import KVCache, TableBackend
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.operand import Operand
-from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.kv_cache import LAYERS, WriteKVCacheProblems, canonical
 from polyaccel_conformance.problems.select_rows import SelectRowsProblem, SelectRowsProblems
 from polyaccel_conformance.problems.steps import Paging, build_step
 from polyaccel_conformance.words import Source
-from tests.backends.folded.backend import FoldedBackend
-from tests.conformance.drawn import problems, undrawn, unmended, verdict
+from tests.conformance.drawn import problems, verdict
 
-BACKENDS: tuple[Callable[[], Backend], ...] = (lambda: load("cpu"), lambda: TableBackend("cpu", {}), FoldedBackend)
-NAMES = ("cpu", "composite", "folded")
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "copies.json").read_text())
-SETS = (WriteKVCacheProblems(),)
-
-
-@pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-def test_every_argument_and_attribute_is_a_drawn_axis(problem_set: ProblemSet) -> None:
-    assert undrawn(problem_set) == []
-
-
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-@pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-def test_every_combination_of_axes_is_a_case(problem_set: ProblemSet, data: st.DataObject) -> None:
-    unmended(problem_set, lambda values: data.draw(st.sampled_from(list(values))))
-
-
-@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
-@pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_healthy_backends_pass(problem_set: ProblemSet, backend: Callable[[], Backend], count: int) -> None:
-    bench = Bench(backend())
-    found = [(p.case, failure) for p in problems(problem_set, count, 100) if (failure := verdict(bench, p))]
-    assert found == []
 
 
 Write = Callable[[torch.Tensor, torch.Tensor, KVCache, int, Any], None]

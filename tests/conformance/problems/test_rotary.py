@@ -8,42 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from polyaccel.backend import Backend, RopeTable, TableBackend, load
+from polyaccel.backend import RopeTable, TableBackend
 from polyaccel.backend.composite import dense
 from polyaccel_conformance.bench import Bench
-from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.rotary import RotaryProblems
 from polyaccel_conformance.problems.select_rows import SelectRowsProblems
-from tests.backends.folded.backend import FoldedBackend
-from tests.conformance.drawn import problems, undrawn, unmended, verdict
-
-BACKENDS: tuple[Callable[[], Backend], ...] = (lambda: load("cpu"), lambda: TableBackend("cpu", {}), FoldedBackend)
-NAMES = ("cpu", "composite", "folded")
-SETS = (RotaryProblems(), SelectRowsProblems())
-
-
-@pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-def test_every_argument_and_attribute_is_a_drawn_axis(problem_set: ProblemSet) -> None:
-    assert undrawn(problem_set) == []
-
-
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-@pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-def test_every_combination_of_axes_is_a_case(problem_set: ProblemSet, data: st.DataObject) -> None:
-    unmended(problem_set, lambda values: data.draw(st.sampled_from(list(values))))
-
-
-@pytest.mark.parametrize("backend", BACKENDS, ids=NAMES)
-@pytest.mark.parametrize("problem_set", SETS, ids=lambda s: s.operator)
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_healthy_backends_pass(problem_set: ProblemSet, backend: Callable[[], Backend], count: int) -> None:
-    bench = Bench(backend())
-    found = [(p.case, failure) for p in problems(problem_set, count, 100) if (failure := verdict(bench, p))]
-    assert found == []
+from tests.conformance.drawn import problems, verdict
 
 
 def other_style(q: torch.Tensor, k: torch.Tensor, rope: RopeTable, step: Any) -> object:
