@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -39,9 +40,9 @@ class _Late(Check):
             return None
         return self.judge(trial.problem, lambda wait: late_failure(trial.bench, trial.problem.case, wait))
 
+    @abstractmethod
     def judge(self, problem: Problem, report: Report) -> Failure | None:
         """What is wrong with the reports."""
-        raise NotImplementedError
 
     def fail(self, cause: str, message: str) -> Failure:
         return Failure(check=self.name, cause=cause, message=message)

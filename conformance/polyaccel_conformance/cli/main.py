@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from polyaccel.backend import PolyaccelError
 from polyaccel.backend.errors import BackendUnavailable, ConfigurationError
 from polyaccel_conformance.errors import ExitCode, UsageError
 
-COMMANDS = ("preflight", "run", "replay", "report", "support", "verify", "bisect")
+COMMANDS = ("preflight", "run", "replay", "report", "support", "verify", "bisect", "mutants")
 PACKAGE = "polyaccel_conformance.cli"
 INTERRUPTED = 130
 
@@ -46,8 +45,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in COMMANDS:
-        if importlib.util.find_spec(f"{PACKAGE}.{name}") is None:
-            continue
         module = importlib.import_module(f"{PACKAGE}.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)

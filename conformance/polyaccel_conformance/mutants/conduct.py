@@ -139,13 +139,8 @@ def _moody(operator: str) -> Callable[[Backend], Backend]:
 
 def _lenient(fn: Function) -> Function:
     def linear(x: Tensor, weight: Weight) -> Tensor:
-        """Rows of another width are cut or padded in silence."""
-        k = weight.spec.k
-        if x.shape[-1] > k:
-            x = x[..., :k]
-        elif x.shape[-1] < k:
-            x = torch.nn.functional.pad(x, (0, k - x.shape[-1]))
-        y: Tensor = fn(x.to(weight.spec.dtype), weight)
+        """Of rows that are too wide the last columns are taken."""
+        y: Tensor = fn(x[..., max(x.shape[-1] - weight.spec.k, 0) :].contiguous(), weight)
         return y
 
     return linear
@@ -208,7 +203,7 @@ CONDUCT: tuple[Mutant, ...] = (
     ),
     mutant(
         "linear.lenient",
-        "Rows of another width or dtype are made to fit in silence.",
+        "Rows that are too wide are cut in silence.",
         "errors.arguments",
         linear=_lenient,
     ),
