@@ -7,7 +7,7 @@ How signatures map: a row-wise operator is the function of ``torch.nn.functional
 in 16 bits round between their parts), float32 sums where ``allow_tf32`` or a reduced-precision reduction is switched
 on, the same bits whatever the number of rows. A failure there is a finding about the setting, not a bug of PyTorch.
 
-The functions open a backend under one setting of cuBLAS each; the settings belong to the process.
+The functions open a backend under one setting of the BLAS library each; the settings belong to the process.
 """
 
 from __future__ import annotations
@@ -60,26 +60,37 @@ EAGER: Mapping[str, Callable[..., object]] = MappingProxyType(
 )
 
 
-class _Cublas(TableBackend):
-    """Everything else as composites, under one setting of cuBLAS."""
+class _Composites(TableBackend):
+    """Everything as composites, under one setting of the BLAS library.
 
-    def __init__(self, *, tf32: bool = False, reduced: bool = False) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = reduced
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
+    ``reduced``: whether sums of 16-bit products may be kept in 16 bits, between split parts of k too. ``library``:
+    ``cublaslt`` adds a bias before it rounds; ``cublas`` rounds the product first, which the contract does not permit.
+    """
+
+    def __init__(self, *, library: str = "cublaslt", tf32: bool = False, reduced: bool = False) -> None:
+        torch.backends.cuda.preferred_blas_library(library)
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_tf32 = tf32
+        matmul.allow_fp16_reduced_precision_reduction = (reduced, reduced)
+        matmul.allow_bf16_reduced_precision_reduction = (reduced, reduced)
         super().__init__("cuda", {}, name="composites")
 
 
 def cuda_composites() -> Backend:
-    """The composites with full float32 products and float32 reductions: must pass at every tier."""
-    return _Cublas()
+    """Full float32 products, float32 sums, one rounding: must pass at every tier."""
+    return _Composites()
+
+
+def cuda_cublas() -> Backend:
+    """The same with cuBLAS, which rounds a 16-bit product before it adds the bias: must be named."""
+    return _Composites(library="cublas")
 
 
 def cuda_tf32() -> Backend:
     """float32 products in TF32: must be named."""
-    return _Cublas(tf32=True)
+    return _Composites(tf32=True)
 
 
 def cuda_reduced() -> Backend:
-    """Split-K partial sums of 16-bit products in 16 bits, PyTorch's default."""
-    return _Cublas(reduced=True)
+    """Sums of 16-bit products in 16 bits, PyTorch's default: must be named."""
+    return _Composites(library="cublas", reduced=True)
