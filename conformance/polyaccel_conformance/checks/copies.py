@@ -69,7 +69,7 @@ class CopyProblem(DeviceProblem):
         if self.sabotaged:
             copied.copy_(_inverted(wanted))
         bench.synchronize()
-        facts.check("upload: on the device", copied.device == bench.torch_device, f"on {copied.device}")
+        facts.check("upload: on the device", _is_on(copied, bench.torch_device), f"on {copied.device}")
         facts.same("upload: bits", copied, wanted)
 
     def _copy(self, bench: Bench, source: torch.Tensor, facts: Facts) -> None:
@@ -215,6 +215,11 @@ def _pattern(problem: DeviceProblem, name: str, shape: tuple[int, int], dtype: t
         return torch.from_numpy((words & np.uint64(1)).astype(bool)).view(shape)
     integers = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
     return torch.from_numpy(words.astype(integers)).view(dtype).view(shape)
+
+
+def _is_on(values: torch.Tensor, wanted: torch.device) -> bool:
+    """Whether ``values`` lie on ``wanted``; a device without a number is any of its type."""
+    return values.device.type == wanted.type and wanted.index in (None, values.device.index)
 
 
 def _inverted(values: torch.Tensor) -> torch.Tensor:

@@ -71,8 +71,10 @@ class _Composites(TableBackend):
         torch.backends.cuda.preferred_blas_library(library)
         matmul = torch.backends.cuda.matmul
         matmul.allow_tf32 = tf32
-        matmul.allow_fp16_reduced_precision_reduction = (reduced, reduced)
-        matmul.allow_bf16_reduced_precision_reduction = (reduced, reduced)
+        # Only cublaslt can do without splitting k.
+        allowed = (reduced, reduced) if library == "cublaslt" else reduced
+        matmul.allow_fp16_reduced_precision_reduction = allowed
+        matmul.allow_bf16_reduced_precision_reduction = allowed
         super().__init__("cuda", {}, name="composites")
 
 

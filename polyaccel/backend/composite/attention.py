@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 
+from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.kv_cache import KVCache
 from polyaccel.backend.step import Step
 
@@ -36,7 +37,12 @@ def paged_attention(
 
     Runs of sequences with one token each go through one batched call. Tokens of no sequence, and queries that see no
     key, give zeros.
+
+    Raises:
+        OperatorError: q's heads are not of the cache's width.
     """
+    if q.shape[-1] != kv.spec.head_dim:
+        raise OperatorError.describe("paged_attention", f"q must be heads of {kv.spec.head_dim}", {"q": q})
     inputs = step.input
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts = inputs.query_starts.tolist()

@@ -84,10 +84,10 @@ def sgmv(y: torch.Tensor, x: torch.Tensor, weight: Weight, step: Step, row_set: 
     """Add every triple's delta to ``y: [rows, n]``, in place; ``x: [rows, k]``. Returns y.
 
     Raises:
-        OperatorError: x or y is not of the weight's dtype and width.
+        OperatorError: x or y is not of the weight's dtype and width, or they are on two devices.
     """
-    _check_rows("sgmv", "y", y, weight.spec.n, weight)
-    _check_rows("sgmv", "x", x, weight.spec.k, weight)
+    _check_rows("sgmv", "y", y, weight.spec.n, weight, x.device)
+    _check_rows("sgmv", "x", x, weight.spec.k, weight, x.device)
     if len(step.input.rows(row_set)) == 0:
         return y
     store, spec = adapter_store("sgmv", step), _plain_spec("sgmv", weight)
@@ -134,9 +134,9 @@ def sgmv_expand(
     """Add ``mix * h @ B.T`` of every triple to ``y: [rows, n]``, in place; h as from :func:`sgmv_shrink`. Returns y.
 
     Raises:
-        OperatorError: y is not of the weight's dtype and width.
+        OperatorError: y is not of the weight's dtype and width, or not on h's device.
     """
-    _check_rows("sgmv_expand", "y", y, weight.spec.n, weight)
+    _check_rows("sgmv_expand", "y", y, weight.spec.n, weight, h.device)
     if len(step.input.rows(row_set)) == 0:
         return y
     store, spec = adapter_store("sgmv_expand", step), _plain_spec("sgmv_expand", weight)
@@ -153,10 +153,11 @@ def sgmv_expand(
     return y
 
 
-def _check_rows(operator: str, name: str, rows: torch.Tensor, width: int, weight: Weight) -> None:
-    """Refuse rows that are not of the weight's dtype and of ``width``, before anything is written."""
-    if rows.dtype != weight.spec.dtype or rows.shape[-1] != width:
-        raise OperatorError.describe(operator, f"{name} must be {weight.spec.dtype} rows of {width}", {name: rows})
+def _check_rows(operator: str, name: str, rows: torch.Tensor, width: int, weight: Weight, device: torch.device) -> None:
+    """Refuse rows that are not of the weight's dtype, of ``width`` and on ``device``, before anything is written."""
+    if rows.dtype != weight.spec.dtype or rows.shape[-1] != width or rows.device != device:
+        reason = f"{name} must be {weight.spec.dtype} rows of {width} on {device}"
+        raise OperatorError.describe(operator, reason, {name: rows})
 
 
 def _plain_spec(operator: str, weight: Weight) -> WeightSpec:

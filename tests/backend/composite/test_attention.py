@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from polyaccel.backend.composite import attention
 from polyaccel.backend.composite.kv_cache import TensorKVCache
+from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.kv_cache import KVSpec
 from polyaccel.backend.step import StepInput
 from tests.backend.composite.cases import (
@@ -217,3 +218,10 @@ def test_dense_attention_stays_inside_its_segments(
                 result = attend(f64(q)[t, head], f64(k)[:, head // group], f64(v)[:, head // group], visible, 0.4)
                 expected[t, head], magnitude[t, head] = result
     assert_within(got, expected, magnitude, depth=64)
+
+
+def test_queries_of_another_head_width_than_the_cache_are_refused() -> None:
+    paged = Paged([3], 1, 8, torch.float32, Draw(1))
+    step = step_of(step_input([(1, 3)], block_tables=paged.tables))
+    with pytest.raises(OperatorError, match="q must be heads of 8"):
+        attention.paged_attention(torch.zeros(1, 2, 16), paged.cache, 1, step, 1.0)
