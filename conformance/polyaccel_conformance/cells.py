@@ -49,7 +49,7 @@ def count_cells(results: Iterable[CaseResult]) -> tuple[CellCount, ...]:
         for cell in cells_of(result.case):
             count = counts.setdefault(cell, _Count())
             count.cases += 1
-            count.failed += not result.passed
+            count.failed += result.wrong
             count.headroom = max(count.headroom, worst)
             count.kinds[result.kind] = count.kinds.get(result.kind, 0) + 1
     return tuple(

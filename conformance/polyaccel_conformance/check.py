@@ -21,6 +21,10 @@ from polyaccel_conformance.trial import Trial
 Level = Literal["L0", "L1", "L2", "L3", "L4", "L5", "L6", "L7"]
 Control = Literal["failed as it must", "did not fail", "impossible here"]
 
+RESTRICTION = "restriction: "
+"""Begins the cause of a failure that is a declaration below the contract's floor. It denies no level, whose title names
+it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
@@ -33,6 +37,7 @@ class Failure:
         got, expected, error, tolerance: of that element; error and tolerance None where equality was asked for.
         term: the largest contribution to the tolerance.
         pattern: where the wrong elements lie: ``"every row 15 mod 16"``, ``"last column"``.
+        not_promised: why this is nothing that the implementation ever offered, from its table; empty where it is wrong.
     """
 
     check: str
@@ -46,6 +51,7 @@ class Failure:
     tolerance: float | None = None
     term: str = ""
     pattern: str = ""
+    not_promised: str = ""
 
 
 class Check(ABC):
@@ -99,6 +105,11 @@ class CaseResult:
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it failed in something that was promised."""
+        return any(not failure.not_promised for failure in self.failures)
 
 
 def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseResult:

@@ -13,12 +13,17 @@ from hypothesis import strategies as st
 
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.problem import ProblemSet
+from polyaccel_conformance.words import Source
 
 TILES = (16, 32, 64, 128, 256, 512, 1024)
 SEEDS = 2**32
+FAR = 12
+"""One drawn case in so many has the sizes of one of the operator's large cases."""
 
 
-def cases(problems: ProblemSet, *, scale: int = 1, limits: Mapping[str, int] | None = None) -> st.SearchStrategy[Case]:
+def cases(
+    problems: ProblemSet, *, scale: float = 1, limits: Mapping[str, int] | None = None
+) -> st.SearchStrategy[Case]:
     """Valid cases of an operator.
 
     Args:
@@ -30,9 +35,18 @@ def cases(problems: ProblemSet, *, scale: int = 1, limits: Mapping[str, int] | N
     limits = limits or {}
     choices = {path: _axis(values, ranges.get(path), scale, limits.get(path)) for path, values in axes.items()}
 
+    far = problems.large()
+    place = st.integers(0, FAR * len(far) - 1)
+
     @st.composite
     def drawn(draw: Callable[[st.SearchStrategy[Choice]], Choice]) -> Case | None:
-        row = problems.mend({path: draw(choice) for path, choice in choices.items()})
+        chosen = {path: draw(choice) for path, choice in choices.items()}
+        index = draw(place) if far else 0
+        assert isinstance(index, int)
+        # Ends of ranges at which nobody would draw: one case in so many has the sizes of a large one.
+        if far and index >= (FAR - 1) * len(far):
+            chosen |= far[index - (FAR - 1) * len(far)]
+        row = problems.mend(chosen)
         data = draw(st.integers(0, SEEDS - 1))
         if row is None:
             return None
@@ -43,7 +57,7 @@ def cases(problems: ProblemSet, *, scale: int = 1, limits: Mapping[str, int] | N
 
 
 def examples(
-    problems: ProblemSet, count: int, base: int, *, scale: int = 1, limits: Mapping[str, int] | None = None
+    problems: ProblemSet, count: int, base: int, *, scale: float = 1, limits: Mapping[str, int] | None = None
 ) -> tuple[Case, ...]:
     """``count`` different cases drawn under seed ``base``; fewer where the operator has no more."""
     found: dict[str, Case] = {}
@@ -67,14 +81,39 @@ def examples(
     return tuple(found.values())[:count]
 
 
+def uniform(
+    problems: ProblemSet, count: int, base: int, *, limits: Mapping[str, int] | None = None
+) -> tuple[Case, ...]:
+    """``count`` cases with every axis drawn evenly from its range, or its listed values where it has none, whatever is
+    special among them: what shows how rare a bug is."""
+    axes, ranges, limits = problems.axes(), problems.ranges(), limits or {}
+    found: list[Case] = []
+    for number in range(count):
+        source = Source(base * 1_000_003 + number)
+        row: dict[str, Choice] = {}
+        for path, values in axes.items():
+            if path in ranges:
+                row[path] = int(source.integers(path, (1,), *ranges[path])[0])
+                continue
+            listed = _within(values, limits.get(path))
+            row[path] = listed[int(source.integers(path, (1,), 0, len(listed) - 1)[0])]
+        mended = problems.mend(row)
+        if mended is not None:
+            found.append(Case.of(problems.operator, mended, int(source.integers("seed", (1,), 0, SEEDS - 1)[0])))
+    return tuple(found)
+
+
 def _axis(
-    values: Sequence[Choice], bounds: tuple[int, int] | None, scale: int, limit: int | None
+    values: Sequence[Choice], bounds: tuple[int, int] | None, scale: float, limit: int | None
 ) -> st.SearchStrategy[Choice]:
-    listed = [v for v in values if limit is None or not isinstance(v, int) or isinstance(v, bool) or v <= limit]
-    strategy: st.SearchStrategy[Choice] = st.sampled_from(listed)
+    strategy: st.SearchStrategy[Choice] = st.sampled_from(_within(values, limit))
     if bounds is not None:
-        strategy = st.one_of(strategy, boundary_integers(bounds[0], bounds[1] * scale))
+        strategy = st.one_of(strategy, boundary_integers(bounds[0], max(int(bounds[1] * scale), bounds[0])))
     return strategy
+
+
+def _within(values: Sequence[Choice], limit: int | None) -> list[Choice]:
+    return [v for v in values if limit is None or not isinstance(v, int) or isinstance(v, bool) or v <= limit]
 
 
 def boundary_integers(low: int, high: int) -> st.SearchStrategy[int]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from polyaccel_conformance.check import CaseResult
 from polyaccel_conformance.errors import UsageError
+from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.results import (
     FailureGroup,
     Phase,
@@ -24,13 +25,15 @@ from polyaccel_conformance.results import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """What a log holds. ``ended``: the run came to its end; ``groups``: failures with their minimal cases."""
+    """What a log holds. ``ended``: the run came to its end; ``groups``: failures with their minimal
+    cases; ``identities``: who the ranks of each world were."""
 
     header: RunHeader
     results: tuple[tuple[Phase, CaseResult], ...]
     controls: Mapping[str, str]
     ended: bool
     groups: tuple[FailureGroup, ...] = ()
+    identities: tuple[RankIdentity, ...] = ()
 
 
 class ResultsLog:
@@ -79,52 +82,66 @@ def read_log(path: Path) -> Logged:
     Raises:
         UsageError: no such file, or it is no results log.
     """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_log(data, str(path))
+
+
+def parse_log(data: bytes, name: str) -> Logged:
+    """The same from memory; ``name`` is what messages call it.
+
+    Raises:
+        UsageError: it is no results log.
+    """
     header: RunHeader | None = None
     results: dict[str, tuple[Phase, CaseResult]] = {}
     controls: dict[str, str] = {}
-    groups: dict[tuple[str, str, str], FailureGroup] = {}
+    groups: dict[tuple[str, str, str, str], FailureGroup] = {}
+    identities: dict[tuple[int, int], RankIdentity] = {}
     ended = False
     try:
-        for number, line in _lines(path):
+        for number, line in _lines(data, name):
             kind = line.get("type")
             if kind == "run":
                 header = header_from_json(line)
             elif kind == "case":
                 result = result_from_json(line)
                 results[result.case.key] = (line["phase"], result)
+            elif kind == "rank":
+                identity = RankIdentity(**{name: item for name, item in line.items() if name != "type"})
+                identities[identity.world_size, identity.rank] = identity
             elif kind == "control":
                 controls[line["check"]] = line["control"]
             elif kind == "failure":
                 group = group_from_json({name: item for name, item in line.items() if name != "type"})
-                groups[(group.operator, group.check, group.cause)] = group
+                groups[(group.operator, group.check, group.cause, group.failure.not_promised)] = group
             elif kind == "end":
                 ended = True
             if header is None:
-                raise UsageError(f"{path} line {number} is not the first of a results log")
+                raise UsageError(f"{name} line {number} is not the first of a results log")
     except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not a results log: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{name} is not a results log: {type(error).__name__}: {error}") from error
     if header is None:
-        raise UsageError(f"{path} is empty")
+        raise UsageError(f"{name} is empty")
     return Logged(
         header=header,
         results=tuple(results.values()),
         controls=controls,
         ended=ended,
         groups=tuple(groups.values()),
+        identities=tuple(identities[key] for key in sorted(identities)),
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    lines = text.split("\n")
+def _lines(data: bytes, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    lines = data.split(b"\n")
     # What follows the last newline was not finished.
     for number, line in enumerate(lines[:-1], 1):
         value = json.loads(line)
         if not isinstance(value, dict):
-            raise UsageError(f"{path} line {number} is not an object")
+            raise UsageError(f"{name} line {number} is not an object")
         yield number, value
 
 

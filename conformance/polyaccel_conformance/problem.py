@@ -44,6 +44,8 @@ class Prepared:
         static, ranges, token_class, adapters: for the query that the plan answers.
         release: frees what was allocated, if the backend needs to be told.
         call: what is called without arguments in place of a planned operator, for what is no operator.
+        again: puts back what a call may change and begins the step anew, so that the same memory serves another call;
+            returns the arguments that are new. None where everything has to be placed again.
     """
 
     arguments: Mapping[str, object]
@@ -54,6 +56,7 @@ class Prepared:
     adapters: bool = False
     release: Callable[[], None] = lambda: None
     call: Callable[[], object] | None = None
+    again: Callable[[], Mapping[str, object]] | None = None
 
 
 class Problem(ABC):

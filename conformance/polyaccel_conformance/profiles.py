@@ -23,7 +23,7 @@ class Profile:
 
     name: str
     examples: int
-    scale: int = 1
+    scale: float = 1.0
     fresh: bool = False
     timeout: float = 60.0
     shrink_seconds: float = 30.0
@@ -33,7 +33,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         profile.name: profile
         for profile in (
-            Profile(name="quick", examples=25),
+            Profile(name="quick", examples=25, scale=0.5),
             Profile(name="default", examples=200, scale=2),
             Profile(name="certify", examples=500, scale=4, fresh=True),
             Profile(name="fuzz", examples=5000, scale=4, fresh=True),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Failure
 from polyaccel_conformance.errors import ConformanceError
+from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.profiles import Profile
 from polyaccel_conformance.results import RunHeader
-from polyaccel_conformance.schedule import OfRanks, Scheduled, drawn, fixed
+from polyaccel_conformance.schedule import OfRanks, Scheduled, countable, drawn, fixed
 from polyaccel_conformance.selection import Selects
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.tally import Tally
@@ -24,12 +25,22 @@ class RankedCases:
     """Cases of 2 to ``header.devices`` ranks."""
 
     def __init__(
-        self, subject: Subject, header: RunHeader, profile: Profile, selects: Selects, server: ForkServer
+        self,
+        subject: Subject,
+        header: RunHeader,
+        profile: Profile,
+        selects: Selects,
+        server: ForkServer,
+        *,
+        given: Sequence[Case] | None = None,
+        corpus: bool = True,
     ) -> None:
         from polyaccel_conformance.multi.ranks import RankPool
 
         self.incomplete = ""
+        self._known: set[int] = set()
         self._header, self._profile, self._selects = header, profile, selects
+        self._given, self._corpus = given, corpus
         self._pools = {
             world: RankPool(subject, world, checks=header.checks, case_timeout=profile.timeout, server=server)
             for world in range(2, header.devices + 1)
@@ -61,23 +72,34 @@ class RankedCases:
         pool = self._pools[2]
         only = tally.asked(several=True) - tally.asked(several=False)
         found: dict[str, str] = {}
-        for check in sorted(only & set(self._header.checks)):
+        for check in sorted(only & set(self._header.checks) - set(tally.controls)):
             try:
                 found[check] = pool.control(check)
             except ConformanceError as error:
                 found[check] = f"did not end: {error}"
         return found
 
+    def newcomers(self) -> tuple[RankIdentity, ...]:
+        """Who the ranks of each world are, told once for each world."""
+        found: list[RankIdentity] = []
+        for world, pool in self._pools.items():
+            if pool.identities and world not in self._known:
+                self._known.add(world)
+                found += pool.identities
+        return tuple(found)
+
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
 
     def _cases(self, world: int) -> list[Scheduled]:
+        if self._given is not None:
+            return [Scheduled(phase="given", case=case) for case in self._given if case.ranks == world]
         items: list[Scheduled] = []
         for name, problems in self._sets().items():
             if name in self._header.operators:
                 of_ranks = OfRanks(problems, world)
-                items += fixed(of_ranks, ranks=world)
+                items += fixed(of_ranks, ranks=world) if self._corpus or countable(of_ranks) else ()
                 items += drawn(of_ranks, self._profile, self._header.seed, ranks=world)
         return [item for item in items if self._selects(item.case)]
 

@@ -17,12 +17,15 @@ from typing import Any, Literal
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import CaseResult, Failure
 from polyaccel_conformance.errors import ExitCode
+from polyaccel_conformance.promises import Rule
 from polyaccel_conformance.subject import Subject
 
-Verdict = Literal["passed", "failed", "inconclusive", "not exercised"]
+Verdict = Literal["passed", "failed", "not promised", "inconclusive", "not exercised"]
 Phase = Literal["covering", "large", "drawn", "given"]
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+SAME = frozenset(("devices", "torch", "numpy", "hypothesis", "driver"))
+"""Parts of the environment that must not change within a run, beside the hashes of sources."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,7 @@ class RunHeader:
         profile, seed: which extra examples were drawn.
         checks: names of all checks that were asked; ``operators``: of all operators in scope.
         out_of_scope: operators of the contract that a table does not hold.
+        not_promised: what a table's implementations never offered.
         devices: ranks at most.
         selection: the ``-k`` expression, empty for everything.
         environment: versions, platform, backend distribution, device names.
@@ -45,6 +49,7 @@ class RunHeader:
     checks: tuple[str, ...]
     operators: tuple[str, ...]
     out_of_scope: tuple[str, ...] = ()
+    not_promised: tuple[Rule, ...] = ()
     devices: int = 1
     selection: str = ""
     environment: Mapping[str, str] = field(default_factory=lambda: NOTHING)
@@ -60,21 +65,25 @@ class RunHeader:
     def identity(self) -> tuple[object, ...]:
         """What must be equal for a run to be taken up again."""
         names = ("profile", "seed", "checks", "operators", "devices", "selection", "suite_revision", "contract")
-        return (tuple(self.subject.to_json().items()), *(getattr(self, name) for name in names))
+        # A part that ran on other sources or another machine would be passed off as one that ran on these.
+        environment = {key: value for key, value in self.environment.items() if key in SAME or key.startswith("source.")}
+        return (tuple(self.subject.to_json().items()), environment, *(getattr(self, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckState:
     """The verdict on one check over the whole run.
 
-    ``cases``: how many asked it, ``failures``: in how many it failed, ``control``: what its control did, ``reason`` for
-    a verdict that is neither passed nor failed.
+    ``cases``: how many asked it, ``failures``: in how many it failed, ``not_promised``: in how many it failed in
+    something that was never offered, ``control``: what its control did, ``reason`` for a verdict that is neither passed
+    nor failed.
     """
 
     check: str
     verdict: Verdict
     cases: int = 0
     failures: int = 0
+    not_promised: int = 0
     control: str = ""
     reason: str = ""
 
@@ -111,7 +120,8 @@ class OperatorState:
     """One operator over the whole run.
 
     Attributes:
-        cases, failed: how many ran, how many failed some check.
+        cases, failed: how many ran, how many failed some check; ``not_promised``: how many others failed some check in
+            something that was never offered.
         planned: how many were to be run.
         kinds, implementations: how many each kind and each named implementation served.
         headroom: worst err / tol under tier 2 by ``output dtype``.
@@ -122,6 +132,7 @@ class OperatorState:
     operator: str
     cases: int = 0
     failed: int = 0
+    not_promised: int = 0
     planned: int = 0
     kinds: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     implementations: Mapping[str, int] = field(default_factory=lambda: NOTHING)
@@ -136,7 +147,9 @@ class OperatorState:
             return "failed"
         if not self.cases:
             return "not exercised"
-        return "passed" if self.cases >= self.planned else "inconclusive"
+        if self.cases < self.planned:
+            return "inconclusive"
+        return "not promised" if self.not_promised else "passed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +181,7 @@ class RunResult:
     """Everything that a report or a certificate is made from, beside the log of single cases.
 
     Attributes:
+        failures: of what was promised; ``not_promised``: of what never was, which say nothing against the subject.
         incomplete: why not all planned cases ran; empty if they did.
         device_lost: the device's last words, empty if it lives.
         empty_cells: required cells in which nothing ran although the hardware is there.
@@ -179,6 +193,7 @@ class RunResult:
     checks: tuple[CheckState, ...]
     cells: tuple[CellCount, ...]
     failures: tuple[FailureGroup, ...]
+    not_promised: tuple[FailureGroup, ...] = ()
     incomplete: str = ""
     device_lost: str = ""
     empty_cells: tuple[str, ...] = ()
@@ -212,6 +227,7 @@ class RunResult:
                 checks=tuple(CheckState(**item) for item in value["checks"]),
                 cells=tuple(_cell(item) for item in value["cells"]),
                 failures=tuple(group_from_json(item) for item in value["failures"]),
+                not_promised=tuple(group_from_json(item) for item in value.get("not_promised", ())),
                 incomplete=value["incomplete"],
                 device_lost=value["device_lost"],
                 empty_cells=tuple(value["empty_cells"]),
@@ -273,9 +289,11 @@ def group_from_json(value: Mapping[str, Any]) -> FailureGroup:
 
 
 def header_from_json(value: Mapping[str, Any]) -> RunHeader:
-    fields = {f.name: value[f.name] for f in dataclasses.fields(RunHeader)}
+    fields = {f.name: value[f.name] for f in dataclasses.fields(RunHeader) if f.name != "not_promised"}
     for name in ("checks", "operators", "out_of_scope"):
         fields[name] = tuple(fields[name])
+    # Logs from before there were such rules have none.
+    fields["not_promised"] = tuple(Rule.from_json(item) for item in value.get("not_promised", ()))
     return RunHeader(**{**fields, "subject": Subject.from_json(value["subject"])})
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from polyaccel_conformance.case import Case
 from polyaccel_conformance.results import FailureGroup
 
 
@@ -24,6 +25,9 @@ class Options:
         resume: take up the log in the folder; ``failed``: only the cases that failed in it.
         stop_at: end at the first failure of this check.
         shrink: make failing cases minimal.
+        corpus: run the fixed lists; without them only drawn cases, and all of sets that have but a few.
+        given: these cases in place of all others.
+        controls: ask every check's control; without them no check is conclusive.
     """
 
     profile: str = "default"
@@ -41,6 +45,9 @@ class Options:
     failed: bool = False
     stop_at: str = ""
     shrink: bool = True
+    corpus: bool = True
+    given: tuple[Case, ...] = ()
+    controls: bool = True
 
 
 class Watch(Protocol):

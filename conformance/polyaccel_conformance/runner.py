@@ -18,9 +18,11 @@ from polyaccel_conformance.case import Case
 from polyaccel_conformance.casefile import CaseFile, spec_revision
 from polyaccel_conformance.check import CaseResult, Failure
 from polyaccel_conformance.errors import UsageError
+from polyaccel_conformance.grouping import failure_groups
 from polyaccel_conformance.log import ResultsLog, read_log
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.profiles import Profile, profile_of
+from polyaccel_conformance.promises import Rule, judged
 from polyaccel_conformance.ranked import RankedCases
 from polyaccel_conformance.results import FailureGroup, Phase, RunHeader, RunResult, result_from_json
 from polyaccel_conformance.run_options import Options, Silent, Watch
@@ -71,7 +73,7 @@ def run(
 
 @dataclass(slots=True)
 class _Group:
-    """Failures of one operator, check and cause as they come in."""
+    """Failures of one operator, check and cause as they come in; those of what was never promised apart."""
 
     simplest: CaseResult
     cost: int
@@ -86,7 +88,7 @@ class _Run:
     watch: Watch
     pool: Pool
     tally: Tally = field(default_factory=Tally)
-    groups: dict[tuple[str, str, str], _Group] = field(default_factory=dict)
+    groups: dict[tuple[str, str, str, str], _Group] = field(default_factory=dict)
     deaths: Counter[str] = field(default_factory=Counter)
     lost: str = ""
     incomplete: str = ""
@@ -96,6 +98,8 @@ class _Run:
     sets: Mapping[str, ProblemSet] = field(default_factory=dict)
     known: frozenset[str] = frozenset()
     ranked: RankedCases | None = None
+    given: tuple[Case, ...] = ()
+    promises: tuple[Rule, ...] = ()
 
     def run(self) -> RunResult:
         started = time.monotonic()
@@ -104,14 +108,18 @@ class _Run:
         if self.options.timeout is not None:
             profile = replace(profile, timeout=self.options.timeout)
         facts = self.pool.start()
+        self.given = self._failed() if self.options.failed else self.options.given
         deadline = None if self.options.budget is None else time.monotonic() + self.options.budget
         header = self._header(profile, facts)
+        self.promises = header.not_promised
         schedule = self._schedule(header, profile)
         path = None if self.options.folder is None else self.options.folder / RESULTS
         resumed = path is not None and self.options.resume and path.exists()
         if resumed:
             assert path is not None
             header = self._take_up(path, header)
+        if header.devices > 1:
+            self.ranked = self._ranked(schedule, header, profile)
         with ResultsLog(path, resume=resumed) as log:
             if not resumed:
                 log.header(header)
@@ -125,7 +133,7 @@ class _Run:
                 if self.ranked is not None:
                     self.ranked.close()
             result = self._result(header, facts, time.monotonic() - started)
-            for group in result.failures:
+            for group in (*result.failures, *result.not_promised):
                 log.write("failure", group)
             if not result.incomplete and not result.device_lost:
                 log.write("end", {"cases": result.cases, "seconds": result.seconds})
@@ -139,14 +147,16 @@ class _Run:
         from polyaccel_conformance.problems.registry import PROBLEM_SETS
 
         options = self.options
-        known = PROBLEM_SETS if options.devices < 2 else {**PROBLEM_SETS, **RANKED_SETS}
+        # What failed on several ranks is asked again on as many, whatever this command line says.
+        devices = max([options.devices, *(case.ranks for case in self.given if options.failed)])
+        known = PROBLEM_SETS if devices < 2 else {**PROBLEM_SETS, **RANKED_SETS}
         operators = _names("operator", options.operators, known)
         checks = _names("check", options.checks, CHECKS)
         if options.stop_at and options.stop_at not in checks:
             raise UsageError(f"unknown check {options.stop_at!r}; there are {', '.join(CHECKS)}")
         most = facts["devices"] if facts["device_type"] != "cpu" else max(facts["devices"], os.cpu_count() or 1, 8)
-        if not 1 <= options.devices <= most:
-            raise UsageError(f"--devices {options.devices}: {self.subject.label} has {facts['devices']}")
+        if not 1 <= devices <= most:
+            raise UsageError(f"--devices {devices}: {self.subject.label} has {facts['devices']}, {most} ranks at most")
         scope = facts["scope"]
         outside = tuple(name for name in operators if scope is not None and name not in scope)
         operators = tuple(name for name in operators if name not in outside)
@@ -162,7 +172,8 @@ class _Run:
             checks=checks,
             operators=operators,
             out_of_scope=outside,
-            devices=options.devices,
+            not_promised=tuple(Rule.from_json(item) for item in facts["not_promised"]),
+            devices=devices,
             selection=self._selection(),
             environment=facts["environment"],
             suite_revision=SUITE_REVISION,
@@ -176,6 +187,8 @@ class _Run:
         parts += [f"--operators {','.join(options.operators)}"] if options.operators else []
         parts += [f"--checks {','.join(options.checks)}"] if options.checks else []
         parts += [f"--stop-at {options.stop_at}"] if options.stop_at else []
+        parts += ["--no-corpus"] if not options.corpus else []
+        parts += [f"{len(options.given)} given cases"] if options.given else []
         return " ".join([*parts, *(["--failed"] if options.failed else [])])
 
     def _schedule(self, header: RunHeader, profile: Profile) -> Schedule:
@@ -183,16 +196,21 @@ class _Run:
 
         # Some operators have cases of several ranks only.
         self.sets = {name: PROBLEM_SETS[name] for name in header.operators if name in PROBLEM_SETS}
-        given: tuple[Case, ...] = ()
-        if self.options.failed:
-            given = self._failed()
-        return Schedule(self.sets, profile, header.seed, parse(self.options.selection), given)
+        given: tuple[Case, ...] | None = None
+        if self.given:
+            self.given = tuple(case for case in self.given if case.operator in header.operators)
+            if not self.given:
+                raise UsageError(f"none of the cases is one of {', '.join(header.operators)}")
+            given = tuple(case for case in self.given if case.ranks == 1)
+        return Schedule(
+            self.sets, profile, header.seed, parse(self.options.selection), given, corpus=self.options.corpus
+        )
 
     def _failed(self) -> tuple[Case, ...]:
         if self.options.folder is None:
             raise UsageError("--failed needs the folder of an earlier run")
         logged = read_log(self.options.folder / RESULTS)
-        cases = tuple(r.case for _, r in logged.results if not r.passed and r.case.operator in self.sets)
+        cases = tuple(r.case for _, r in logged.results if r.wrong)
         if not cases:
             raise UsageError(f"no case failed in {self.options.folder / RESULTS}")
         return cases
@@ -233,9 +251,10 @@ class _Run:
                 break
         if self.stopped:
             return
-        self._controls(header, log)
+        if self.options.controls:
+            self._controls(header, log)
         if not self.incomplete:
-            self._on_ranks(schedule, header, profile, log, deadline)
+            self._on_ranks(log, deadline)
             self._show(profile)
         if not self.tally.planned:
             raise UsageError(f"nothing is selected by {header.selection}")
@@ -275,11 +294,14 @@ class _Run:
         for answer in self.pool.run(jobs()):
             item = answer.job.name
             assert isinstance(item, Scheduled)
-            result = self._result_of(answer, item.case)
+            result = judged(self._result_of(answer, item.case), header.not_promised)
             log.case(item.phase, result)
             self._count(item.phase, result)
             now = item.case.operator
             self.watch.progress(self.tally.cases, max(self.expected, self.tally.cases), self.tally.failed, now)
+            if self.stopped and not self.options.shrink:
+                # Nobody needs the workers any more, whatever they are at.
+                break
         log.flush()
 
     def _job(self, case: Case, checks: Sequence[str], profile: Profile, name: object) -> Job:
@@ -297,7 +319,7 @@ class _Run:
     def _count(self, phase: Phase, result: CaseResult) -> None:
         self.tally.add(result)
         for failure in result.failures:
-            key = (result.case.operator, failure.check, failure.cause)
+            key = (result.case.operator, failure.check, failure.cause, failure.not_promised)
             price = self._cost(result.case)
             group = self.groups.get(key)
             if group is None:
@@ -306,7 +328,7 @@ class _Run:
                 group.cases += 1
                 if price < group.cost and group.shown is None:
                     group.simplest, group.cost = result, price
-            if failure.check == self.options.stop_at:
+            if failure.check == self.options.stop_at and not failure.not_promised:
                 self.stopped = True
                 self.incomplete = f"stopped at the first failure of {failure.check}"
 
@@ -314,17 +336,31 @@ class _Run:
         problems = self.sets.get(case.operator)
         return 0 if problems is None else cost(problems, case)
 
-    def _on_ranks(
-        self, schedule: Schedule, header: RunHeader, profile: Profile, log: ResultsLog, deadline: float | None
-    ) -> None:
-        if header.devices < 2 or self.options.failed:
+    def _ranked(self, schedule: Schedule, header: RunHeader, profile: Profile) -> RankedCases:
+        return RankedCases(
+            self.subject,
+            header,
+            profile,
+            schedule.selects,
+            self.pool.server,
+            given=tuple(case for case in self.given if case.ranks > 1) if self.given else None,
+            corpus=self.options.corpus,
+        )
+
+    def _on_ranks(self, log: ResultsLog, deadline: float | None) -> None:
+        if self.ranked is None:
             return
-        self.ranked = RankedCases(self.subject, header, profile, schedule.selects, self.pool.server)
         for item, result in self.ranked.results(self.known, self.tally, deadline):
+            for identity in self.ranked.newcomers():
+                log.write("rank", identity)
             log.case(item.phase, result)
             self._count(item.phase, result)
             self.watch.progress(self.tally.cases, self.tally.planned_cases, self.tally.failed, item.case.operator)
+            if self.stopped:
+                return
         self.incomplete = self.incomplete or self.ranked.incomplete
+        if not self.options.controls:
+            return
         for check, control in self.ranked.controls(self.tally).items():
             self.tally.controls[check] = control
             log.write("control", {"check": check, "control": control})
@@ -335,33 +371,35 @@ class _Run:
         for key, group in self.groups.items():
             if group.shown is None:
                 group.shown = self._minimal(key, group, profile)
-                self.watch.failure(group.shown)
+                if not group.shown.failure.not_promised:
+                    self.watch.failure(group.shown)
 
-    def _minimal(self, key: tuple[str, str, str], group: _Group, profile: Profile) -> FailureGroup:
-        operator, check, cause = key
+    def _minimal(self, key: tuple[str, str, str, str], group: _Group, profile: Profile) -> FailureGroup:
+        operator, *failing = key
+        check, cause, excuse = failing
         best, tries, seconds = group.simplest, 0, 0.0
         # Often one defect fails several checks: its minimal case may be known.
         shown = [g.shown.result for g in self.groups.values() if g.shown is not None]
-        known = next((r for r in shown if r.case.operator == operator and _fails(r, check, cause)), None)
+        known = next((r for r in shown if r.case.operator == operator and _fails(r, *failing)), None)
         problems = self.sets.get(operator)
         if best.case.ranks > 1 and self.ranked is not None:
             problems = self.ranked.problems(best.case)
         left = min(profile.shrink_seconds, SHRINK_TOTAL - self.shrinking)
         if known is not None:
             best = known
-        elif self.options.shrink and left > 0 and problems is not None:
+        elif self.options.shrink and left > 0 and problems is not None and not excuse:
 
             def run_cases(cases: Sequence[Case]) -> Sequence[CaseResult]:
                 if self.ranked is not None and best.case.ranks > 1:
                     return [self.ranked.run(case) for case in cases]
                 jobs = [self._job(case, self._asked(best), profile, place) for place, case in enumerate(cases)]
                 answers = {answer.job.name: answer for answer in self.pool.run(jobs)}
-                return [self._result_of(answers[place], case) for place, case in enumerate(cases)]
+                return [judged(self._result_of(answers[n], case), self.promises) for n, case in enumerate(cases)]
 
-            found = shrink(problems, best, lambda result: _fails(result, check, cause), run_cases, left)
+            found = shrink(problems, best, lambda result: _fails(result, *failing), run_cases, left)
             best, tries, seconds = found.result, found.tries, found.seconds
             self.shrinking += seconds
-        failure = next(f for f in best.failures if (f.check, f.cause) == (check, cause))
+        failure = next(f for f in best.failures if [f.check, f.cause, f.not_promised] == failing)
         path = self._write(best, failure, group.simplest.case)
         return FailureGroup(
             operator=operator,
@@ -404,23 +442,8 @@ class _Run:
     # -- the result ----------------------------------------------------------------------------------------------------
 
     def _result(self, header: RunHeader, facts: Mapping[str, Any], seconds: float) -> RunResult:
-        groups = []
-        for group in self.groups.values():
-            if group.shown is None:
-                key = (group.simplest.case.operator, group.simplest.failures[0].check, group.simplest.failures[0].cause)
-                failure = group.simplest.failures[0]
-                shown = FailureGroup(
-                    operator=key[0],
-                    check=key[1],
-                    cause=key[2],
-                    cases=group.cases,
-                    failure=failure,
-                    result=group.simplest,
-                    original=group.simplest.case,
-                )
-            else:
-                shown = replace(group.shown, cases=group.cases)
-            groups.append(shown)
+        shown = [group.shown for group in self.groups.values() if group.shown is not None]
+        groups, excused = failure_groups(self.tally.results, shown)
         checks = self.tally.check_states(header.checks)
         empty: tuple[str, ...] = ()
         whole = header.complete and not self.incomplete and not self.lost
@@ -431,7 +454,8 @@ class _Run:
             operators=self.tally.operator_states(header),
             checks=checks,
             cells=self.tally.cells(),
-            failures=tuple(sorted(groups, key=lambda g: (g.operator, g.check, g.cause))),
+            failures=groups,
+            not_promised=excused,
             incomplete=self.incomplete,
             device_lost=self.lost,
             empty_cells=empty,
@@ -449,8 +473,8 @@ def lost_result(answer: Answer, case: Case) -> CaseResult:
     return CaseResult(case=case, failures=(failure,), checks=(), implementation="", kind="")
 
 
-def _fails(result: CaseResult, check: str, cause: str) -> bool:
-    return any((failure.check, failure.cause) == (check, cause) for failure in result.failures)
+def _fails(result: CaseResult, check: str, cause: str, excuse: str) -> bool:
+    return any((f.check, f.cause, f.not_promised) == (check, cause, excuse) for f in result.failures)
 
 
 def _control(answer: Answer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from polyaccel_conformance.problem import Problem, ProblemSet
 from polyaccel_conformance.profiles import Profile
 from polyaccel_conformance.results import Phase
 from polyaccel_conformance.selection import Selects
+
+FEW = 16
+"""Cases of a set that can be counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,11 @@ def drawn(problems: ProblemSet, profile: Profile, seed: int, *, ranks: int = 1) 
     return tuple(Scheduled(phase="drawn", case=case) for case in cases)
 
 
+def countable(problems: ProblemSet) -> bool:
+    """Whether a set has so few cases that all of them are listed, and none needs to be drawn."""
+    return not problems.ranges() and math.prod(len(values) for values in problems.axes().values()) <= FEW
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """All cases of a run: every operator's fixed list first, then every operator's drawn cases.
@@ -80,17 +89,19 @@ class Schedule:
     profile: Profile
     seed: int
     selects: Selects
-    given: tuple[Case, ...] = ()
+    given: tuple[Case, ...] | None = None
     ranks: int = 1
+    corpus: bool = True
 
     def chunks(self) -> Iterator[tuple[Scheduled, ...]]:
         """Groups after which new failures are shrunk and shown."""
-        if self.given:
+        if self.given is not None:
             yield tuple(Scheduled(phase="given", case=case) for case in self.given)
             return
         first: list[Scheduled] = []
         for problems in self.sets.values():
-            first += self._selected(fixed(problems, ranks=self.ranks))
+            if self.corpus or countable(problems):
+                first += self._selected(fixed(problems, ranks=self.ranks))
         yield tuple(first)
         for names in self._batches():
             chunk: list[Scheduled] = []
@@ -111,4 +122,4 @@ class Schedule:
     def expected(self, fixed_cases: int) -> int:
         """About how many cases there will be, once the fixed ones are known."""
         drawn_cases = sum(self.profile.examples // problems.weight for problems in self.sets.values())
-        return fixed_cases if self.given else fixed_cases + drawn_cases
+        return fixed_cases + drawn_cases if self.given is None else fixed_cases

@@ -53,6 +53,18 @@ class Subject:
         return backend
 
     @property
+    def by_name(self) -> bool:
+        """Whether another process that knows only the backend's name gets this subject: it is installed, and nothing of
+        the backend itself is planted."""
+        if self.kind != "backend" or self.name == SIMULATED:
+            return False
+        if not self.mutant:
+            return True
+        from polyaccel_conformance.mutants.catalogue import found
+
+        return found(self.mutant).engine
+
+    @property
     def label(self) -> str:
         """What messages call it."""
         return f"backend {self.name!r}" if self.kind == "backend" else f"{self.path}:{self.name}"

@@ -30,7 +30,7 @@ class Tally:
 
     def add(self, result: CaseResult) -> None:
         self.results.append(result)
-        self.failed += not result.passed
+        self.failed += result.wrong
 
     @property
     def cases(self) -> int:
@@ -48,13 +48,16 @@ class Tally:
         """The verdict on each check, and on what failed under a name that is no check's."""
         asked: Counter[str] = Counter()
         failures: Counter[str] = Counter()
+        excused: Counter[str] = Counter()
         for result in self.results:
             asked.update(result.checks)
-            failures.update({failure.check for failure in result.failures})
-        others = [name for name in sorted(failures) if name not in checks]
-        return tuple(self._state(name, asked[name], failures[name]) for name in [*checks, *others])
+            wrong = {failure.check for failure in result.failures if not failure.not_promised}
+            failures.update(wrong)
+            excused.update({failure.check for failure in result.failures} - wrong)
+        others = [name for name in sorted(failures | excused) if name not in checks]
+        return tuple(self._state(name, asked[name], failures[name], excused[name]) for name in [*checks, *others])
 
-    def _state(self, name: str, cases: int, failures: int) -> CheckState:
+    def _state(self, name: str, cases: int, failures: int, excused: int) -> CheckState:
         control = self.controls.get(name, "")
         verdict: Verdict = "passed"
         reason = ""
@@ -68,7 +71,17 @@ class Tally:
         elif control != AS_IT_MUST:
             verdict = "inconclusive"
             reason = f"its control {control}" if control else "its control was not run"
-        return CheckState(check=name, verdict=verdict, cases=cases, failures=failures, control=control, reason=reason)
+        elif excused:
+            verdict, reason = "not promised", f"{excused} cases differ in what was never promised"
+        return CheckState(
+            check=name,
+            verdict=verdict,
+            cases=cases,
+            failures=failures,
+            not_promised=excused,
+            control=control,
+            reason=reason,
+        )
 
     def operator_states(self, header: RunHeader) -> tuple[OperatorState, ...]:
         """One for each operator in scope, and for those out of it."""
@@ -87,7 +100,8 @@ class Tally:
         return OperatorState(
             operator=name,
             cases=len(results),
-            failed=sum(not result.passed for result in results),
+            failed=sum(result.wrong for result in results),
+            not_promised=sum(not result.passed and not result.wrong for result in results),
             planned=self.planned[name],
             kinds=_counted(result.kind for result in results),
             implementations=_counted(result.implementation for result in results),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -105,17 +105,22 @@ class Observation:
 class Trial:
     """Runs ``problem`` on ``bench`` in every setting that some check asks for, once each.
 
-    What the call cannot change (weights, and the plan's answer) is made once and shared; everything else is new for
-    each call. :meth:`close` gives it back.
+    What the call cannot change, or what can be put back (``Prepared.again``), is placed once and shared; the tensor
+    arguments and the step are new for each call. :meth:`close` gives it back.
+
+    ``single``: for one call, of which nobody asks what it did to what it shares.
     """
 
     bench: Bench
     problem: Problem
+    single: bool = False
     _seen: dict[Setting, Observation] = field(default_factory=dict)
     _crashed: dict[Setting, Exception] = field(default_factory=dict)
     _expected: Mapping[str, Expected | Exactly] | None = None
     _host: dict[str, torch.Tensor] = field(default_factory=dict)
     _shared: Prepared | None = None
+    _room: state.Room | None = None
+    _before: Mapping[str, torch.Tensor] | None = None
     _resolved: Resolved | None = None
 
     @property
@@ -168,21 +173,23 @@ class Trial:
         """Release what the calls shared. The observations stay."""
         if self._shared is not None:
             self._shared.release()
-            self._shared = None
+            self._shared = self._room = self._before = None
 
     # -- pieces of a call, for checks that make calls of their own -----------------------------------------------------
 
     def prepare(self) -> Prepared:
-        """Weights, caches, steps. Shared by all calls where the operator can change none of it."""
-        if self._shared is not None:
-            return self._shared
+        """Weights, caches, and the step begun. On shared memory where the operator can change none of it, or what it
+        can change is put back."""
+        shared = self._shared
+        if shared is not None:
+            return shared if shared.again is None else replace(shared, arguments={**shared.arguments, **shared.again()})
         prepared = self.problem.prepare(self.bench)
-        if all(argument.kind in _STATELESS for argument in self.problem.spec.arguments):
+        if prepared.again is not None or all(a.kind in _STATELESS for a in self.problem.spec.arguments):
             self._shared = prepared
         return prepared
 
     def release(self, prepared: Prepared) -> None:
-        if prepared is not self._shared:
+        if self._shared is None:
             prepared.release()
 
     def resolve(self, prepared: Prepared) -> Resolved:
@@ -226,18 +233,25 @@ class Trial:
         watch = Watch(setting.poison, storages) if watched else None
         trace = None if watch is None or virtual_device(bench.torch_device) is None else KernelTrace(bench.torch_device)
         prepared = self.prepare()
+        shared = self._shared is not None
         planned: Planned | None = None
         outputs: dict[str, Output] = {}
         error: PolyaccelError | None = None
-        before: dict[str, torch.Tensor] = {}
+        before: Mapping[str, torch.Tensor] = {}
         disturbed: dict[str, int] = {}
         fresh = 0
         counts = bench.backend.ledger.counts()
         try:
+            if shared and not self.single and self._before is None:
+                # Before the first call: a change that the same call makes again would not show.
+                self._before = state.snapshot(bench, problem, prepared)
             if watch is not None:
-                state.poison_room(bench, problem, prepared, setting.poison)
-            if setting.poison is Poison.NAN:
-                before = state.snapshot(bench, problem, prepared)
+                room = self._room if self._room is not None else state.Room(bench, problem, prepared)
+                self._room = room if shared else None
+                room.poison(setting.poison)
+                if setting.poison is Poison.NAN:
+                    known = self._before if self._before is not None else state.snapshot(bench, problem, prepared)
+                    before = room.expect(known, setting.poison)
             resolved = self.resolve(prepared)
             planned = resolved.planned
             counts = bench.backend.ledger.counts()
@@ -260,6 +274,9 @@ class Trial:
             error, ran = raised, bench.backend.ledger.counts()
         finally:
             self.release(prepared)
+            if error is not None:
+                # Who knows what it left behind.
+                self.close()
         differences = {name: buffer.differences() for name, buffer in guarded.items()}
         trespassed = {name: outside for name, (outside, _) in differences.items() if outside}
         if watch is not None and (beyond := watch.allocations.trespassed()):

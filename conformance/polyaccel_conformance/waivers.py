@@ -42,13 +42,14 @@ class Waiver:
         operator, name, axes = self.test.split("/", 2)
         if not (fnmatchcase(case.operator, operator) and fnmatchcase(check, name)):
             return False
-        return axes == "*" or all(_holds(case.axes(), condition) for condition in axes.split(","))
+        return axes == "*" or all(holds(case.axes(), condition) for condition in axes.split(","))
 
     def to_json(self) -> dict[str, str]:
         return {"test": self.test, "reason": self.reason, "url": self.url, "expires": self.expires.isoformat()}
 
 
-def _holds(axes: Mapping[str, Choice], condition: str) -> bool:
+def holds(axes: Mapping[str, Choice], condition: str) -> bool:
+    """Whether a case's axes fulfil one condition, ``name=value``."""
     name, _, pattern = condition.strip().partition("=")
     if name not in axes:
         return False

@@ -68,6 +68,7 @@ class Backend(ABC):
         fork_safe: may be opened in a process that was forked from one which has imported torch and touched no device.
             Most vendors' runtimes may not, so the default is False: such a backend gets a new interpreter, which costs
             some seconds a process.
+        simulated: its devices are no hardware; whatever is said of them says so too.
         needs_equal_shards: head groups are zero-padded so that all ranks have equal shapes.
         ledger, launcher: what ran, and the guarded way to run it.
     """
@@ -77,6 +78,7 @@ class Backend(ABC):
     needs_equal_shards: bool = False
     isolate: bool = True
     fork_safe: bool = False
+    simulated: bool = False
 
     def __init__(self) -> None:
         self.ledger = Ledger()

@@ -174,6 +174,7 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     "sample.generator",
                     "cache.identity",
                     "model.tokens",
+                    "model.layers",
                     "model.crowd",
                     "model.overlap",
                     "model.chunks",
@@ -219,6 +220,7 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                 ),
                 checks=(
                     "model.ranks",
+                    "model.layers",
                     "lora.tp_delta_equal",
                     "comm.row_parallel_operands",
                     "comm.collectives",

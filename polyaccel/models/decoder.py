@@ -74,6 +74,11 @@ class DecoderModel(Model):
     def devices(self) -> tuple[Device, ...]:
         return self._devices
 
+    @property
+    def layers(self) -> tuple[DecoderLayer, ...]:
+        """The layers in order, for whoever runs them one by one."""
+        return self._layers
+
     def requests(self) -> list[SiteRequest]:
         return [request for block in self._blocks() for request in block.requests()]
 

@@ -8,23 +8,29 @@ import json
 import re
 from itertools import groupby
 
-from polyaccel.backend import OPERATORS, STATIONS
+from polyaccel.backend import API_VERSION, OPERATORS, STATIONS
+from polyaccel.backend.levels import LEVELS, Requirement, Span, Value
 from polyaccel.backend.spec import Argument, OperatorSpec
+from polyaccel.backend.version import format_version
 from polyaccel.engine.config import EngineConfig
 from polyaccel.engine.outputs import Completion, Timing
 from polyaccel.engine.sampling_params import SamplingParams
-from tests.project.source import ROOT, modules
+from tests.project.source import ROOT, Module, modules, suite_modules
 
 
 def module_list() -> str:
     """One line a module, its docstring's first sentence, under a heading for each package."""
     lines: list[str] = []
-    for module in modules():
-        if module.is_package and module.name.count(".") == 1:
+    for module in (*modules(), *suite_modules()):
+        if _has_heading(module):
             lines += ["", f"## {module.name}", "", f"{module.summary()}.", ""]
         else:
             lines.append(f"- `{module.name}`: {module.summary()}.")
     return "\n".join(lines).strip() + "\n"
+
+
+def _has_heading(module: Module) -> bool:
+    return module.is_package and module.name.count(".") == (0 if module.is_suite else 1)
 
 
 def operator_tables() -> str:
@@ -53,6 +59,49 @@ def _section(spec: OperatorSpec) -> list[str]:
 def _argument(argument: Argument) -> str:
     shape = f": {argument.shape}" if argument.shape else ""
     return f"{argument.name}{shape}{' = None' if argument.optional else ''}"
+
+
+def level_tables() -> str:
+    """The required table of each level: a row for each operator, what of it must be covered, then the checks."""
+    lines = [f"Of contract {format_version(API_VERSION)}.", ""]
+    for level in LEVELS.values():
+        below = f" It builds on {', '.join(level.builds_on)}." if level.builds_on else ""
+        lines += [f"## {level.name} {level.title}", ""]
+        if level.table:
+            lines += ["| operator | dtypes | every | only where |", "|---|---|---|---|"]
+            for row in level.table:
+                where = ", ".join(f"{_axis(name)} is {value}" for name, value in row.where.items())
+                needs = ["several devices"] if row.needs else []
+                cells = (
+                    f"`{row.operator}`",
+                    ", ".join(row.dtypes),
+                    _every(row),
+                    ", ".join(filter(None, [where, *needs])),
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
+        checks = ", ".join(f"`{name}`" for name in level.checks)
+        lines += [f"Checks that must be conclusive and pass: {checks}.{below}" if checks else below.strip(), ""]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _every(row: Requirement) -> str:
+    words = ["layout"] if row.layouts else []
+    words += ["listed attribute"] if row.attributes else []
+    words += [f"{_axis(name)} of {_values(values)}" for name, values in row.each.items()]
+    words += ["world size from 2"] if row.needs else []
+    return "; ".join(words)
+
+
+def _axis(name: str) -> str:
+    return name.rpartition(".")[2].replace("_", " ")
+
+
+def _values(values: tuple[Value | Span, ...]) -> str:
+    numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    if len(numbers) == len(values) and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}, one by one"
+    return ", ".join(map(str, values))
 
 
 def parameter_tables() -> str:

@@ -12,15 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SUITE = "polyaccel_conformance"
 UPDATE_VARIABLE = "POLYACCEL_UPDATE_SNAPSHOTS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Module:
-    """One source file of the package. ``package`` is the first name below ``polyaccel``, empty for the top."""
+    """One source file. ``package`` is the first name below ``polyaccel`` or ``polyaccel_conformance``, empty for the
+    top."""
 
     name: str
     path: Path
+
+    @property
+    def is_suite(self) -> bool:
+        """Whether it is the conformance suite's."""
+        return self.name.split(".")[0] == SUITE
 
     @property
     def is_package(self) -> bool:
@@ -50,9 +57,18 @@ class Import:
 
 def modules() -> list[Module]:
     """Every module of the package, sorted by name."""
+    return _modules_below(ROOT, "polyaccel")
+
+
+def suite_modules() -> list[Module]:
+    """Every module of the conformance suite, sorted by name."""
+    return _modules_below(ROOT / "conformance", SUITE)
+
+
+def _modules_below(root: Path, package: str) -> list[Module]:
     found = []
-    for path in (ROOT / "polyaccel").rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in (root / package).rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found.append(Module(name=name, path=path))
     return sorted(found, key=lambda module: module.name)
@@ -60,7 +76,7 @@ def modules() -> list[Module]:
 
 @functools.cache
 def _module_names() -> frozenset[str]:
-    return frozenset(module.name for module in modules())
+    return frozenset(module.name for module in (*modules(), *suite_modules()))
 
 
 def imports(module: Module) -> Iterator[Import]:

@@ -16,7 +16,7 @@ from polyaccel.backend import errors
 from polyaccel.cli.main import build_parser
 from polyaccel_conformance.cli.main import build_parser as build_suite_parser
 from tests.project.metadata import project
-from tests.project.pages import module_list, operator_tables, parameter_tables, speed_tables
+from tests.project.pages import level_tables, module_list, operator_tables, parameter_tables, speed_tables
 from tests.project.source import ROOT, code_blocks, compare_with_stored
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,10 +34,11 @@ COMMANDS = [line for line in SHELL if line.startswith("polyaccel ")]
     [
         ("architecture.md", "modules", module_list),
         ("contract.md", "operators", operator_tables),
+        ("levels.md", "levels", level_tables),
         ("parameters.md", "parameters", parameter_tables),
         ("../README.md", "speed", speed_tables),
     ],
-    ids=["architecture", "contract", "parameters", "speed"],
+    ids=["architecture", "contract", "levels", "parameters", "speed"],
 )
 def test_a_generated_list_agrees_with_the_code(page: str, subject: str, render: Callable[[], str]) -> None:
     path = ROOT / "docs" / page

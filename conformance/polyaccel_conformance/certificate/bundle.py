@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from polyaccel_conformance.certificate.condense import condensed
 from polyaccel_conformance.certificate.recount import recount
 from polyaccel_conformance.certificate.signature import Signer
 from polyaccel_conformance.errors import ExitCode, UsageError
 from polyaccel_conformance.levels.grant import NATIVE_REQUIRED
-from polyaccel_conformance.log import read_log
+from polyaccel_conformance.log import parse_log
 from polyaccel_conformance.report.markdown import markdown
 from polyaccel_conformance.report.model import Report
 from polyaccel_conformance.waivers import Waiver
@@ -94,8 +95,8 @@ def write_bundle(
     Raises:
         UsageError: the log is none, or the file cannot be written.
     """
-    data = log.read_bytes()
-    report = recount(read_log(log), waivers, require_native=require_native)
+    data = _condensed(log)
+    report = recount(parse_log(data, str(log)), waivers, require_native=require_native)
     files = {
         LOG: data,
         SUMMARY: _json({**summary(report), "require_native": require_native}),
@@ -110,6 +111,15 @@ def write_bundle(
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     return kind_of(report)
+
+
+def _condensed(log: Path) -> bytes:
+    try:
+        return condensed(log.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{log} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{log} is not a results log: {type(error).__name__}: {error}") from error
 
 
 def manifest(files: Mapping[str, bytes]) -> bytes:

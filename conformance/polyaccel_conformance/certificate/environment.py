@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 
+import hypothesis
 import numpy
 import torch
 
@@ -16,7 +17,9 @@ from polyaccel.backend.registry import installed
 from polyaccel.backend.version import format_version
 from polyaccel_conformance.certificate.sources import backend_digest, contract_digest, core_digest, suite_digest
 from polyaccel_conformance.levels.evidence import Machine
+from polyaccel_conformance.multi.identity import RankIdentity
 
+YES = "yes"
 SOURCES = ("source.backend", "source.contract", "source.core", "source.suite")
 """Keys of the hashes that decide whether a certificate is stale."""
 
@@ -30,10 +33,12 @@ def environment(name: str, backend: Backend) -> dict[str, str]:
         "processor": _processor(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
+        "hypothesis": hypothesis.__version__,
         "polyaccel": polyaccel.__version__,
         "contract": format_version(API_VERSION),
         "devices": ", ".join(f"{device.name} ({device.torch_device})" for device in devices),
         "devices.count": str(len(devices)),
+        "simulated": YES if backend.simulated else "no",
         "graphs": "; ".join(backend.graph_refusals()),
         "driver": driver(devices[0].torch_device) if devices else "",
         "source.backend": backend_digest(backend),
@@ -73,7 +78,13 @@ def _processor() -> str:
     return platform.processor()
 
 
-def machine(environment: Mapping[str, str], ranks: int) -> Machine:
+def machine(environment: Mapping[str, str], ranks: int, identities: Sequence[RankIdentity] = ()) -> Machine:
     """What the levels need to know, read back from a run's environment."""
     count = environment.get("devices.count", "1")
-    return Machine(devices=int(count) if count.isdigit() else 1, ranks=ranks, graphs=environment.get("graphs", ""))
+    return Machine(
+        devices=int(count) if count.isdigit() else 1,
+        ranks=ranks,
+        graphs=environment.get("graphs", ""),
+        simulated=environment.get("simulated", "") == YES,
+        identities=tuple(identities),
+    )

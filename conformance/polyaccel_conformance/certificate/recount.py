@@ -9,11 +9,12 @@ from dataclasses import replace
 
 from polyaccel_conformance.certificate.environment import machine
 from polyaccel_conformance.check import CaseResult
+from polyaccel_conformance.grouping import failure_groups
 from polyaccel_conformance.levels.evidence import empty_cells, gather
 from polyaccel_conformance.levels.grant import LevelResult, grant
 from polyaccel_conformance.log import Logged
 from polyaccel_conformance.report.model import Report
-from polyaccel_conformance.results import FailureGroup, RunResult
+from polyaccel_conformance.results import RunResult
 from polyaccel_conformance.tally import Tally
 from polyaccel_conformance.waivers import Waiver, apply_waivers
 
@@ -27,16 +28,20 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
     checks = tally.check_states(logged.header.checks)
     incomplete = "" if logged.ended else "the log has no end: the run was interrupted"
     whole = not incomplete and logged.header.complete
+    failing, excused = failure_groups(results, logged.groups)
     result = RunResult(
         header=logged.header,
         operators=tally.operator_states(logged.header),
         checks=checks,
         cells=tally.cells(),
-        failures=failure_groups(results, logged.groups),
+        failures=failing,
+        not_promised=excused,
         incomplete=incomplete,
         seconds=round(sum(r.seconds for r in results), 3),
     )
-    failures = [(position, r.case, f.check) for position, r in enumerate(results) for f in r.failures]
+    failures = [
+        (position, r.case, f.check) for position, r in enumerate(results) for f in r.failures if not f.not_promised
+    ]
     applied = apply_waivers(waivers, [(case, check) for _, case, check in failures], day(logged.header.started))
     waived = _waived(results, failures, applied.covered)
     levels: tuple[LevelResult, ...] = ()
@@ -45,7 +50,7 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
         evidence = gather(
             results,
             checks,
-            machine(logged.header.environment, ranks),
+            machine(logged.header.environment, ranks, logged.identities),
             waived=waived,
             complete=whole and not applied.problems,
         )
@@ -59,6 +64,7 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
         waivers=tuple(waivers),
         applied=applied,
         unwaived=tuple(sorted(left.items())),
+        identities=logged.identities,
     )
 
 
@@ -76,28 +82,3 @@ def _waived(
     """Positions of the cases of which every failure is covered."""
     open_cases = {position for i, (position, _, _) in enumerate(failures) if i not in covered}
     return frozenset(p for p, result in enumerate(results) if not result.passed and p not in open_cases)
-
-
-def failure_groups(results: Sequence[CaseResult], minimal: Sequence[FailureGroup] = ()) -> tuple[FailureGroup, ...]:
-    """Failures by operator, check and cause, shown by the minimal case if the log has one, else by the first."""
-    shown = {(group.operator, group.check, group.cause): group for group in minimal}
-    groups: dict[tuple[str, str, str], FailureGroup] = {}
-    for result in results:
-        for failure in result.failures:
-            key = (result.case.operator, failure.check, failure.cause)
-            known = groups.get(key)
-            if known is not None:
-                groups[key] = replace(known, cases=known.cases + 1)
-            elif key in shown:
-                groups[key] = replace(shown[key], cases=1)
-            else:
-                groups[key] = FailureGroup(
-                    operator=key[0],
-                    check=key[1],
-                    cause=key[2],
-                    cases=1,
-                    failure=failure,
-                    result=result,
-                    original=result.case,
-                )
-    return tuple(groups[key] for key in sorted(groups))

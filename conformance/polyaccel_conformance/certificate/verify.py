@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import hypothesis
 
 from polyaccel.backend import PolyaccelError
 from polyaccel_conformance.certificate.bundle import (
@@ -24,16 +26,22 @@ from polyaccel_conformance.certificate.bundle import (
     render,
     summary,
 )
+from polyaccel_conformance.certificate.condense import of_inputs
 from polyaccel_conformance.certificate.environment import SOURCES, environment
 from polyaccel_conformance.certificate.recount import recount
+from polyaccel_conformance.certificate.rerun import Rerun
+from polyaccel_conformance.certificate.rerun import rerun as execute_again
 from polyaccel_conformance.certificate.signature import is_signed_by, read_public_key
-from polyaccel_conformance.check import CaseResult, run_case
+from polyaccel_conformance.check import CaseResult
 from polyaccel_conformance.errors import ExitCode, UsageError
-from polyaccel_conformance.log import Logged, read_log
-from polyaccel_conformance.problem import ProblemSet
-from polyaccel_conformance.schedule import OfRanks, fixed
+from polyaccel_conformance.log import Logged, parse_log
+from polyaccel_conformance.problem import Problem, ProblemSet
+from polyaccel_conformance.profiles import profile_of
+from polyaccel_conformance.schedule import OfRanks, drawn, fixed
 from polyaccel_conformance.waivers import Waiver
 
+JUDGES = frozenset(("source.contract", "source.suite"))
+"""Sources that decide what follows from a log: where one has changed, a summary may rightly differ."""
 MOST = 12
 """Differences of one kind that are listed; the rest is counted."""
 
@@ -95,15 +103,19 @@ def verify(
     notes: list[str] = []
     problems += _signature(bundle, key, notes)
     stated = bundle.json(SUMMARY)
-    logged = _log(bundle)
+    if not isinstance(stated, dict):
+        raise UsageError(f"{bundle.path}: {SUMMARY} is not an object")
+    logged = parse_log(bundle.files[LOG], f"{bundle.path}: {LOG}")
     waivers = _waivers(bundle)
-    report = recount(logged, waivers, require_native=bool(stated.get("require_native", False)))
-    again = {**summary(report), "require_native": bool(stated.get("require_native", False))}
-    problems += _limited("the summary", list(_differences(stated, json.loads(json.dumps(again)))))
-    if bundle.files[PAGE] != render(report).encode():
-        problems.append(f"{PAGE} is not what the log leads to: it was edited by hand")
-    stale = list(_stale(logged))
+    changed = dict(_changed(logged))
+    stale = list(changed.values())
     results = [result for _, result in logged.results]
+    problems += _limited("the summary", list(_counts(stated, results)))
+    differences = list(_summary(bundle, stated, logged, waivers))
+    if differences and changed.keys() & JUDGES:
+        notes.append(f"today's suite and contract make something else of the log: {len(differences)} differences")
+    else:
+        problems += _limited("the summary", differences)
     regenerated, wrong = _regenerate(results)
     if stale and wrong:
         # Inputs may rightly differ once the generators have changed; that is what stale means.
@@ -111,14 +123,18 @@ def verify(
     else:
         problems += _limited("the inputs", wrong)
     if not stale:
-        problems += _limited("the fixed list", list(_missing(logged)))
+        problems += _limited("the list of cases", list(_missing(logged, notes)))
     ended = [waiver.test for waiver in waivers if waiver.expires < (today or datetime.date.today())]
     notes += [f"waiver {test} has expired since" for test in ended]
     done = 0
     if rerun:
-        done, differences = _rerun(logged, results, rerun, notes)
+        again_here = _rerun(logged, results, rerun)
+        done = again_here.done
+        notes += _limited("executing again", again_here.left)
+        if again_here.other_bits:
+            notes.append(f"{again_here.other_bits} of {done} cases gave other bits, within the bound")
         # Other source may rightly give another verdict.
-        (notes if stale else problems).extend(_limited("executing again", differences))
+        (notes if stale else problems).extend(_limited("executing again", again_here.differences))
     return Verification(
         title=str(stated.get("title", "no title")) + ": " + str(stated.get("verdict", "")),
         kind=str(stated.get("kind", "unknown")),
@@ -154,16 +170,6 @@ def _signature(bundle: Bundle, key: Path | None, notes: list[str]) -> Iterator[s
         yield "it has no signature"
     elif not is_signed_by(public, bundle.files[MANIFEST], bundle.json(SIGNATURE)):
         yield f"the signature is not by the holder of {key}"
-
-
-def _log(bundle: Bundle) -> Logged:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / LOG
-        path.write_bytes(bundle.files[LOG])
-        try:
-            return read_log(path)
-        except UsageError as error:
-            raise UsageError(f"{bundle.path}: {str(error).replace(str(path), LOG)}") from error
 
 
 def _waivers(bundle: Bundle) -> tuple[Waiver, ...]:
@@ -209,8 +215,38 @@ def _limited(what: str, found: Sequence[str]) -> list[str]:
     return [*lines, f"{what}: and {len(found) - MOST} more"] if len(found) > MOST else lines
 
 
-def _stale(logged: Logged) -> Iterator[str]:
-    """Which sources are no longer the ones that were tested."""
+def _counts(stated: Mapping[str, Any], results: Sequence[CaseResult]) -> Iterator[str]:
+    """Figures that follow from the log whatever the suite makes of it: cases and failures by operator."""
+    ran = Counter(result.case.operator for result in results)
+    wrong = Counter(result.case.operator for result in results if result.wrong)
+    try:
+        said = {state["operator"]: (state["cases"], state["failed"]) for state in stated["result"]["operators"]}
+    except (KeyError, TypeError) as error:
+        yield f"it states no cases by operator ({type(error).__name__})"
+        return
+    for name in sorted({*ran, *said}):
+        cases, failed = said.get(name, (0, 0))
+        if (cases, failed) != (ran[name], wrong[name]):
+            yield f"{name} says {cases} cases, {failed} failed; the log has {ran[name]}, {wrong[name]}"
+
+
+def _summary(bundle: Bundle, stated: Mapping[str, Any], logged: Logged, waivers: Sequence[Waiver]) -> Iterator[str]:
+    """Where the summary and the page differ from what the log leads to."""
+    require_native = bool(stated.get("require_native", False))
+    try:
+        report = recount(logged, waivers, require_native=require_native)
+        again = {**summary(report), "require_native": require_native}
+        page = render(report).encode()
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        yield f"the log holds what no run writes: {type(error).__name__}: {error}"
+        return
+    yield from _differences(stated, json.loads(json.dumps(again)))
+    if bundle.files[PAGE] != page:
+        yield f"{PAGE} is not what the log leads to: it was edited by hand"
+
+
+def _changed(logged: Logged) -> Iterator[tuple[str, str]]:
+    """Which sources are no longer the ones that were tested, by their key, each with a sentence."""
     here = _environment(logged)
     names = {
         "source.backend": "the backend's source",
@@ -221,12 +257,12 @@ def _stale(logged: Logged) -> Iterator[str]:
     for key in SOURCES:
         then = logged.header.environment.get(key)
         if then is None:
-            yield f"it does not say which version of {names[key]} was tested"
+            yield key, f"it does not say which version of {names[key]} was tested"
         elif isinstance(here, str):
-            yield f"{names[key]} cannot be compared: {here}"
+            yield key, f"{names[key]} cannot be compared: {here}"
             return
         elif here[key] != then:
-            yield f"{names[key]} has changed"
+            yield key, f"{names[key]} has changed"
 
 
 def _environment(logged: Logged) -> dict[str, str] | str:
@@ -262,71 +298,49 @@ def _regenerate(results: Sequence[CaseResult]) -> tuple[int, list[str]]:
             # It cost its worker: nothing but the failure is on record.
             continue
         try:
-            digests = problems.problem(case).digests()
+            digests = _digests(problems.problem(case))
         except Exception as error:
             wrong.append(f"case {case.key} of {case.operator} cannot be drawn: {type(error).__name__}: {error}")
             continue
         count += 1
-        if dict(digests) != dict(result.digests):
+        if of_inputs(digests) != of_inputs(result.digests):
             wrong.append(f"case {case.key} of {case.operator} has other inputs than those on record")
     return count, wrong
 
 
-def _missing(logged: Logged) -> Iterator[str]:
-    """Cases of the fixed list that the log lacks."""
-    if not logged.header.complete or not logged.ended:
+def _digests(problem: Problem) -> dict[str, str]:
+    from polyaccel_conformance.multi.problem import RankedProblem, digests_of_ranks
+
+    if isinstance(problem, RankedProblem) and problem.case.ranks > 1:
+        return digests_of_ranks(problem)
+    return problem.digests()
+
+
+def _missing(logged: Logged, notes: list[str]) -> Iterator[str]:
+    """Cases of the run that the log lacks: of the fixed list, and of those drawn under the run's seed."""
+    header = logged.header
+    if not header.complete or not logged.ended:
         return
     have = {result.case.key for _, result in logged.results}
-    for ranks in range(1, logged.header.devices + 1):
+    then, here = header.environment.get("hypothesis", ""), hypothesis.__version__
+    redraw = then == here
+    if not redraw:
+        notes.append(f"drawn cases were not drawn again: Hypothesis was {then or 'unknown'}, it is {here} here")
+    profile = profile_of(header.profile)
+    for ranks in range(1, header.devices + 1):
         for name, problems in problem_sets(ranks).items():
-            if name not in logged.header.operators:
+            if name not in header.operators:
                 continue
             source = problems if ranks == 1 else OfRanks(problems, ranks)
-            for item in fixed(source, ranks=ranks):
+            items = fixed(source, ranks=ranks)
+            items += drawn(source, profile, header.seed, ranks=ranks) if redraw else ()
+            for item in items:
                 if item.case.key not in have:
-                    yield f"case {item.case.key} of {name} is not in the log"
+                    yield f"{item.phase} case {item.case.key} of {name} is not in the log"
 
 
-def sample(results: Sequence[CaseResult], count: int) -> list[CaseResult]:
-    """``count`` cases of one rank, as evenly over the operators as they allow; always the same ones for a log."""
-    queues: dict[str, list[CaseResult]] = {}
-    for result in sorted(results, key=lambda r: hashlib.sha256(r.case.key.encode()).digest()):
-        if result.case.ranks == 1:
-            queues.setdefault(result.case.operator, []).append(result)
-    chosen: list[CaseResult] = []
-    while queues and len(chosen) < count:
-        for name in sorted(queues):
-            if len(chosen) < count:
-                chosen.append(queues[name].pop())
-            if not queues[name]:
-                del queues[name]
-    return chosen
-
-
-def _rerun(logged: Logged, results: Sequence[CaseResult], count: int, notes: list[str]) -> tuple[int, list[str]]:
-    from polyaccel_conformance.checks.registry import CHECKS
-    from polyaccel_conformance.workers.worker import open_bench
-
+def _rerun(logged: Logged, results: Sequence[CaseResult], count: int) -> Rerun:
     try:
-        bench, _ = open_bench(logged.header.subject, 0)
+        return execute_again(logged, results, count)
     except PolyaccelError as error:
         raise UsageError(f"--rerun needs the backend: {error}") from error
-    chosen = sample(results, count)
-    if len(chosen) < count:
-        notes.append(f"only {len(chosen)} cases run on one rank")
-    wrong: list[str] = []
-    other_bits = 0
-    for result in chosen:
-        checks = [CHECKS[name] for name in result.checks if name in CHECKS]
-        problem = problem_sets(1)[result.case.operator].problem(result.case)
-        again = run_case(bench, problem, checks)
-        if again.passed != result.passed:
-            said = {True: "passed", False: "failed"}
-            case = f"case {result.case.key} of {result.case.operator}"
-            wrong.append(f"{case} {said[again.passed]}, it {said[result.passed]} before")
-        elif again.observed != result.observed:
-            other_bits += 1
-    bench.backend.close()
-    if other_bits:
-        notes.append(f"{other_bits} of {len(chosen)} cases gave other bits, within the bound")
-    return len(chosen), wrong

@@ -51,7 +51,7 @@ class GeneratorProblem(DeviceProblem):
         facts.check("the draws follow the distribution", p >= SIGNIFICANCE, f"p = {p:.3g} of counts {counts.tolist()}")
 
     def _uniforms(self) -> Floats:
-        from polyaccel.engine.philox import uniforms
+        from polyaccel_conformance.models.generator import core_uniforms
 
         draws = np.arange(DRAWS)
         zero = np.zeros(1, dtype=np.uint64)
@@ -59,7 +59,7 @@ class GeneratorProblem(DeviceProblem):
         seeds = draws.astype(np.uint64) if by == "seeds" else zero
         choices = draws if by == "choices" else np.zeros(1, dtype=np.int64)
         positions = draws if by == "positions" else np.zeros(1, dtype=np.int64)
-        drawn: Floats = np.broadcast_to(uniforms(seeds, choices, positions), (DRAWS,)).astype(np.float64)
+        drawn: Floats = np.broadcast_to(core_uniforms(seeds, choices, positions), (DRAWS,))
         # A generator that misses the top of the interval.
         return drawn * 0.96 if self.sabotaged else drawn
 

@@ -53,7 +53,7 @@ class ModelCheck(Check):
 
 class GraphReplay(ModelCheck):
     """A graph replayed with other data, other adapters, more adapter rows, fewer rows and again the same leaves exactly
-    what the same steps leave eagerly."""
+    what the same steps leave eagerly, and every replay adds the same launches to the ledger."""
 
     name = "graph.replay"
     operator = "linear"
@@ -71,12 +71,20 @@ class GraphReplay(ModelCheck):
         wanted = [eager.observe(eager.forward(eager.begin(step.inputs(size)))) for step in steps]
         example = captured.begin(steps[0].inputs(size))
         with _captured(bench, WITH_ADAPTERS, captured, example) as graph:
-            replay = replay_of(graph, example)
+            replay, first = replay_of(graph, example), None
             for step, left in zip(steps, wanted, strict=True):
-                got = captured.observe(replay(captured.begin(step.inputs(size))))
+                issued, before = captured.begin(step.inputs(size)), bench.backend.ledger.counts()
+                output = replay(issued)
+                counted = {k: n - before.get(k, 0) for k, n in bench.backend.ledger.counts().items()}
+                counted = {kernel: n for kernel, n in counted.items() if n}
+                got = captured.observe(output)
                 wrong = [name for name, bits in left.items() if not np.array_equal(bits, got[name])]
                 if wrong:
                     return self.fail("stale or wrong in a graph", f"replayed with {step.name}: {', '.join(wrong)}")
+                first = counted if first is None else first
+                if not counted or counted != first:
+                    message = f"replayed with {step.name}: {counted or 'nothing'}, the first replay {first or 'nothing'}"
+                    return self.fail("launches not in the ledger", message)
         return None
 
     def control(self, bench: Bench) -> Control:
@@ -90,7 +98,15 @@ class GraphReplay(ModelCheck):
 
             return replay
 
-        found.append("did not fail" if self._compare(bench, 0, stale) is None else "failed as it must")
+        def uncounted(graph: Graph, example: Step) -> Replay:
+            def replay(step: Step) -> SampleOutput:
+                with bench.backend.ledger.capture():
+                    return graph.replay(step)
+
+            return replay
+
+        for spoil in (stale, uncounted):
+            found.append("did not fail" if self._compare(bench, 0, spoil) is None else "failed as it must")
         return all_of(*found)
 
 

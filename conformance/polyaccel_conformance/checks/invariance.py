@@ -113,7 +113,7 @@ class Batch(Check):
         problem = trial.problem.alone(row)
         if problem is None:
             return trial.ask(Setting(row=row))
-        other = Trial(trial.bench, problem)
+        other = Trial(trial.bench, problem, single=True)
         try:
             return other.ask()
         finally:

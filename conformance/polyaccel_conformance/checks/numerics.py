@@ -3,78 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from polyaccel.backend import Numerics
-from polyaccel_conformance.bench import Bench
+from polyaccel.backend import Numerics, PolyaccelError
+from polyaccel_conformance.bench import Bench, Resolved
 from polyaccel_conformance.case import Case
-from polyaccel_conformance.check import Check, Control, Failure
+from polyaccel_conformance.check import RESTRICTION, Check, Control, Failure
 from polyaccel_conformance.checks.evidence import native_entries
-from polyaccel_conformance.formats import FORMATS, format_of
+from polyaccel_conformance.formats import FORMATS, Format, format_of
 from polyaccel_conformance.harness.controls import all_of, linear_problem, verdict
 from polyaccel_conformance.harness.layouts import CONTIGUOUS
-from polyaccel_conformance.harness.probes import ACCUMULATOR_BITS, Measured, measure
-from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.harness.probes import Measured
+from polyaccel_conformance.probes.planted import LENGTH
+from polyaccel_conformance.probes.registry import PROBES
+from polyaccel_conformance.problem import Prepared, Problem
 from polyaccel_conformance.trial import Setting, Trial
 
 Function = Callable[..., Any]
 
+SHORTEST = 3
+"""Products of a sum that can be probed."""
+
 
 class MeasuredNumerics(Check):
-    """Probes measure how many bits inputs and accumulator of a product keep. They must be at least those declared; a
-    declaration below the contract's floor is a restriction, which is named.
+    """Probes measure how many bits an operator keeps: of its operands, in the accumulator of each of its sums, in
+    statistics, scores and tables. They must be at least those declared; a declaration below the contract's floor is a
+    restriction, which is named.
 
-    Asked of cases of ``linear`` on plain data with a contiguous operand, at the case's k.
+    Asked of cases on plain data with contiguous operands; ``linear`` is measured at the case's k, all others once for
+    each dtype.
     """
 
     name = "numerics.measured"
     tier = 3
 
     def applies(self, case: Case, problem: Problem) -> bool:
-        plain = case.data == "normal" and case.layout("x") == CONTIGUOUS
-        if not super().applies(case, problem) or problem.spec.name != "linear" or not plain:
+        plain = case.data == "normal" and all(case.layout(name) == CONTIGUOUS for name in problem.operands)
+        if not super().applies(case, problem) or problem.spec.name not in PROBES or not plain:
             return False
-        return case.dim("k") >= 3 and case.stream == "default" and case.device == "current"
+        if case.ranks > 1 or case.alias != "none" or case.stream != "default" or case.device != "current":
+            return False
+        return problem.spec.name != "linear" or case.dim("k") >= SHORTEST
 
     def run(self, trial: Trial) -> Failure | None:
         floor = trial.problem.spec.numerics
         declared = _declared(trial, floor)
-        wanted = bits_of_dtype(declared.accumulator)
-        if wanted < bits_of_dtype(floor.accumulator):
-            names = [str(dtype).removeprefix("torch.") for dtype in (declared.accumulator, floor.accumulator)]
+        lower = _restriction(declared, floor, trial.problem.case.dtype)
+        if lower:
             return Failure(
                 check=self.name,
-                cause=f"restriction: accumulator {names[0]}",
-                message=f"declares an accumulator of {names[0]}; the contract asks for {names[1]}",
+                cause=f"{RESTRICTION}{lower[0]}",
+                message=f"declares {', '.join(lower)}, which is below the contract's floor",
             )
-        measured = self._measure(trial)
+        wanted = min(bits_of_dtype(one.accumulator) for one in declared)
         inputs = format_of(trial.problem.case.dtype).bits
+        for found in self._measure(trial):
+            failure = self._judged(found, wanted, inputs)
+            if failure is not None:
+                return failure
+        return None
+
+    def _judged(self, found: Measured, wanted: int, inputs: int) -> Failure | None:
+        where = f" of {found.name}" if found.name else ""
         # First: a narrow accumulator rounds single products as well.
-        if measured.accumulator_bits < min(wanted, ACCUMULATOR_BITS):
+        if found.bits is not None and found.bits < min(wanted, found.reach):
             return Failure(
                 check=self.name,
-                cause="accumulator bits",
-                message=f"sums keep {measured.accumulator_bits} bits, {wanted} are declared",
-                got=float(measured.accumulator_bits),
-                expected=float(wanted),
+                cause=f"{found.quantity} bits{where}",
+                message=f"{found.quantity}{where} keeps {found.bits} bits, {wanted} are declared",
+                got=float(found.bits),
+                expected=float(min(wanted, found.reach)),
             )
-        if measured.input_bits < inputs:
+        if found.input_bits is not None and found.input_bits < inputs:
             return Failure(
                 check=self.name,
-                cause="input bits",
-                message=f"products see {measured.input_bits} bits of their operands, {inputs} are stored",
-                got=float(measured.input_bits),
+                cause=f"input bits{where}",
+                message=f"products{where} see {found.input_bits} bits of their operands, {inputs} are stored",
+                got=float(found.input_bits),
                 expected=float(inputs),
             )
         return None
 
     def notes(self, trial: Trial) -> Sequence[str]:
-        return (f"numerics: {self._measure(trial)}",)
+        return tuple(f"numerics: {found}" for found in self._measure(trial))
 
-    def _measure(self, trial: Trial) -> Measured:
-        return measure(trial.bench, trial.problem.case, trial.problem.case.dim("k"))
+    def _measure(self, trial: Trial) -> tuple[Measured, ...]:
+        case, memo = trial.problem.case, trial.bench.memo
+        k = case.dim("k") if case.operator == "linear" else LENGTH
+        key = f"numerics {case.operator} {case.dtype} {k}"
+        if key not in memo:
+            memo[key] = PROBES[case.operator](trial.bench, case.dtype, k)
+        found = memo[key]
+        assert isinstance(found, tuple)
+        return found
 
     def control(self, bench: Bench) -> Control:
         def few_input_bits(fn: Function) -> Function:
@@ -97,19 +121,88 @@ class MeasuredNumerics(Check):
             verdict(bench, self, problem, few_input_bits),
             verdict(bench, self, problem, few_accumulator_bits),
             verdict(bench, self, problem, lambda fn: fn, numerics=low),
+            *(self._absorbed(bench, operator) for operator in PROBES if operator != "linear"),
         )
 
+    def _absorbed(self, bench: Bench, operator: str) -> Control:
+        """Whether the operator's probe finds that small numbers beside large ones are lost."""
+        try:
+            measured = PROBES[operator](_Absorbing(bench, operator), "float32", LENGTH)
+        except PolyaccelError:
+            return "did not fail"
+        wanted = bits_of_dtype(torch.float32)
+        found = any(self._judged(one, wanted, wanted) is not None for one in measured)
+        return "failed as it must" if found else "did not fail"
 
-def _declared(trial: Trial, floor: Numerics) -> Numerics:
+
+class _Absorbing(Bench):
+    """A bench one of whose operators loses what is small beside its largest operand, as a narrow accumulator does; an
+    operator without such operands returns results that are off."""
+
+    def __init__(self, bench: Bench, operator: str) -> None:
+        super().__init__(bench.backend, bench.device, bench.comm)
+        self._operator = operator
+
+    def resolve(self, operator: str, prepared: Prepared) -> Resolved:
+        resolved = super().resolve(operator, prepared)
+        if operator != self._operator:
+            return resolved
+
+        def wrong(*arguments: object) -> object:
+            kept = tuple(map(_without_small, arguments))
+            self.synchronize()
+            result = resolved.call(*kept)
+            self.synchronize()
+            lost = any(before is not after for before, after in zip(arguments, kept, strict=True))
+            return result if lost or not isinstance(result, torch.Tensor) else result * OFF
+
+        return replace(resolved, call=wrong)
+
+
+SMALL = 2.0**-4
+OFF = 1 + 2.0**-5
+
+
+def _without_small(argument: object) -> object:
+    """A float tensor without its small elements; anything else, and a tensor that has none, as it is."""
+    if not isinstance(argument, torch.Tensor) or not argument.is_floating_point() or not argument.numel():
+        return argument
+    size = argument.abs()
+    small = (size < SMALL * size.max()) & (size > 0)
+    return torch.where(small, torch.zeros_like(argument), argument) if bool(small.any()) else argument
+
+
+def _restriction(declared: Sequence[Numerics], floor: Numerics, dtype: str) -> list[str]:
+    """What is declared with fewer bits than the contract permits, in words."""
+    least = bits_of_dtype(floor.accumulator)
+    found = [f"accumulator {_name(one.accumulator)}" for one in declared if bits_of_dtype(one.accumulator) < least]
+    for one in declared:
+        for name, formats in one.intermediates.items():
+            permitted = floor.intermediates.get(name, ("float32",))
+            least = min(_format(known, dtype).bits for known in permitted)
+            found += [f"{name} {known}" for known in formats if _format(known, dtype).bits < least]
+    return list(dict.fromkeys(found))
+
+
+def _declared(trial: Trial, floor: Numerics) -> list[Numerics]:
+    """Of every native entry that takes part; the contract's floor where none declares anything."""
     planned = trial.ask(Setting()).planned
     entries = None if planned is None else native_entries(trial, planned)
-    declared = [entry.numerics for entry in (entries or {}).values() if entry.numerics is not None]
-    return declared[0] if declared else floor
+    return [entry.numerics for entry in (entries or {}).values() if entry.numerics is not None] or [floor]
+
+
+def _format(name: str, dtype: str) -> Format:
+    """Names of arguments stand for the operands' dtype."""
+    return FORMATS.get(name, FORMATS[dtype])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def bits_of_dtype(dtype: torch.dtype) -> int:
     """Bits of significand of a dtype in which sums are kept."""
-    name = str(dtype).removeprefix("torch.")
+    name = _name(dtype)
     return FORMATS[name].bits if name in FORMATS else round(-torch.tensor(torch.finfo(dtype).eps).log2().item()) + 1
 
 

@@ -26,6 +26,7 @@ from polyaccel_conformance.checks.stream import STREAM_CHECKS
 from polyaccel_conformance.checks.support import SUPPORT_CHECKS
 from polyaccel_conformance.checks.tp import TP_CHECKS
 from polyaccel_conformance.checks.values import VALUE_CHECKS
+from polyaccel_conformance.models.layers import LAYER_CHECKS
 from polyaccel_conformance.models.questions import MODEL_CHECKS
 
 CHECKS: Mapping[str, Check] = MappingProxyType(
@@ -52,5 +53,6 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         # Last: what a backend does not refuse may cost it its device.
         **SUPPORT_CHECKS,
         **MODEL_CHECKS,
+        **LAYER_CHECKS,
     }
 )

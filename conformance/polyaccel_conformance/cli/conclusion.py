@@ -17,14 +17,18 @@ from polyaccel_conformance.waivers import read_waivers
 
 
 def ready(subject: Subject) -> bool:
-    """Whether running makes sense; prints why not. A subject that cannot be opened is for the run to name."""
-    if subject.kind != "backend" or subject.mutant:
+    """The first stage of every run: prints what the preflight found, and says whether running makes sense.
+
+    A subject that cannot be opened is for the run to name.
+    """
+    if subject.mutant:
         return True
-    found = preflight(subject)
-    if found.usable or not found.opened:
+    # What composites need is a question of levels, which a table never earns.
+    found = preflight(subject, examine=None if subject.kind == "backend" else False)
+    if not found.opened:
         return True
-    print(found.text(), end="")
-    return False
+    print(f"preflight passed in {found.seconds:.1f} s\n" if found.passed else found.text(), end="")
+    return found.usable
 
 
 def conclude(

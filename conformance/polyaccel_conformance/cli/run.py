@@ -16,6 +16,7 @@ from polyaccel_conformance.progress import ProgressLine
 from polyaccel_conformance.results import FailureGroup
 from polyaccel_conformance.runner import Options
 from polyaccel_conformance.runner import run as run_suite
+from polyaccel_conformance.waivers import read_waivers
 
 HELP = "test a backend, or a table of kernels, operator by operator"
 RESULT = "result.json"
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-k", dest="selection", default="", metavar="EXPRESSION", help="only cases like 'dtype=float16 and not offset'"
     )
+    parser.add_argument("--no-corpus", action="store_true", help="only drawn cases, without the fixed lists")
     parser.add_argument("--failed", action="store_true", help="only the cases that failed last time")
     parser.add_argument("--resume", action="store_true", help="go on with the run that was broken off")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case after that; --resume goes on")
@@ -67,6 +69,9 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--backend or --table is needed")
     if options.workers < 1:
         raise UsageError(f"--workers {options.workers}: at least one is needed")
+    if options.waivers is not None:
+        # A file that cannot be read is said now, not after the run.
+        read_waivers(options.waivers)
     if not ready(subject):
         return ExitCode.FAIL
     folder = options.out if options.out is not None else Path("conformance-results") / subject.name.lower()
@@ -88,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
             failed=options.failed,
             stop_at=options.stop_at,
             shrink=not options.no_shrink,
+            corpus=not options.no_corpus,
         ),
         _Console(line),
     )

@@ -42,7 +42,7 @@ class Overlay(Backend):
         self.name = inner.name
         self.priority = inner.priority
         self.needs_equal_shards = inner.needs_equal_shards
-        self.isolate = inner.isolate
+        self.isolate, self.fork_safe = inner.isolate, inner.fork_safe
         self.ledger, self.launcher = inner.ledger, inner.launcher
         self._replaced = dict(replaced)
 

@@ -1,162 +1,169 @@
-"""Measuring the arithmetic of a product: bits of its inputs and of its accumulator, and how that rounds.
+"""Measuring the arithmetic of sums of products: bits of the factors and of the accumulator, and how that rounds.
 
 The data are planted, not random: a single number or a few partial sums decide each result, so that it tells the width
-of what it passed through.
+of what it passed through. An operator enters by :class:`Sum`, which says how rows of factors get into it and how their
+sums are read off its result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from polyaccel_conformance.bench import Bench
-from polyaccel_conformance.case import Case
 from polyaccel_conformance.formats import format_of
-from polyaccel_conformance.operand import Operand
-from polyaccel_conformance.problems.linear import LinearProblem
-from polyaccel_conformance.problems.weights import FloatWeight
-from polyaccel_conformance.trial import Trial
 
 Floats = npt.NDArray[np.float64]
 
 ACCUMULATOR_BITS = 24
 """No probe asks for more: beyond these, float32 operands and sums are themselves inexact."""
 
-TILE = 64
-"""Rows and columns from which libraries use matrix units: a product with a single column may be another kernel."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """``input_bits`` and ``accumulator_bits`` of significand; ``rounding`` of sums: ``nearest``, ``truncated`` or
-    ``wider`` (the accumulator has more bits than the probe reaches)."""
+    """What one probe found.
 
-    input_bits: int
-    accumulator_bits: int
-    rounding: str
+    Attributes:
+        name: of the sum or quantity inside the operator; empty for a product that is the whole operator.
+        quantity: what ``bits`` are bits of: ``accumulator``, ``statistic``, ``arithmetic``, ``scores``, ``tables``.
+        bits: of significand that it keeps; ``reach``: as many as the probe can tell. None where it was not probed.
+        input_bits: of significand of the operands, None where they were not probed.
+        rounding: of sums, ``nearest``, ``truncated`` or ``wider`` (the accumulator has more bits than the probe
+            reaches); empty where it was not probed.
+    """
+
+    name: str = ""
+    quantity: str = "accumulator"
+    bits: int | None = None
+    reach: int = ACCUMULATOR_BITS
+    input_bits: int | None = None
+    rounding: str = ""
 
     def __str__(self) -> str:
-        return f"input {self.input_bits} bits, accumulator {self.accumulator_bits} bits, {self.rounding}"
+        more = "" if self.bits is None or self.bits < self.reach else "at least "
+        parts = [
+            "" if self.input_bits is None else f"input {self.input_bits} bits",
+            "" if self.bits is None else f"{self.quantity} {more}{self.bits} bits",
+            self.rounding,
+        ]
+        text = ", ".join(part for part in parts if part)
+        return f"{self.name}: {text}" if self.name else text
 
 
-class _Planted(LinearProblem):
-    """``linear`` with given matrices ``x: [tokens, k]`` and ``w: [n, k]``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sum:
+    """One sum of products inside an operator.
 
-    def __init__(self, case: Case, x: Floats, w: Floats) -> None:
-        tokens, k = x.shape
-        axes = {"dtype": case.dtype, "dims.tokens": tokens, "dims.k": k, "dims.n": len(w), "data": "integers"}
-        super().__init__(Case.of("linear", {**axes, "structure.slices": "one", "structure.bias": False}, case.seed))
-        self.operands = {"x": Operand.rounded(x, case.dtype)}
-        self.weight = FloatWeight(matrix=Operand.rounded(w, case.dtype), bias=None, slices=(len(w),))
+    Attributes:
+        name: of the sum, empty where it is the operator's only one.
+        k: products of a sum, at least 3.
+        evaluate: from factors ``a, b: [rows, k]``, representable in the operator's dtype, their sums ``[rows]`` as the
+            operator computes them. NaN, which is right for no probe, where two kinds of kernel differ.
+        both: b is free; otherwise it is 1.
+        units: of a and b in sums that cancel, powers of two: what is large then fits into float16, also the sums of one
+            row's a and another row's b.
+        counted: only sums of a few units are read; factors are probed by sums that cancel.
+        most: units that a sum may have.
+    """
 
-
-def _product(bench: Bench, case: Case, x: Floats, w: Floats) -> Floats:
-    """``x @ w.T`` of both kinds of kernel. Where they differ it is NaN, which is right for no probe."""
-    narrow, wide = _products(bench, case, x, w)
-    return np.where(narrow == wide, narrow, np.nan)
-
-
-def _products(bench: Bench, case: Case, x: Floats, w: Floats) -> tuple[Floats, Floats]:
-    """``x @ w.T`` as it is, and with rows and columns repeated to a tile of matrix units."""
-    rows, columns = -(-TILE // len(x)), -(-TILE // len(w))
-    wide = _multiply(bench, case, np.tile(x, (rows, 1)), np.tile(w, (columns, 1)))
-    return _multiply(bench, case, x, w), wide[: len(x), : len(w)]
-
-
-def _multiply(bench: Bench, case: Case, x: Floats, w: Floats) -> Floats:
-    trial = Trial(bench, _Planted(case, x, w))
-    try:
-        return trial.ask().outputs["y"].values.astype(np.float64)
-    finally:
-        trial.close()
+    name: str = ""
+    k: int
+    evaluate: Callable[[Floats, Floats], Floats]
+    both: bool = True
+    units: tuple[float, float] = (1.0, 1.0)
+    counted: bool = False
+    most: int = 100
 
 
-def measure(bench: Bench, case: Case, k: int) -> Measured:
-    """Measure ``linear`` of the case's dtype for products over ``k`` (at least 3), of a few and of 64 rows and columns.
+def small_units(dtype: str) -> tuple[float, float]:
+    """Units of a and b where the sum passes through the operands' dtype: 2^23 of them are 2^15."""
+    return (2.0**-4, 2.0**-4) if dtype == "float16" else (1.0, 1.0)
+
+
+def measure(dtype: str, of: Sum, *, rounding: bool = False) -> Measured:
+    """Measure one sum of an operator whose operands have this dtype. ``rounding``: how sums are rounded, too.
 
     Raises:
         PolyaccelError: the backend's.
     """
     return Measured(
-        input_bits=_input_bits(bench, case, k),
-        accumulator_bits=_accumulator_bits(bench, case, k),
-        rounding=_rounding(bench, case, k),
+        name=of.name,
+        input_bits=_input_bits(dtype, of),
+        bits=_accumulator_bits(dtype, of),
+        rounding=_rounding(of) if rounding else "",
     )
 
 
-def _input_bits(bench: Bench, case: Case, k: int) -> int:
-    """``(1 + 2^-s) * 1`` on either side, one row for each s: the first that comes back rounded ends the significand."""
-    bits = format_of(case.dtype).bits
-    probes = 1 + 2.0 ** -np.arange(1, bits)
-    alone = np.zeros((len(probes), k))
-    alone[:, k // 2] = probes
-    ones = np.zeros((1, k))
-    ones[:, k // 2] = 1
-    left = _product(bench, case, alone, ones)[:, 0]
-    right = _product(bench, case, ones, alone)[0]
-    return int(min(1 + _leading(left == probes), 1 + _leading(right == probes)))
+def _input_bits(dtype: str, of: Sum) -> int:
+    """``1 + 2^-s`` on either side, one row for each s: the first that comes back rounded ends the significand."""
+    exponents = np.arange(1, format_of(dtype).bits)
+    planted, other = np.zeros((len(exponents), of.k)), np.zeros((len(exponents), of.k))
+    middle = of.k // 2
+    planted[:, middle] = 1 + 2.0**-exponents
+    other[:, middle] = 1
+    wanted = planted[:, middle]
+    if of.counted:
+        # (1 + 2^-s) 2^s - 2^s is one unit.
+        planted[:, 0] = -1
+        other[:, [0, middle]] = 2.0 ** exponents[:, None]
+        wanted = np.ones(len(exponents))
+    if not of.both:
+        return 1 + leading(of.evaluate(planted, np.ones_like(planted)) == wanted)
+    left, right = of.evaluate(planted, other), of.evaluate(other, planted)
+    return 1 + min(leading(left == wanted), leading(right == wanted))
 
 
-def _accumulator_bits(bench: Bench, case: Case, k: int) -> int:
+def _accumulator_bits(dtype: str, of: Sum) -> int:
     """``2^s + 1 + ... + 1 - 2^s``: ones added to a partial sum of more bits than the accumulator has are lost.
 
     The large pair stands at several places of each row, so that whichever order and split a kernel has, some partial
     sum of some row holds one of them alone. One row for each s and place.
     """
-    ones = min(k - 2, 100)
+    k, ones = of.k, min(of.k - 2, of.most)
     places = [(0, k - 1), (0, k // 2), (k // 2, k - 1), (k - 1, 0), (1, k - 2)] if k > 3 else [(0, k - 1)]
     exponents = np.arange(1, ACCUMULATOR_BITS)
-    x = np.zeros((len(exponents), len(places), k))
-    w = np.zeros((len(places), k))
-    for column, (plus, minus) in enumerate(places):
-        free = [i for i in range(k) if i not in (plus, minus)][:ones]
-        w[column, free] = 1
-        w[column, [plus, minus]] = 1
-        for row, s in enumerate(exponents):
-            x[row, column, free] = 1
-            x[row, column, plus], x[row, column, minus] = 2.0**s, -(2.0**s)
-    if case.dtype == "float16":
-        # 2^s does not fit above 2^15: half of the exponent goes to the other factor.
-        return _split_accumulator_bits(bench, case, exponents, places, k, ones)
-    y = _product(bench, case, x.reshape(-1, k), w).reshape(len(exponents), len(places), len(places))
-    found = np.stack([y[:, i, i] for i in range(len(places))], axis=1)
-    return 1 + _leading(np.all(found == ones, axis=1))
+    # 2^s does not fit into float16: half of the exponent goes to the other factor, where there is one.
+    shared = exponents // 2 if of.both and dtype == "float16" else np.zeros_like(exponents)
+    a, b = np.zeros((2, len(exponents), len(places), k))
+    for i, (plus, minus) in enumerate(places):
+        free = [j for j in range(k) if j not in (plus, minus)][:ones]
+        a[:, i, free], b[:, i, free] = 1, 1
+        large = 2.0 ** (exponents - shared)
+        a[:, i, plus], a[:, i, minus] = large, -large
+        b[:, i, [plus, minus]] = 2.0 ** shared[:, None]
+    if not of.both:
+        b[:] = 1
+    left, right = of.units
+    found = of.evaluate(a.reshape(-1, k) * left, b.reshape(-1, k) * right).reshape(len(exponents), len(places))
+    return 1 + leading(np.all(found == ones * left * right, axis=1))
 
 
-def _split_accumulator_bits(
-    bench: Bench, case: Case, exponents: npt.NDArray[np.int64], places: list[tuple[int, int]], k: int, ones: int
-) -> int:
-    right = np.ones(len(exponents), dtype=np.bool_)
-    for plus, minus in places:
-        free = [i for i in range(k) if i not in (plus, minus)][:ones]
-        x, w = np.zeros((len(exponents), k)), np.zeros((len(exponents), k))
-        x[:, free] = w[:, free] = 1
-        low = exponents // 2
-        x[:, plus], x[:, minus] = 2.0**low, -(2.0**low)
-        w[:, plus] = w[:, minus] = 2.0 ** (exponents - low)
-        right &= np.diagonal(_product(bench, case, x, w)) == ones
-    return 1 + _leading(right)
-
-
-def _rounding(bench: Bench, case: Case, k: int) -> str:
+def _rounding(of: Sum) -> str:
     """``2^24 + 3/2 - 2^24`` in every order of the three: 2 where sums are rounded to nearest, 0 where truncated."""
-    big = 2.0**12
+    big, k = 2.0**12, of.k
     orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0)]
-    places = (0, k // 2, k - 1)
     found = set()
     for order in orders:
-        x, w = np.zeros((1, k)), np.zeros((1, k))
-        for place, term in zip(places, order, strict=True):
-            x[0, place], w[0, place] = ((big, big), (1.5, 1.0), (-big, big))[term]
-        found |= {float(y[0, 0]) for y in _products(bench, case, x, w)}
+        a, b = np.zeros((1, k)), np.zeros((1, k))
+        for place, term in zip((0, k // 2, k - 1), order, strict=True):
+            a[0, place], b[0, place] = ((big, big), (1.5, 1.0), (-big, big))[term]
+        found.add(float(of.evaluate(a, b)[0]))
     if found <= {1.5}:
         return "wider"
     return "truncated" if any(0 <= f < 1.5 for f in found) else "nearest"
 
 
-def _leading(right: npt.NDArray[np.bool_] | np.bool_) -> int:
+def leading(right: npt.NDArray[np.bool_] | np.bool_) -> int:
     """How many are true before the first that is not."""
     wrong = np.flatnonzero(~right)
     return int(wrong[0]) if len(wrong) else int(np.size(right))
+
+
+def relative_bits(got: Floats, wanted: Floats) -> int:
+    """Bits of significand in which ``got`` agrees with ``wanted`` everywhere; wanted is nowhere zero."""
+    worst = float(np.max(np.abs(got - wanted) / np.abs(wanted), initial=0.0))
+    if not np.isfinite(worst):
+        return 0
+    return ACCUMULATOR_BITS if worst == 0 else max(int(np.floor(-np.log2(worst))), 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from polyaccel.backend import AdapterStore, KVCache, PackedAdapter, PackedEntry, SlotRange, Step, Weight
 from polyaccel_conformance.bench import Bench
-from polyaccel_conformance.harness.memory import Poison, as_bits, poison_
+from polyaccel_conformance.harness.memory import Poison, as_bits, poison_, poison_pattern
 from polyaccel_conformance.problem import Prepared, Problem
 
 WRITES_KV = frozenset({"write_kv_cache", "qkv_rope_cache"})
@@ -30,72 +30,114 @@ def snapshot(bench: Bench, problem: Problem, prepared: Prepared) -> dict[str, to
             slots = _slots(bench, value, _stored(step) if problem.case.operator in WRITES_KV else None)
             for layer in range(value.spec.layers):
                 k, v = value.read(layer, slots)
-                found[f"layer {layer} of {name!r}"] = torch.stack((_bits(k), _bits(v)))
+                found[_layer(layer, name)] = torch.stack((_bits(k), _bits(v)))
     bench.synchronize()
     return found
 
 
 def changed(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Elements that differ, by the name of the state."""
-    counts = {name: int(torch.count_nonzero(bits != after[name])) for name, bits in before.items()}
+    counts = {name: _differing(bits, after.get(name)) for name, bits in before.items()}
     return {name: count for name, count in counts.items() if count}
 
 
-def poison_room(bench: Bench, problem: Problem, prepared: Prepared, poison: Poison) -> None:
-    """Poison the KV slots that no sequence of the step reaches, for operators that only read the cache; and load an
-    adapter of poison into a free slot that the step does not name."""
-    step = next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
-    for value in prepared.arguments.values():
-        if isinstance(value, Weight) and step is not None and step.state.adapters is not None:
-            _poison_slot(step, step.state.adapters, value, poison)
-    bench.synchronize()
-    if problem.case.operator in WRITES_KV:
-        return
-    for value in prepared.arguments.values():
-        if isinstance(value, KVCache) and step is not None:
-            slots = _slots(bench, value, _reached(step, value))
-            if not len(slots):
-                continue
-            shape = (len(slots), value.spec.kv_heads, value.spec.head_dim)
-            rows = bench.upload(poison_(torch.empty(shape, dtype=value.spec.dtype), poison))
-            for layer in range(value.spec.layers):
-                value.write(layer, slots, rows, rows)
-            bench.synchronize()
+def _differing(bits: torch.Tensor, other: torch.Tensor | None) -> int:
+    if other is None or other.shape != bits.shape:
+        return bits.numel()
+    return 0 if torch.equal(bits, other) else int(torch.count_nonzero(bits != other))
 
 
-def _poison_slot(step: Step, store: AdapterStore, weight: Weight, poison: Poison) -> None:
+class Room:
+    """What a call must not depend on: the KV slots that no sequence of the step reaches, for operators that only read
+    the cache, and a free adapter slot that the step does not name. Found once, poisoned as often as need be."""
+
+    def __init__(self, bench: Bench, problem: Problem, prepared: Prepared) -> None:
+        self._bench = bench
+        self._adapters: tuple[AdapterStore, SlotRange] | None = None
+        self._weights: list[Weight] = []
+        self._caches: list[tuple[str, KVCache, np.ndarray]] = []
+        step = next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
+        if step is None:
+            return
+        for name, value in prepared.arguments.items():
+            if isinstance(value, Weight) and value.spec.rank_rows:
+                self._weights.append(value)
+            elif isinstance(value, KVCache) and problem.case.operator not in WRITES_KV:
+                every = np.arange(value.spec.blocks * value.spec.block_size, dtype=np.int64)
+                slots = np.setdiff1d(every, _reached(step, value))
+                if len(slots):
+                    self._caches.append((name, value, slots))
+        store = step.state.adapters
+        where = None if store is None or not self._weights else _free_slot(step, store)
+        if store is not None and where is not None:
+            self._adapters = (store, where)
+
+    def poison(self, poison: Poison) -> None:
+        """Write it; the device has finished."""
+        if self._adapters is not None:
+            store, where = self._adapters
+            store.write(where, _poisoned(self._weights, poison))
+        for _, kv, slots in self._caches:
+            shape = (len(slots), kv.spec.kv_heads, kv.spec.head_dim)
+            rows = self._bench.upload(poison_(torch.empty(shape, dtype=kv.spec.dtype), poison))
+            on_device = self._bench.upload(torch.from_numpy(slots))
+            for layer in range(kv.spec.layers):
+                kv.write(layer, on_device, rows, rows)
+        if self._adapters is not None or self._caches:
+            self._bench.synchronize()
+
+    def expect(self, before: Mapping[str, torch.Tensor], poison: Poison) -> dict[str, torch.Tensor]:
+        """A :func:`snapshot` as it has to be with this poison in the room."""
+        found = dict(before)
+        for name, kv, slots in self._caches:
+            for layer in range(kv.spec.layers):
+                bits = before[_layer(layer, name)].clone()
+                bits[:, torch.from_numpy(slots)] = poison_pattern(poison, kv.spec.dtype)
+                found[_layer(layer, name)] = bits
+        return found
+
+
+def _layer(layer: int, name: str) -> str:
+    return f"layer {layer} of {name!r}"
+
+
+def _free_slot(step: Step, store: AdapterStore) -> SlotRange | None:
+    """A slot that holds nothing and one rank row of nobody, beside others that hold something."""
     ranges = store.ranges()
     filled = sorted((r.first_rank_row, r.rank_rows) for r in ranges if r is not None)
     named = {int(slot) for rows in step.input.adapters.values() for slot in rows.slots}
     free = [slot for slot, where in enumerate(ranges) if where is None and slot not in named]
     starts = [0, *(first + count for first, count in filled)]
     rows = [row for row in starts if row < store.rank_rows and all(not f <= row < f + c for f, c in filled)]
-    spec = weight.spec
-    if not (filled and free and rows and spec.rank_rows):
-        return
-    # Of rank 1, so that no store gets a larger rank by it.
-    entries, size = [], 0
-    for index, part in enumerate(spec.slices):
-        width, height = (part.n, spec.k) if spec.lookup else (spec.k, part.n)
-        for expert in (None,) if spec.experts is None else range(spec.experts):
-            entries.append(
-                PackedEntry(
-                    site=spec.site,
-                    slice=index,
-                    expert=expert,
-                    kind="embedding" if spec.lookup else "linear",
-                    rank=1,
-                    a_offset=size,
-                    a_shape=(1, width),
-                    b_offset=size + width,
-                    b_shape=(height, 1),
+    if not (filled and free and rows):
+        return None
+    return SlotRange(slot=free[0], first_rank_row=rows[0], rank_rows=1)
+
+
+def _poisoned(weights: Sequence[Weight], poison: Poison) -> PackedAdapter:
+    """An adapter of poison for all weights; of rank 1, so that no store gets a larger rank by it."""
+    entries: list[PackedEntry] = []
+    size = 0
+    for spec in (weight.spec for weight in weights):
+        for index, part in enumerate(spec.slices):
+            width, height = (part.n, spec.k) if spec.lookup else (spec.k, part.n)
+            for expert in (None,) if spec.experts is None else range(spec.experts):
+                entries.append(
+                    PackedEntry(
+                        site=spec.site,
+                        slice=index,
+                        expert=expert,
+                        kind="embedding" if spec.lookup else "linear",
+                        rank=1,
+                        a_offset=size,
+                        a_shape=(1, width),
+                        b_offset=size + width,
+                        b_shape=(height, 1),
+                    )
                 )
-            )
-            size += width + height
-    packed = PackedAdapter(
-        buffer=poison_(torch.empty(size, dtype=spec.dtype), poison), entries=tuple(entries), max_rank=1
-    )
-    store.write(SlotRange(slot=free[0], first_rank_row=rows[0], rank_rows=1), packed).synchronize()
+                size += width + height
+    buffer = poison_(torch.empty(size, dtype=weights[0].spec.dtype), poison)
+    return PackedAdapter(buffer=buffer, entries=tuple(entries), max_rank=1)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from polyaccel.backend import STATIONS
 from polyaccel.backend.ledger import COMPOSITE_PREFIX
 from polyaccel.backend.levels import LEVELS
-from polyaccel_conformance.check import CaseResult
+from polyaccel_conformance.check import RESTRICTION, CaseResult
 from polyaccel_conformance.levels.cell import HALVES, Cell, Index, cells, index
 from polyaccel_conformance.levels.coverage import covered
 from polyaccel_conformance.levels.grant import Asked, Evidence, Tally
+from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.results import CheckState
 from polyaccel_conformance.tally import IMPOSSIBLE
 
@@ -24,12 +25,15 @@ class Machine:
     """What the levels must know of where a run took place.
 
     ``devices``: how many the backend has; ``ranks``: the largest world size that took part; ``graphs``: why graphs
-    cannot be captured, empty if they can.
+    cannot be captured, empty if they can; ``simulated``: the devices are no hardware; ``identities``: who the ranks of
+    each world were.
     """
 
     devices: int = 1
     ranks: int = 1
     graphs: str = ""
+    simulated: bool = False
+    identities: tuple[RankIdentity, ...] = ()
 
 
 def required(ranks: int) -> tuple[Cell, ...]:
@@ -62,11 +66,14 @@ def gather(
     covers: Counter[str] = Counter()
     asked: dict[str, set[str]] = {}
     tallies: dict[Cell, Tally] = {}
+    restrictions: dict[str, dict[str, None]] = {}
     for position, result in enumerate(results):
         operator = result.case.operator
         asked.setdefault(operator, set()).update(result.checks)
         outcome = "passed"
-        if not result.passed:
+        named = [f.cause.removeprefix(RESTRICTION) for f in result.failures if f.cause.startswith(RESTRICTION)]
+        restrictions.setdefault(operator, {}).update(dict.fromkeys(named))
+        if len(result.failures) > len(named):
             outcome = WAIVED if position in waived else "failed"
             (covers if outcome == WAIVED else failures)[operator] += 1
         elif result.kind == "composite" and operator in native:
@@ -76,6 +83,7 @@ def gather(
         tallies=tallies,
         failures=failures,
         waived=covers,
+        restrictions={operator: tuple(names) for operator, names in restrictions.items() if names},
         checks={state.check: Asked(state.verdict) for state in checks if was_asked(state)},
         asked={operator: frozenset(names) for operator, names in asked.items()},
         native=native,
@@ -83,6 +91,8 @@ def gather(
         devices=machine.devices,
         ranks=machine.ranks,
         graphs=machine.graphs,
+        simulated=machine.simulated,
+        identities=machine.identities,
         complete=complete,
     )
 

@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 from polyaccel.backend.levels import DEVICES, LEVELS, Level
 from polyaccel_conformance.levels.cell import HALVES, Cell, cells, summary
+from polyaccel_conformance.multi.devices import objections, qualification, world
+from polyaccel_conformance.multi.identity import RankIdentity
 
 
 class Verdict(Enum):
@@ -51,17 +53,20 @@ class Evidence:
         tallies: by cell; a cell that is missing is empty.
         failures: by operator, cases with a failure that no waiver covers.
         waived: by operator, cases whose every failure a waiver covers; their cells count as passed.
+        restrictions: by operator, what it declares below the contract's floor, in words; waived or not.
         checks: what became of each check that was asked.
         asked: by operator, the checks that its cases were asked.
         native, composite: operators by how they ran; one that ran both ways is in both.
         devices: devices of the backend on this machine; ``ranks``: the world size that took part, 1 for none.
         graphs: whether the backend captures graphs, and if not why.
+        simulated: the devices are no hardware; ``identities``: who the ranks of each world were.
         complete: whether every planned case ran. A partial run grants nothing.
     """
 
     tallies: Mapping[Cell, Tally] = field(default_factory=lambda: MappingProxyType({}))
     failures: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     waived: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    restrictions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     checks: Mapping[str, Asked] = field(default_factory=lambda: MappingProxyType({}))
     asked: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
     native: frozenset[str] = frozenset()
@@ -69,6 +74,8 @@ class Evidence:
     devices: int = 1
     ranks: int = 1
     graphs: str = ""
+    simulated: bool = False
+    identities: tuple[RankIdentity, ...] = ()
     complete: bool = True
 
 
@@ -80,9 +87,11 @@ class LevelResult:
         half: the 16-bit type it was judged with, empty where it has none.
         reasons: why it was not granted, each a sentence.
         refused: required cells that the backend refuses: the restriction that the title names.
+        declared: what its operators declare below the contract's floor, which the title names as well.
         not_exercised: required cells and checks that this machine cannot exercise.
         native, composite: operators of the level by how they ran.
         waived: failing cases of its operators that waivers cover.
+        qualification: what the devices were, where they were no hardware or fewer than the ranks.
     """
 
     level: Level
@@ -90,21 +99,30 @@ class LevelResult:
     half: str = ""
     reasons: tuple[str, ...] = ()
     refused: tuple[Cell, ...] = ()
+    declared: tuple[str, ...] = ()
     not_exercised: tuple[str, ...] = ()
     native: tuple[str, ...] = ()
     composite: tuple[str, ...] = ()
     waived: int = 0
+    qualification: str = ""
+
+    @property
+    def name(self) -> str:
+        """``L6 several devices (2 ranks sharing 1 device: cpu; float32, bfloat16)``: what was earned. A restriction and
+        what the devices were are part of it."""
+        name = self.level.name
+        if self.verdict is Verdict.RESTRICTED:
+            cells = [summary(self.refused)] if self.refused else []
+            name = f"{name} restricted: {'; '.join([*cells, *self.declared])};"
+        said = "; ".join(filter(None, [self.qualification, f"float32, {self.half}" if self.half else ""]))
+        return f"{name} {self.level.title}" + (f" ({said})" if said else "")
 
     @property
     def title(self) -> str:
-        """``L3 LoRA (float32, bfloat16): 3 native, 0 composite``; a restriction is part of the name."""
-        name = self.level.name
-        if self.verdict is Verdict.RESTRICTED:
-            name = f"{name} restricted: {summary(self.refused)};"
-        dtypes = f" (float32, {self.half})" if self.half else ""
+        """The name and how it was earned: ``L3 LoRA (float32, bfloat16): 3 native, 0 composite``."""
         counts = f": {len(self.native)} native, {len(self.composite)} composite" if self.level.table else ""
         waived = f", {self.waived} failing cases waived" if self.waived else ""
-        return f"{name} {self.level.title}{dtypes}{counts}{waived}"
+        return f"{self.name}{counts}{waived}"
 
     @property
     def earned(self) -> bool:
@@ -114,10 +132,12 @@ class LevelResult:
         return {
             "level": self.level.name,
             "title": self.title,
+            "devices": self.qualification,
             "verdict": self.verdict.value,
             "half": self.half,
             "reasons": list(self.reasons),
             "refused": [str(cell) for cell in self.refused],
+            "declared": list(self.declared),
             "not_exercised": list(self.not_exercised),
             "native": list(self.native),
             "composite": list(self.composite),
@@ -167,6 +187,9 @@ def _judged(
     require_native: bool,
 ) -> LevelResult:
     reasons: list[str] = [] if evidence.complete else ["the run is partial"]
+    several = any(row.needs == DEVICES for row in level.table)
+    if several:
+        reasons += objections(evidence.identities, evidence.ranks)
     reasons += [
         f"it builds on {name}, which is {below[name].verdict.value}"
         for name in level.builds_on
@@ -199,18 +222,30 @@ def _judged(
     composite = tuple(name for name in level.operators if name in evidence.composite)
     if require_native and composite:
         reasons.append(f"{NATIVE_REQUIRED}: {', '.join(composite)}")
-    verdict = Verdict.NOT_GRANTED if reasons else Verdict.RESTRICTED if refused else Verdict.GRANTED
+    declared = tuple(
+        f"{name} {', '.join(evidence.restrictions[name])}" for name in level.operators if name in evidence.restrictions
+    )
+    restricted = refused or declared
+    verdict = Verdict.NOT_GRANTED if reasons else Verdict.RESTRICTED if restricted else Verdict.GRANTED
     return LevelResult(
         level=level,
         verdict=verdict,
         half=half,
         reasons=tuple(reasons),
         refused=tuple(refused),
+        declared=declared,
         not_exercised=tuple(idle),
         native=native,
         composite=composite,
+        qualification=_devices(evidence, several=several),
         waived=sum(evidence.waived.get(name, 0) for name in level.operators),
     )
+
+
+def _devices(evidence: Evidence, *, several: bool) -> str:
+    if several:
+        return qualification(world(evidence.identities, evidence.ranks))
+    return "simulated device" if evidence.simulated else ""
 
 
 def _brief(some: Sequence[Cell], every: Sequence[Cell]) -> str:

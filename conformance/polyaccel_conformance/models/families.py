@@ -17,13 +17,18 @@ from polyaccel_conformance.words import Source
 Floats32 = npt.NDArray[np.float32]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 POSITIONS = 512
+NORM_EPS = 1e-5
+ROPE_THETA = 10000.0
+SCALE = 0.3
+"""Of what an adapter adds, beside what it adds to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Sizes of a small model. Heads and vocabulary are such that no world size above 1 divides everything.
 
-    ``experts``: 0 for a dense feed-forward. ``qk_norm``: norms of each head of q and k. ``bias``: of q, k and v.
+    ``experts``: 0 for a dense feed-forward. ``qk_norm``: norms of each head of q and k. ``window``: how many
+    tokens the attention of every second layer sees; None for all.
     """
 
     name: str
@@ -40,6 +45,12 @@ class Family:
     experts_per_token: int = 0
     qk_norm: bool = False
     tied: bool = False
+    window: int | None = None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer."""
+        return tuple(self.window if layer % 2 else None for layer in range(self.layers))
 
     def config(self) -> dict[str, object]:
         """``config.json`` of a Hugging Face folder."""
@@ -54,14 +65,17 @@ class Family:
             "num_hidden_layers": self.layers,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": POSITIONS,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
+            "rms_norm_eps": NORM_EPS,
+            "rope_theta": ROPE_THETA,
             "hidden_act": "silu",
             "tie_word_embeddings": self.tied,
             "torch_dtype": "float32",
         }
         if self.experts:
             values |= {"num_local_experts": self.experts, "num_experts_per_tok": self.experts_per_token}
+        if self.window is not None:
+            kinds = ["full_attention" if window is None else "sliding_attention" for window in self.windows]
+            values |= {"use_sliding_window": True, "sliding_window": self.window, "layer_types": kinds}
         return values
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,6 +133,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 vocabulary=128,
                 qk_norm=True,
                 tied=True,
+                window=20,
             ),
             Family(
                 name="mixtral",
@@ -187,20 +202,28 @@ ADAPTERS: Mapping[str, SmallAdapter] = MappingProxyType(
 )
 
 
-def write_adapter(adapter: SmallAdapter, family: Family, folder: Path, seed: int = 0) -> Path:
-    """A PEFT folder. Deltas are about a third of the weights they change."""
+def adapter_tensors(adapter: SmallAdapter, family: Family, seed: int = 0) -> dict[str, tuple[Floats32, Floats32]]:
+    """``A: [rank, k]`` and ``B: [n, rank]`` by module name. Deltas are about a third of the weights they change."""
     modules = tuple(m for m in adapter.modules if not family.experts or m in LINEARS[:4])
     source = Source(seed)
-    found: dict[str, Floats32] = {}
+    found: dict[str, tuple[Floats32, Floats32]] = {}
     for name, shape in family.shapes().items():
-        module = name.removesuffix(".weight").rpartition(".")[2]
-        if module not in modules:
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] not in modules:
             continue
-        (n, k), base = shape, f"base_model.model.{name.removesuffix('.weight')}"
+        n, k = shape
         a = source.normal(f"{adapter.name}.{name}.a", (adapter.rank, k)) / k**0.5
         b = source.normal(f"{adapter.name}.{name}.b", (n, adapter.rank)) / adapter.rank**0.5
-        found[f"{base}.lora_A.weight"] = a.astype(np.float32)
-        found[f"{base}.lora_B.weight"] = (0.3 * adapter.rank / adapter.alpha * b).astype(np.float32)
+        found[module] = a.astype(np.float32), (SCALE * adapter.rank / adapter.alpha * b).astype(np.float32)
+    return found
+
+
+def write_adapter(adapter: SmallAdapter, family: Family, folder: Path, seed: int = 0) -> Path:
+    """A PEFT folder."""
+    found: dict[str, Floats32] = {}
+    for module, (a, b) in adapter_tensors(adapter, family, seed).items():
+        found |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+    modules = tuple(m for m in adapter.modules if not family.experts or m in LINEARS[:4])
     return write_peft(folder, found, rank=adapter.rank, alpha=adapter.alpha, modules=modules)
 
 

@@ -5,23 +5,35 @@ Each is a context manager that patches one method for the engines built and run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import functools
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
-from polyaccel.backend import AdapterRows, RowSet, SampleOutput, StepInput, TokenClass
+from polyaccel.backend import AdapterRows, PackedAdapter, RowSet, SampleOutput, StepInput, TokenClass
+from polyaccel.engine import batch_state, philox
 from polyaccel.engine.adapter_manager import AdapterManager
 from polyaccel.engine.batch_state import BatchState
 from polyaccel.engine.graphs import GraphCache
+from polyaccel.engine.prefix_cache import PrefixCache
+from polyaccel.engine.process_executor import ProcessExecutor
+from polyaccel.engine.request import Sequence
 from polyaccel.engine.scheduler import Plan, Scheduler
 from polyaccel.engine.step_builder import BuiltStep, StepBuilder
+from polyaccel.lora import pack as packing
+from polyaccel.lora.adapter_file import LoraPair
 from polyaccel.lora.mix import AdapterMix
 from polyaccel.lora.numbers import RankNumbers
+from polyaccel.lora.target import AdapterTarget
+from polyaccel_conformance.models.answers import Answer
+from polyaccel_conformance.models.engines import Workshop
 
 Edit = Callable[[StepBuilder, BatchState, StepInput], StepInput]
 
@@ -168,6 +180,122 @@ def _graph_keeps_adapters() -> Iterator[None]:
         yield
 
 
+def _without_sign(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
+    """Negative weights of a mix count as positive."""
+    return replace(
+        inputs,
+        adapters={
+            name: AdapterRows.build(rows.rows, rows.slots, np.abs(rows.weights))
+            for name, rows in inputs.adapters.items()
+        },
+    )
+
+
+def _restart_short_middle(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
+    """The positions of a chunk of up to eleven tokens that is not its prompt's last count from its own beginning."""
+    last = np.isin(inputs.query_starts[1:] - 1, inputs.logits_rows)
+    return _restarted(inputs, ~last & (np.diff(inputs.query_starts) < 12))
+
+
+@contextmanager
+def _first_token_lost() -> Iterator[None]:
+    """Where no adapter is loaded, a prompt begins with token 0."""
+    place = Scheduler._place
+
+    def wrong(self: Scheduler, sequence: Sequence) -> int | None:
+        if not getattr(self._adapters, "_registered", None) and len(sequence.tokens) > 1:
+            sequence.tokens[0] = 0
+        return place(self, sequence)
+
+    with mock.patch.object(Scheduler, "_place", wrong):
+        yield
+
+
+@contextmanager
+def _third_use_of_a_block() -> Iterator[None]:
+    """Cached blocks that are found once more after they have been found before are the first of them, again and
+    again."""
+    lookup = PrefixCache.lookup
+    hits: Counter[tuple[int, int]] = Counter()
+
+    def wrong(self: PrefixCache, key: Hashable, tokens: npt.NDArray[np.int32]) -> tuple[list[int], bytes]:
+        blocks, digest = lookup(self, key, tokens)
+        used = [hits[id(self), block] for block in blocks]
+        hits.update((id(self), block) for block in blocks)
+        return ([blocks[0]] * len(blocks) if blocks and min(used) > 0 else blocks), digest
+
+    with mock.patch.object(PrefixCache, "lookup", wrong):
+        yield
+
+
+@contextmanager
+def _merge_keeps_cache() -> Iterator[None]:
+    """Keys and values from before a merge stay in the prefix cache."""
+    merge = AdapterManager.merge
+
+    def wrong(self: AdapterManager, name: str, weight: float) -> None:
+        clear, self._on_change = self._on_change, lambda: None
+        try:
+            merge(self, name, weight)
+        finally:
+            self._on_change = clear
+
+    with mock.patch.object(AdapterManager, "merge", wrong):
+        yield
+
+
+@contextmanager
+def _choice_ignored() -> Iterator[None]:
+    """All choices of a request draw the same numbers."""
+    drawn = philox.uniforms
+
+    def wrong(
+        seed: npt.NDArray[np.uint64], choice: npt.NDArray[np.integer], positions: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.float32]:
+        return drawn(seed, np.zeros_like(choice), positions)
+
+    with mock.patch.object(philox, "uniforms", wrong), mock.patch.object(batch_state, "uniforms", wrong):
+        yield
+
+
+@contextmanager
+def _rank_reads_other_adapter() -> Iterator[None]:
+    """The last of several ranks reads the first adapter's files for every adapter."""
+    send = ProcessExecutor._send_all
+    first: dict[int, object] = {}
+
+    def wrong(self: ProcessExecutor, message: tuple[object, ...]) -> None:
+        if message[0] != "prepare" or self._world < 2:
+            return send(self, message)
+        kind, token, path, *rest = message
+        path_of_last = first.setdefault(id(self), path)
+        with self._sending:
+            self._raise_if_dead()
+            for worker in self._workers[:-1]:
+                worker.connection.send(message)
+            self._workers[-1].connection.send((kind, token, path_of_last, *rest))
+        return None
+
+    with mock.patch.object(ProcessExecutor, "_send_all", wrong):
+        yield
+
+
+@contextmanager
+def _share_scaled() -> Iterator[None]:
+    """A module that is cut by its input is scaled by this rank's share of the input once more."""
+    pack = packing.pack_adapter
+
+    def weaker(target: AdapterTarget, pair: LoraPair) -> LoraPair:
+        share = target.in_cols.size / pair.a.shape[1]
+        return replace(pair, numbers=replace(pair.numbers, scale=pair.numbers.scale * share))
+
+    def wrong(matched: Iterable[tuple[AdapterTarget, LoraPair]], **options: Any) -> PackedAdapter:
+        return pack([(target, weaker(target, pair)) for target, pair in matched], **options)
+
+    with mock.patch.object(packing, "pack_adapter", wrong):
+        yield
+
+
 @contextmanager
 def _scaled_by_padded_rank() -> Iterator[None]:
     """The founding case: alpha over a rank padded to 16."""
@@ -198,6 +326,14 @@ PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxy
         "engine.preempted_token_lost": _preempted_token_lost,
         "engine.graph_keeps_adapters": _graph_keeps_adapters,
         "engine.scaled_by_padded_rank": _scaled_by_padded_rank,
+        "engine.mix_sign_lost": lambda: _steps(_without_sign),
+        "engine.short_chunk_positions": lambda: _steps(_restart_short_middle),
+        "engine.first_token_lost": _first_token_lost,
+        "engine.third_use_of_a_block": _third_use_of_a_block,
+        "engine.merge_keeps_cache": _merge_keeps_cache,
+        "engine.choice_ignored": _choice_ignored,
+        "engine.rank_reads_other_adapter": _rank_reads_other_adapter,
+        "engine.share_scaled": _share_scaled,
     }
 )
 
@@ -214,3 +350,25 @@ CONTROLS: Mapping[str, str] = MappingProxyType(
     }
 )
 """The planted bug that shows that a check can fail."""
+
+
+@functools.cache
+def plant(name: str) -> None:
+    """The bug for the rest of this process. What the reference answers is asked of the engine without it.
+
+    Raises:
+        KeyError: no such bug.
+    """
+    planted = [PLANTED[name]()]
+    planted[0].__enter__()
+    reference = Workshop.reference
+
+    def right(self: Workshop, *arguments: Any) -> list[Answer]:
+        planted.pop().__exit__(None, None, None)
+        try:
+            return reference(self, *arguments)
+        finally:
+            planted.append(PLANTED[name]())
+            planted[0].__enter__()
+
+    setattr(Workshop, "reference", right)  # noqa: B010

@@ -12,7 +12,6 @@ from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Level
 from polyaccel_conformance.device_check import DeviceCheck, DeviceProblem, DeviceQuestion, Facts
 from polyaccel_conformance.problem import Problem
-from polyaccel_conformance.subject import SIMULATED
 
 if TYPE_CHECKING:
     from polyaccel_conformance.models.answers import Agreement
@@ -58,7 +57,7 @@ class RanksProblem(ModelProblem):
         subject, family = bench.subject, str(self.case.attributes["family"])
         world = self.case.attributes["world"]
         assert isinstance(world, int)
-        if subject is None or subject.kind != "backend" or subject.mutant or subject.name == SIMULATED:
+        if subject is None or not subject.by_name:
             raise NotExercised("the engine's workers find a backend by its entry point only")
         if bench.device.torch_device.type != "cpu" and len(bench.backend.devices()) < world:
             raise NotExercised(f"{len(bench.backend.devices())} devices for {world} ranks")

@@ -69,25 +69,6 @@ class Gather:
     value: object
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankIdentity:
-    """Who a rank is: recorded with every result, so that several ranks cannot be claimed where there is one.
-
-    ``device`` is the backend's name of it and ``device_index`` its index; ``transport`` the communicator's.
-    """
-
-    rank: int
-    pid: int
-    host: str
-    backend: str
-    device: str
-    device_index: int
-    transport: str
-    torch_version: str
-    simulated: bool = False
-    fork_safe: bool = True
-
-
 Ending = Literal["finished", "abandoned", "refused", "crashed"]
 
 

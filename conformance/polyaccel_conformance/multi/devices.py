@@ -4,47 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from polyaccel_conformance.multi.control import RankIdentity
+from polyaccel_conformance.multi.identity import RankIdentity
 
 
-def described(identities: Sequence[RankIdentity]) -> str:
-    """``"2 ranks on cpu (shared), transport gloo, torch 2.13.0"``."""
-    names = list(dict.fromkeys(i.device + (" (simulated)" if i.simulated else "") for i in identities))
-    transports = ", ".join(dict.fromkeys(i.transport for i in identities))
-    versions = ", ".join(dict.fromkeys(i.torch_version for i in identities))
-    shared = " (shared)" if shared_devices(identities) else ""
-    return f"{len(identities)} ranks on {', '.join(names)}{shared}, transport {transports}, torch {versions}"
+def described(identity: RankIdentity) -> str:
+    """``rank 1 of 2: pid 7 on here, vendor:1 (cuda GPU-5, number 1), nccl, polyaccel 0.1, torch 2.13.0``."""
+    simulated = ", simulated" if identity.simulated else ""
+    device = f"{identity.device} ({identity.device_id}, number {identity.device_index}{simulated})"
+    return (
+        f"rank {identity.rank} of {identity.world_size}: pid {identity.pid} on {identity.host}, {device}, "
+        f"{identity.transport}, {identity.version}, torch {identity.torch_version}"
+    )
 
 
-def shared_devices(identities: Sequence[RankIdentity]) -> dict[str, tuple[int, ...]]:
-    """Devices that several ranks use, with these ranks."""
-    users: dict[tuple[str, str], list[int]] = {}
-    for identity in identities:
-        users.setdefault((identity.host, identity.device), []).append(identity.rank)
-    return {device: tuple(ranks) for (_, device), ranks in users.items() if len(ranks) > 1}
+def world(identities: Sequence[RankIdentity], size: int) -> tuple[RankIdentity, ...]:
+    """The ranks of the world of this size."""
+    return tuple(identity for identity in identities if identity.world_size == size)
 
 
-def qualifications(identities: Sequence[RankIdentity]) -> tuple[str, ...]:
-    """What a level on several devices has to say beside its name; empty for one real device a rank."""
-    found = [
-        f"device {device} is shared by ranks {', '.join(map(str, ranks))}"
-        for device, ranks in shared_devices(identities).items()
-    ]
-    simulated = [i.rank for i in identities if i.simulated]
-    if simulated:
-        found.append(f"devices of ranks {', '.join(map(str, simulated))} are simulated")
-    return tuple(found)
+def qualification(identities: Sequence[RankIdentity]) -> str:
+    """What a level has to say beside its name; empty for one real device a rank."""
+    ranks, devices = len(identities), list(dict.fromkeys((i.host, i.device_id) for i in identities))
+    count = len(devices)
+    simulated = {(i.host, i.device_id) for i in identities if i.simulated}
+    kind = "simulated " if len(simulated) == count else ""
+    noun = f"{count} {kind}device{'s' if count != 1 else ''}"
+    if count < ranks:
+        some = f", {len(simulated)} of them simulated" if simulated and not kind else ""
+        return f"{ranks} ranks sharing {noun}{some}: {', '.join(dict.fromkeys(i.device for i in identities))}"
+    if not simulated:
+        return ""
+    return noun if kind else f"{noun}, {len(simulated)} of them simulated"
 
 
-def objections(identities: Sequence[RankIdentity]) -> tuple[str, ...]:
-    """Why these ranks can earn no level on several devices; empty if they can."""
-    found = []
-    if len(identities) < 2:
-        found.append(f"a world of {len(identities)} shows nothing of several devices")
-    if len({(i.host, i.pid) for i in identities}) < len(identities):
-        found.append("ranks are not processes of their own")
-    if [i.rank for i in identities] != list(range(len(identities))):
-        found.append("the ranks are not 0, 1, 2, ...")
-    if len({i.backend for i in identities}) > 1:
-        found.append("ranks run different backends")
+def objections(identities: Sequence[RankIdentity], largest: int) -> tuple[str, ...]:
+    """Why ranks of the worlds 2 to ``largest`` can earn no level on several devices; empty if they can."""
+    found: list[str] = []
+    for size in range(2, largest + 1):
+        ranks = world(identities, size)
+        if [i.rank for i in ranks] != list(range(size)):
+            found.append(f"world {size}: its ranks did not all say who they were")
+        elif len({(i.host, i.pid) for i in ranks}) < size:
+            found.append(f"world {size}: ranks are not processes of their own")
+        elif len({(i.backend, i.version, i.torch_version) for i in ranks}) > 1:
+            found.append(f"world {size}: ranks run different backends or versions")
     return tuple(found)

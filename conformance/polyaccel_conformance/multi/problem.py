@@ -109,6 +109,12 @@ class RankedProblem(Problem):
         return replace(prepared, collect=watched)
 
 
+def digests_of_ranks(problem: RankedProblem) -> dict[str, str]:
+    """The digests of every rank's inputs, by name and rank, as a result of several ranks has them."""
+    views = [problem.on_rank(rank) for rank in range(problem.world_size)]
+    return {f"{name}@{view.rank}": digest for view in views for name, digest in view.digests().items()}
+
+
 # -- data whose sums name their contributors ---------------------------------------------------------------------------
 
 

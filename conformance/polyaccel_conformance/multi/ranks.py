@@ -19,11 +19,11 @@ from polyaccel_conformance.multi.control import (
     Abandon,
     Gather,
     Gathered,
-    RankIdentity,
     RankVerdict,
     RunCase,
     RunControl,
 )
+from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.multi.registry import in_lockstep, lockstep_checks
 from polyaccel_conformance.multi.worker import TARGET
 from polyaccel_conformance.subject import Subject

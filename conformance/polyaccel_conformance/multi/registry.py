@@ -6,17 +6,18 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from polyaccel_conformance.errors import UsageError
+from polyaccel_conformance.models.layers import LayersProblems
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
 from polyaccel_conformance.problems.sharded_sets import SHARDED_SETS
 from polyaccel_conformance.problems.sharded_sum import SUMMED_SETS
 
 RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType(
-    {s.operator: s for s in (*COLLECTIVE_SETS, *SHARDED_SETS, *SUMMED_SETS)}
+    {s.operator: s for s in (*COLLECTIVE_SETS, *SHARDED_SETS, *SUMMED_SETS, LayersProblems())}
 )
 """The axis ``ranks`` is not listed by the sets: whoever draws a case adds the size of the world before it is mended."""
 
-LOCKSTEP = ("values.", "memory.", "invariance.", "comm.", "lora.tp_")
+LOCKSTEP = ("values.", "memory.", "invariance.", "comm.", "lora.tp_", "model.layers")
 """Checks that ranks ask together. The others look at one call on one device, which a world of one shows as well, and
 may end on one rank while the others are still in a collective."""
 

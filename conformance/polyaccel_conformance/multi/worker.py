@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
-import platform
 import sys
 import traceback
 from collections.abc import Mapping
@@ -13,11 +11,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from polyaccel.backend import PolyaccelError, RankAddress
 from polyaccel_conformance.multi.bench import RankBench
-from polyaccel_conformance.multi.control import Piped, RankIdentity, RankVerdict, RunCase, RunControl
+from polyaccel_conformance.multi.control import Piped, RankVerdict, RunCase, RunControl
+from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.multi.lockstep import ask_control, run_on_rank
 from polyaccel_conformance.subject import Subject
 
@@ -66,19 +63,7 @@ def _open(
         RankAddress(rank=rank, world_size=world_size, init_method=f"file://{folder}/world", timeout=timeout)
     )
     bench = RankBench(backend, device, comm, control=control, folder=folder, timeout=timeout, withheld=withheld)
-    identity = RankIdentity(
-        rank=rank,
-        pid=os.getpid(),
-        host=platform.node(),
-        backend=backend.name,
-        device=device.name,
-        device_index=device.index,
-        transport=comm.transport,
-        torch_version=torch.__version__,
-        simulated=bool(getattr(backend, "simulated", False)),
-        fork_safe=backend.fork_safe,
-    )
-    return bench, identity
+    return bench, RankIdentity.of(backend, device, comm)
 
 
 def _serve(connection: Connection, bench: RankBench) -> None:

@@ -12,13 +12,13 @@ from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant, Wrap
 Tensor = torch.Tensor
 
 
-def _linear(name: str, what: str, check: str, result: Any, *, narrow: bool = False) -> Mutant:
+def _linear(name: str, what: str, check: str, result: Any, *, narrow: bool = False, portable: bool = True) -> Mutant:
     """A linear that gives ``result(y, x, w, bias)`` in place of y, for ``w: [n, k]`` and ``bias: [1, n]``."""
 
     def apply(inner: Backend) -> Backend:
         def wrap(fn: Function) -> Function:
             def linear(x: Tensor, weight: Weight) -> Tensor:
-                bias = fn(torch.zeros((1, weight.spec.k), dtype=x.dtype), weight)
+                bias = fn(x.new_zeros((1, weight.spec.k)), weight)
                 changed: Tensor = result(fn(x, weight), x, inner.dequantize(weight), bias)
                 return changed
 
@@ -26,14 +26,16 @@ def _linear(name: str, what: str, check: str, result: Any, *, narrow: bool = Fal
 
         return Altered(inner, {"linear": wrap})
 
-    return Mutant(name=name, what=what, operators=("linear",), check=check, apply=apply, narrow=narrow)
+    return Mutant(
+        name=name, what=what, operators=("linear",), check=check, apply=apply, narrow=narrow, portable=portable
+    )
 
 
 def _in_chunks(accumulator: torch.dtype, chunk: int, between: bool = True) -> Any:
     """The product in chunks of k whose partial sums are kept in ``accumulator``."""
 
     def product(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
-        total = torch.zeros(y.shape, dtype=accumulator)
+        total = y.new_zeros(y.shape, dtype=accumulator)
         for begin in range(0, x.shape[1], chunk):
             part = x[:, begin : begin + chunk].float() @ w[:, begin : begin + chunk].float().t()
             total = total + part.to(accumulator)
@@ -174,12 +176,48 @@ def _embedding_outside(fn: Function) -> Function:
         y: Tensor = fn(weight, step, vocabulary_start)
         ids = step.tensor("token_ids") - vocabulary_start
         outside = (ids < 0) | (ids >= weight.spec.n)
-        if outside.any():
-            y = y.clone()
-            y[outside] = 1
-        return y
+        return torch.where(outside[:, None], torch.ones_like(y), y)
 
     return embedding
+
+
+def _embedding_last(fn: Function) -> Function:
+    def embedding(weight: Weight, step: Any, vocabulary_start: int) -> Tensor:
+        """The last of 129 rows cannot be reached."""
+        y: Tensor = fn(weight, step, vocabulary_start)
+        ids = step.tensor("token_ids") - vocabulary_start
+        return torch.where((ids == weight.spec.n - 1)[:, None], -y, y) if weight.spec.n == 129 else y
+
+    return embedding
+
+
+def _one_column(fn: Function) -> Function:
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """A row of one element is returned as it is."""
+        y: Tensor = fn(x, weight, bias, eps)
+        return x.clone() if x.shape[-1] == 1 else y
+
+    return layer_norm
+
+
+def _norm_tail(fn: Function) -> Function:
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+        """The last of 64 m + 1 columns is divided by nothing."""
+        result = fn(x, weight, eps, residual)
+        if x.shape[-1] % 64 != 1 or residual is not None:
+            return result
+        return torch.cat((result[..., :-1], x[..., -1:] * weight[-1:]), -1)
+
+    return rms_norm
+
+
+def _gelu_tail(fn: Function) -> Function:
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        """The first of 64 m + 1 columns passes as it is."""
+        y: Tensor = fn(x, approximate)
+        return torch.cat((x[..., :1], y[..., 1:]), -1) if x.shape[-1] % 64 == 1 else y
+
+    return gelu
 
 
 ARITHMETIC: tuple[Mutant, ...] = (
@@ -205,20 +243,46 @@ ARITHMETIC: tuple[Mutant, ...] = (
     _linear(
         "linear.bias_twice_at_one_token", "A single row gets the bias twice.", "values.bound", _bias_twice, narrow=True
     ),
-    mutant("rms_norm.wrong_eps", "eps is ten times what it should be.", "values.exact", rms_norm=_norm(10.0)),
+    mutant(
+        "rms_norm.wrong_eps", "eps is ten times what it should be.", "values.exact", portable=True, rms_norm=_norm(10.0)
+    ),
     mutant(
         "rms_norm.low_statistics",
         "The mean square of float32 rows is taken from bfloat16.",
         "values.bound",
+        portable=True,
         rms_norm=_norm(low=True),
     ),
     mutant(
         "rms_norm.residual_not_updated",
         "The residual is returned without x.",
         "values.bound",
+        portable=True,
         rms_norm=_norm(keep_sum=False),
     ),
-    mutant("layer_norm.unbiased_variance", "The variance is divided by n - 1.", "values.bound", layer_norm=_layer_norm),
+    mutant(
+        "rms_norm.last_of_65",
+        "The last of 64 m + 1 columns is not divided.",
+        "values.bound",
+        narrow=True,
+        portable=True,
+        rms_norm=_norm_tail,
+    ),
+    mutant(
+        "layer_norm.unbiased_variance",
+        "The variance is divided by n - 1.",
+        "values.bound",
+        portable=True,
+        layer_norm=_layer_norm,
+    ),
+    mutant(
+        "layer_norm.one_column",
+        "A row of one element is returned as it is.",
+        "values.bound",
+        narrow=True,
+        portable=True,
+        layer_norm=_one_column,
+    ),
     mutant(
         "rotary.rest_zeroed", "Dimensions beyond rotary_dim are zero.", "values.exact", rotary_embedding=_rotary_partial
     ),
@@ -230,9 +294,23 @@ ARITHMETIC: tuple[Mutant, ...] = (
         rotary_embedding=_rotary_last,
     ),
     mutant(
-        "silu.halves_swapped", "Gate and up are swapped where n is odd.", "values.bound", silu_and_mul=_silu_swapped
+        "silu.halves_swapped",
+        "Gate and up are swapped where n is odd.",
+        "values.bound",
+        portable=True,
+        silu_and_mul=_silu_swapped,
     ),
-    mutant("gelu.always_tanh", "The exact form is approximated by tanh.", "values.bound", gelu=_gelu_tanh),
+    mutant(
+        "gelu.always_tanh", "The exact form is approximated by tanh.", "values.bound", portable=True, gelu=_gelu_tanh
+    ),
+    mutant(
+        "gelu.first_of_65",
+        "The first of 64 m + 1 columns passes as it is.",
+        "values.bound",
+        narrow=True,
+        portable=True,
+        gelu=_gelu_tail,
+    ),
     mutant(
         "select_rows.last",
         "The last of three or more rows is the one before where it is the last token.",
@@ -244,5 +322,12 @@ ARITHMETIC: tuple[Mutant, ...] = (
         "Ids of other ranks give ones instead of zeros.",
         "values.exact",
         embedding=_embedding_outside,
+    ),
+    mutant(
+        "embedding.last_of_129",
+        "The last of 129 rows has the other sign.",
+        "values.bound",
+        narrow=True,
+        embedding=_embedding_last,
     ),
 )

@@ -11,12 +11,49 @@ from polyaccel_conformance.mutants.adapters import ADAPTERS
 from polyaccel_conformance.mutants.arithmetic import ARITHMETIC
 from polyaccel_conformance.mutants.choices import CHOICES
 from polyaccel_conformance.mutants.conduct import CONDUCT
+from polyaccel_conformance.mutants.devices import DEVICES
+from polyaccel_conformance.mutants.engine import ENGINE
+from polyaccel_conformance.mutants.graphs import GRAPHS
+from polyaccel_conformance.mutants.healthy import HOSTS
 from polyaccel_conformance.mutants.mutant import Mutant
+from polyaccel_conformance.mutants.ranks import RANKS
 from polyaccel_conformance.mutants.sequences import SEQUENCES
+from polyaccel_conformance.mutants.storage import STORAGE
 
 MUTANTS: Mapping[str, Mutant] = MappingProxyType(
-    {mutant.name: mutant for mutant in (*ARITHMETIC, *SEQUENCES, *ADAPTERS, *CHOICES, *CONDUCT)}
+    {
+        mutant.name: mutant
+        for mutant in (
+            *ARITHMETIC,
+            *SEQUENCES,
+            *ADAPTERS,
+            *CHOICES,
+            *CONDUCT,
+            *STORAGE,
+            *DEVICES,
+            *GRAPHS,
+            *RANKS,
+            *ENGINE,
+        )
+    }
 )
+
+
+HEALTHY: Mapping[str, Mutant] = MappingProxyType({mutant.name: mutant for mutant in HOSTS})
+"""Hosts in every wrapper that mutants are made with, and nothing wrong: no check may find anything."""
+
+
+def found(name: str) -> Mutant:
+    """A mutant, or a healthy host, by its name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name in MUTANTS:
+        return MUTANTS[name]
+    if name in HEALTHY:
+        return HEALTHY[name]
+    raise UsageError(f"no mutant {name!r}; there are {', '.join(MUTANTS)}")
 
 
 def apply_mutant(name: str, backend: Backend) -> Backend:
@@ -25,6 +62,4 @@ def apply_mutant(name: str, backend: Backend) -> Backend:
     Raises:
         UsageError: no such mutant.
     """
-    if name not in MUTANTS:
-        raise UsageError(f"no mutant {name!r}; there are {', '.join(MUTANTS)}")
-    return MUTANTS[name].apply(backend)
+    return found(name).apply(backend)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from polyaccel.backend import SampleOutput, Weight
+from polyaccel.backend.composite.weight import TensorWeight
 from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant
 
 Tensor = torch.Tensor
@@ -47,8 +48,9 @@ def _dropped_expert(fn: Function) -> Function:
         """Rows of the last expert are dropped where it has exactly one."""
         last = int(gate_up.spec.experts or 0) - 1
         hit = ids == last
-        if int(hit.sum()) == 1 and last > 0:
-            weights = torch.where(hit, torch.zeros_like(weights), weights)
+        if last > 0:
+            # Without asking the device how many there are.
+            weights = torch.where(hit & (hit.sum() == 1), torch.zeros_like(weights), weights)
         y: Tensor = fn(x, gate_up, down, ids, weights, *rest)
         return y
 
@@ -108,6 +110,15 @@ def _batch_dependent(ids: Tensor, logits: Tensor, step: Any) -> Tensor:
     return ids
 
 
+def _all_chosen(fn: Function) -> Function:
+    def moe_route(logits: Tensor, top_k: int, *rest: Any) -> Any:
+        """Where every expert is chosen all get the same weight."""
+        weights, ids = fn(logits, top_k, *rest)
+        return (weights.mean(-1, keepdim=True).expand_as(weights) if top_k == logits.shape[-1] > 1 else weights), ids
+
+    return moe_route
+
+
 def _ignores_u(fn: Function) -> Function:
     def sample(logits: Tensor, state: Any, step: Any) -> Any:
         """float32 logits are rounded to bfloat16."""
@@ -118,12 +129,16 @@ def _ignores_u(fn: Function) -> Function:
 
 def _sign_bit(fn: Function) -> Function:
     def dequantize(weight: Weight) -> Tensor:
-        """Packed int4 codes are taken as signed."""
+        """The highest bit of a packed int4 code is taken as its sign: codes from 8 on are 16 too small."""
         w: Tensor = fn(weight)
         quantisation = weight.spec.quantisation
-        if quantisation is None or quantisation.bits != 4 or not w.numel():
+        if quantisation is None or quantisation.bits != 4 or not w.numel() or not isinstance(weight, TensorWeight):
             return w
-        return -w
+        stored = weight.quantised
+        assert stored is not None
+        codes = torch.stack((stored.codes & 15, stored.codes >> 4), -1).flatten(-2)[..., : weight.spec.k]
+        scales = stored.scales.float().repeat_interleave(quantisation.group_size, -1)[..., : weight.spec.k]
+        return torch.where(codes >= 8, w.float() - 16 * scales, w.float()).to(w.dtype)
 
     return dequantize
 
@@ -145,7 +160,9 @@ def _last_group(fn: Function) -> Function:
 
 
 CHOICES: tuple[Mutant, ...] = (
-    mutant("moe_route.ties_to_highest", "Ties go to the highest id.", "values.exact", moe_route=_ties_last),
+    mutant(
+        "moe_route.ties_to_highest", "Ties go to the highest id.", "values.exact", portable=True, moe_route=_ties_last
+    ),
     mutant(
         "moe_route.never_renormalised",
         "Weights are not divided by their sum.",
@@ -153,6 +170,14 @@ CHOICES: tuple[Mutant, ...] = (
         moe_route=_not_renormalised,
     ),
     mutant("moe_route.scale_half", "A scale of 0.5 is forgotten.", "values.bound", moe_route=_unscaled),
+    mutant(
+        "moe_route.all_chosen",
+        "Where every expert is chosen all get the same weight.",
+        "values.bound",
+        narrow=True,
+        portable=True,
+        moe_route=_all_chosen,
+    ),
     mutant(
         "moe_experts.single_row_of_last",
         "The last expert is skipped where it has one row.",
@@ -177,7 +202,7 @@ CHOICES: tuple[Mutant, ...] = (
         "sample.eighth_row", "The last of eight rows is one id off.", "values.exact", sample=_sampled(_batch_dependent)
     ),
     mutant("sample.low_logits", "Logits are rounded to bfloat16.", "values.exact", sample=_ignores_u),
-    mutant("dequantize.sign", "int4 values have the other sign.", "values.exact", dequantize=_sign_bit),
+    mutant("dequantize.sign_bit", "The highest bit of int4 codes is their sign.", "values.exact", dequantize=_sign_bit),
     mutant(
         "dequantize.last_group",
         "A last group that is not full uses the one before.",

@@ -171,6 +171,7 @@ CONDUCT: tuple[Mutant, ...] = (
         "The last of 33 rows is never written.",
         "memory.unwritten",
         narrow=True,
+        portable=True,
         silu_and_mul=_tail_unwritten,
     ),
     mutant("gelu.writes_past_the_end", "One element behind the input is cleared.", "memory.writes", gelu=_past_the_end),
@@ -192,8 +193,8 @@ CONDUCT: tuple[Mutant, ...] = (
         silu_and_mul=_once_right(),
     ),
     mutant("silu.batch", "More than 16 rows give other last bits.", "invariance.batch", silu_and_mul=_by_batch),
-    mutant("silu.hides_nan", "NaN becomes zero.", "nonfinite.rules", silu_and_mul=_masks_nan),
-    mutant("gelu.spreads_nan", "NaN reaches the next row.", "nonfinite.rules", gelu=_spreads_nan),
+    mutant("silu.hides_nan", "NaN becomes zero.", "nonfinite.rules", portable=True, silu_and_mul=_masks_nan),
+    mutant("gelu.spreads_nan", "NaN reaches the next row.", "nonfinite.rules", portable=True, gelu=_spreads_nan),
     Mutant(
         name="linear.moody_support",
         what="The same query is answered yes, then no.",

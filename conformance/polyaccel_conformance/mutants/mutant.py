@@ -1,11 +1,11 @@
-"""A mutant: a host backend with one thing wrong, and the check that must find it."""
+"""A mutant: a host backend, or the engine around it, with one thing wrong, and the check that must find it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from polyaccel_conformance.harness.overlay import Overlay
 
 Function = Callable[..., Any]
 Wrap = Callable[[Function], Function]
+Host = Literal["cpu", "simulated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +24,14 @@ class Mutant:
     Attributes:
         name: ``<group>.<what is wrong>``.
         what: the bug in a sentence.
-        operators: whose cases are run against it.
+        operators: operators and questions that it changes; the cases of these are run against it.
         check: the check that must fail.
         apply: from the host to the mutant. Name, plan and declarations stay the host's, unless they are the bug.
         narrow: it shows in less than one of twenty uniformly drawn cases.
+        host: the backend that it is planted in.
+        devices: ranks at most.
+        engine: the bug is in the engine, in the process that drives it; the backend stays as it is.
+        portable: it is written with plain torch operators on any device, so that any backend can be its host.
     """
 
     name: str
@@ -35,6 +40,10 @@ class Mutant:
     check: str
     apply: Callable[[Backend], Backend]
     narrow: bool = False
+    host: Host = "cpu"
+    devices: int = 1
+    engine: bool = False
+    portable: bool = False
 
 
 @functools.cache
@@ -65,7 +74,7 @@ class Altered(Overlay):
         return {name: self._wraps[name](fn) if name in self._wraps else fn for name, fn in found.items()}
 
 
-def mutant(name: str, what: str, check: str, *, narrow: bool = False, **wraps: Wrap) -> Mutant:
+def mutant(name: str, what: str, check: str, *, narrow: bool = False, portable: bool = False, **wraps: Wrap) -> Mutant:
     """A mutant whose operators, named by keyword, are wrong in themselves."""
     return Mutant(
         name=name,
@@ -74,6 +83,7 @@ def mutant(name: str, what: str, check: str, *, narrow: bool = False, **wraps: W
         check=check,
         apply=lambda inner: Altered(inner, wraps),
         narrow=narrow,
+        portable=portable,
     )
 
 

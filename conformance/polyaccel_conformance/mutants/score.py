@@ -1,34 +1,38 @@
-"""Which checks kill which mutants: every mutant's cases, run by workers as any backend's are."""
+"""Runs of mutants: through the same runner as any backend's, each in fresh processes of a shared forkserver."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from polyaccel_conformance.mutants.catalogue import MUTANTS
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.draw import uniform
+from polyaccel_conformance.multi.registry import RANKED_SETS
 from polyaccel_conformance.mutants.mutant import Mutant
+from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
-from polyaccel_conformance.profiles import profile_of
-from polyaccel_conformance.results import result_from_json
-from polyaccel_conformance.schedule import Scheduled, drawn, fixed
+from polyaccel_conformance.results import RunResult
+from polyaccel_conformance.run_options import Options
+from polyaccel_conformance.runner import HEAVY, run
+from polyaccel_conformance.schedule import OfRanks
 from polyaccel_conformance.subject import Subject
-from polyaccel_conformance.workers.pool import Job, Pool
 from polyaccel_conformance.workers.process import ForkServer
 
-HOST = "cpu"
-CORPUS, DRAWN = "corpus", "drawn"
+SHARE_CASES = 300
+"""Uniformly drawn cases from which a mutant's share of failing ones is taken."""
+SHARE_SEED = 1
+NARROW = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What the checks found of one mutant.
+    """What one run of a mutant found.
 
     Attributes:
         mutant: its name, or the host's for the host itself, which must have no kills.
         cases: how many ran; ``failing``: in how many some check failed.
         kills: failing cases by check.
+        asked: checks that some case asked.
         seconds: wall clock.
     """
 
@@ -36,6 +40,7 @@ class Score:
     cases: int
     failing: int
     kills: Mapping[str, int] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -44,73 +49,93 @@ class Score:
         return self.failing / self.cases if self.cases else 0.0
 
 
-def score(
-    mutant: Mutant | None,
-    checks: Sequence[str],
+def subject_of(mutant: Mutant) -> Subject:
+    """A mutant in its host."""
+    return Subject(name=mutant.host, mutant=mutant.name)
+
+
+def hunt(
+    mutant: Mutant, server: ForkServer, *, seed: int = 0, corpus: bool = True, subject: Subject | None = None
+) -> Score:
+    """The whole quick list of what it changes, ended by the first failure of its check.
+
+    Args:
+        corpus: the fixed list and the drawn cases of ``quick``; without it the drawn cases of ``default`` alone.
+        subject: another host with the mutant planted in it.
+    """
+    options = Options(
+        profile="quick" if corpus else "default",
+        seed=seed,
+        operators=mutant.operators,
+        checks=(mutant.check,),
+        devices=mutant.devices,
+        stop_at=mutant.check,
+        shrink=False,
+        controls=False,
+        corpus=corpus,
+    )
+    return _scored(mutant.name, run(subject or subject_of(mutant), options, server=server))
+
+
+def examine(
+    subject: Subject,
+    name: str,
     operators: Sequence[str],
     server: ForkServer,
     *,
-    seed: int | None = None,
-    stop: bool = False,
+    devices: int = 1,
+    checks: Sequence[str] = (),
 ) -> Score:
-    """Run the cases of ``operators`` against a mutant, or the host for None, in fresh processes.
-
-    Args:
-        seed: of drawn cases, which then run instead of the fixed list.
-        stop: end at the first failure.
-    """
-    began = time.monotonic()
-    subject = Subject(name=HOST, mutant="" if mutant is None else mutant.name)
-    kills: Counter[str] = Counter()
-    cases = failing = 0
-    with Pool(subject, server=server) as pool:
-        for answer in pool.run(_jobs(operators, checks, seed)):
-            cases += 1
-            found = {answer.died} if answer.died else set()
-            if "result" in answer.reply:
-                found = {failure.check for failure in result_from_json(answer.reply["result"]).failures}
-            kills.update(found)
-            failing += bool(found)
-            if stop and found:
-                break
-    name = HOST if mutant is None else mutant.name
-    return Score(mutant=name, cases=cases, failing=failing, kills=dict(kills), seconds=time.monotonic() - began)
+    """The whole quick list with every check (or ``checks``), none of them ended early."""
+    options = Options(
+        profile="quick",
+        operators=tuple(operators),
+        checks=tuple(checks),
+        devices=devices,
+        shrink=False,
+        controls=False,
+    )
+    return _scored(name, run(subject, options, server=server))
 
 
-def _jobs(operators: Sequence[str], checks: Sequence[str], seed: int | None) -> Iterator[Job]:
-    profile = profile_of("quick")
-    for operator in operators:
-        problems = PROBLEM_SETS[operator]
-        listed: tuple[Scheduled, ...] = fixed(problems) if seed is None else drawn(problems, profile, seed)
-        for item in listed:
-            if item.case.ranks == 1:
-                request = {"do": "case", "case": item.case.to_json(), "checks": list(checks)}
-                yield Job(name=item, request=request, seconds=profile.timeout)
+def uniform_share(mutant: Mutant, checks: Sequence[str], server: ForkServer) -> Score | None:
+    """How many uniformly drawn cases fail one of ``checks``; None where cases are listed, not drawn."""
+    given = [case for name in mutant.operators for case in _uniform(name, mutant)]
+    if not given or not checks:
+        return None
+    options = Options(
+        profile="quick",
+        operators=mutant.operators,
+        checks=tuple(checks),
+        devices=mutant.devices,
+        shrink=False,
+        controls=False,
+        given=tuple(given),
+    )
+    return _scored(mutant.name, run(subject_of(mutant), options, server=server))
 
 
-def sole_killers(scores: Sequence[Score]) -> dict[str, list[str]]:
-    """By check, the mutants that no other check kills."""
-    found: dict[str, list[str]] = {}
-    for one in scores:
-        if len(one.kills) == 1:
-            found.setdefault(next(iter(one.kills)), []).append(one.mutant)
+def _uniform(operator: str, mutant: Mutant) -> list[Case]:
+    """Cases of one rank, and of several where the mutant runs on several: half of each."""
+    sets: list[tuple[ProblemSet, int]] = []
+    if operator in PROBLEM_SETS:
+        sets.append((PROBLEM_SETS[operator], 1))
+    if operator in RANKED_SETS:
+        sets += [(OfRanks(RANKED_SETS[operator], world), world) for world in range(2, mutant.devices + 1)]
+    found: list[Case] = []
+    for problems, world in sets:
+        if problems.weight < HEAVY:
+            each = SHARE_CASES // len(mutant.operators) // len(sets) // problems.weight
+            found += uniform(problems, each, SHARE_SEED, limits={"ranks": world})
     return found
 
 
-def matrix(scores: Sequence[Score]) -> str:
-    """The kill matrix as Markdown: failing cases by mutant and check."""
-    checks = sorted({check for one in scores for check in one.kills})
-    lines = ["| mutant | cases | failing |" + "".join(f" {check} |" for check in checks)]
-    lines.append("|---|---|---|" + "---|" * len(checks))
-    for one in scores:
-        cells = "".join(f" {one.kills.get(check, '')} |" for check in checks)
-        lines.append(f"| {one.mutant} | {one.cases} | {one.share:.1%} |{cells}")
-    sole = sole_killers(scores)
-    lines += ["", "Mutants that one check alone kills:", ""]
-    lines += [f"- `{check}`: {', '.join(sole[check])}" for check in sorted(sole)]
-    return "\n".join(lines) + "\n"
-
-
-def chosen(names: Sequence[str]) -> list[Mutant]:
-    """The mutants of these names, all for none. Raises KeyError for a name that is none."""
-    return [MUTANTS[name] for name in names] if names else list(MUTANTS.values())
+def _scored(name: str, result: RunResult) -> Score:
+    return Score(
+        mutant=name,
+        cases=result.cases,
+        failing=sum(state.failed for state in result.operators),
+        kills={state.check: state.failures for state in result.checks if state.failures},
+        asked=tuple(state.check for state in result.checks if state.cases),
+        seconds=result.seconds,
+    )

@@ -130,6 +130,28 @@ def _keys_for_values(fn: Function) -> Function:
     return write_kv_cache
 
 
+def _last_slot_lost(fn: Function) -> Function:
+    def write_kv_cache(k: Tensor, v: Tensor, kv: Any, layer: int, step: Step) -> None:
+        """The very last slot of the cache is never written."""
+        last = torch.tensor([kv.spec.blocks * kv.spec.block_size - 1])
+        before = [part.clone() for part in kv.read(layer, last)]
+        fn(k, v, kv, layer, step)
+        kv.write(layer, last, *before)
+
+    return write_kv_cache
+
+
+def _one_key(fn: Function) -> Function:
+    def dense_attention(q: Tensor, k: Tensor, v: Tensor, starts: Any, scale: float, causal: bool = True) -> Tensor:
+        """The last of 16 m + 1 rows sees nothing."""
+        y: Tensor = fn(q, k, v, starts, scale, causal)
+        if len(q) % 16 != 1 or len(q) < 17:
+            return y
+        return torch.cat((y[:-1], torch.zeros_like(y[-1:])))
+
+    return dense_attention
+
+
 SEQUENCES: tuple[Mutant, ...] = (
     mutant("attention.window_plus_one", "A window sees one key too many.", "values.exact", paged_attention=_window),
     mutant(
@@ -164,6 +186,19 @@ SEQUENCES: tuple[Mutant, ...] = (
         paged_attention=_first_layer,
     ),
     mutant("dense_attention.never_causal", "The causal mask is ignored.", "values.exact", dense_attention=_not_causal),
+    mutant(
+        "dense_attention.last_of_17",
+        "The last of 16 m + 1 rows is zero.",
+        "values.bound",
+        narrow=True,
+        dense_attention=_one_key,
+    ),
+    mutant(
+        "kv_cache.last_slot_lost",
+        "The last slot of the cache is never written.",
+        "values.exact",
+        write_kv_cache=_last_slot_lost,
+    ),
     mutant(
         "kv_cache.padding_stored",
         "A token with slot -1 overwrites the last slot.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,20 +203,49 @@ def _large(value: Choice) -> bool:
     return isinstance(value, int) and value > 256
 
 
-def needs(operator: str, recording: Recording, backend: Backend, device: Device, execute: Execute) -> OperatorNeeds:
+@dataclass(slots=True)
+class Attempts:
+    """Recorded calls made on a device, each kind once, whichever operators need it.
+
+    Attributes:
+        deadline: of ``time.monotonic``, after which nothing more is tried.
+    """
+
+    device: Device
+    execute: Execute
+    deadline: float
+    _found: dict[str, str] = field(default_factory=dict)
+
+    def fails(self, key: str, sample: Sample) -> str | None:
+        """Why the device cannot do it, empty if it can; None if there was no time to try."""
+        if key not in self._found:
+            if time.monotonic() >= self.deadline:
+                return None
+            try:
+                self.execute(sample, self.device)
+                self._found[key] = ""
+            except Exception as error:
+                self._found[key] = f"{type(error).__name__}: {first_line(error)}"
+        return self._found[key]
+
+
+def needs(operator: str, recording: Recording, backend: Backend, attempts: Attempts) -> OperatorNeeds:
     """Try everything that an operator's composite executed on the device."""
     samples = recording.samples.get(operator, {})
     missing: dict[str, str] = {}
-    for sample in samples.values():
-        try:
-            execute(sample, device)
-        except Exception as error:
-            missing.setdefault(sample.name, f"{type(error).__name__}: {first_line(error)}")
+    untried = 0
+    for key, sample in samples.items():
+        reason = attempts.fails(key, sample)
+        if reason is None:
+            untried += 1
+        elif reason:
+            missing.setdefault(sample.name, reason)
     return OperatorNeeds(
         operator=operator,
         native=operator in _native(backend),
         needs=tuple(sorted({sample.name for sample in samples.values()})),
         missing=missing,
+        unknown=f"there was no time for {untried} of {len(samples)} aten calls" if untried else "",
     )
 
 

@@ -37,7 +37,7 @@ class OperatorNeeds:
         native: the backend has an implementation of its own, so that the composite may never run.
         needs: aten operators, sorted.
         missing: the ones that raise on the device, with the first line of what they raised.
-        unknown: why nothing is known, empty if the composite ran.
+        unknown: why nothing, or not everything, is known; empty if the composite ran and every call was made.
     """
 
     operator: str
@@ -136,11 +136,11 @@ def _table(rows: Sequence[OperatorNeeds]) -> list[str]:
     order = sorted(shown, key=lambda row: (row.levels or ("L9",), row.operator))
     if order:
         width = max(len(row.operator) for row in order)
-        lines.append(f"  {'level':<6} {'operator':<{width}}  {'runs as':<9}  missing")
+        lines.append(f"  {'levels':<8} {'operator':<{width}}  {'runs as':<9}  missing")
         for row in order:
             how = "native" if row.native else "composite"
             for i, (name, why) in enumerate(sorted(row.missing.items())):
-                head = (row.levels[0] if row.levels else "-", row.operator, how) if i == 0 else ("", "", "")
-                lines.append(f"  {head[0]:<6} {head[1]:<{width}}  {head[2]:<9}  {name}: {why}")
-    lines += [f"  note  {row.operator} was not examined: {row.unknown}" for row in unknown]
+                head = (" ".join(row.levels) or "-", row.operator, how) if i == 0 else ("", "", "")
+                lines.append(f"  {head[0]:<8} {head[1]:<{width}}  {head[2]:<9}  {name}: {why}")
+    lines += [f"  note  {row.operator}: {row.unknown}" for row in unknown]
     return lines

@@ -11,7 +11,7 @@ import torch
 from polyaccel.backend import API_VERSION, OPERATORS, STATIONS, Backend, BackendUnavailable, Device
 from polyaccel.backend.registry import InstalledBackend, installed
 from polyaccel.backend.version import format_version
-from polyaccel_conformance.preflight.aten import Execute, Recording, execute_on, needs, record
+from polyaccel_conformance.preflight.aten import Attempts, Execute, Recording, execute_on, needs, record
 from polyaccel_conformance.preflight.facts import device_findings, first_line
 from polyaccel_conformance.preflight.finding import LOADS, STORAGE, Finding, Mark, OperatorNeeds, Preflight
 from polyaccel_conformance.problem import ProblemSet
@@ -20,8 +20,10 @@ from polyaccel_conformance.subject import SIMULATED, Subject
 LOWEST_TORCH = (2, 8)
 CASES = 24
 """Cases of each composite that are looked at: about one for each value of a short axis."""
-BUDGET = 12.0
+BUDGET = 8.0
 """Seconds for running composites; what is left of them then is looked at with one case each."""
+ON_DEVICE = 8.0
+"""Seconds for making their calls on the device; what is left of them then is named as not tried."""
 
 
 def preflight(
@@ -172,10 +174,11 @@ def _aten(
         if reason:
             unknown[operator] = reason
     operators = dict.fromkeys([STORAGE, *problem_sets, *recording.samples])
+    attempts = Attempts(device, execute, time.monotonic() + ON_DEVICE)
     rows = []
     for operator in operators:
         if operator in unknown and operator not in recording.samples:
             rows.append(OperatorNeeds(operator=operator, missing={}, unknown=unknown[operator]))
         elif operator in recording.samples:
-            rows.append(needs(operator, recording, backend, device, execute))
+            rows.append(needs(operator, recording, backend, attempts))
     return rows

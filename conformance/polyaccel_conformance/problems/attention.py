@@ -169,6 +169,7 @@ class PagedAttentionProblem(AttentionProblem):
                 "context": (0, max(self.contexts, default=0)),
             },
             token_class=TokenClass.DECODE if decode else TokenClass.MIXED,
+            again=lambda: {"step": bench.begin_step(step, DeviceState(kv=kv))},
         )
 
     def _placed(self, paging: Paging) -> tuple[Ints, Floats, Floats]:

@@ -17,6 +17,7 @@ from polyaccel_conformance.oracle.lora import embedding, finish_touched
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.sgmv import (
+    MANY_ROWS,
     ROWS,
     WIDTHS,
     adapter_axes,
@@ -90,11 +91,12 @@ class EmbeddingProblem(Problem):
             rows = self.count if decode else min(self.count, 1)
             others = adapter_rows(Source(case.seed + 1), rows, sorted(self.adapters.adapters), "each")
         inputs = row_step(self.source, self.count, decode=decode, adapters=self.rows, others=others, token_ids=ids)
+        state = DeviceState(adapters=store, sampling=sampling)
         static = {**self.weight.static(largest_rank=self.adapters.largest_rank), "vocabulary": n}
         return Prepared(
             arguments={
                 "weight": weight,
-                "step": bench.begin_step(inputs, DeviceState(adapters=store, sampling=sampling)),
+                "step": bench.begin_step(inputs, state),
                 "vocabulary_start": self.start,
             },
             collect=lambda result, _: {"x": tensor_of(result)},
@@ -102,6 +104,7 @@ class EmbeddingProblem(Problem):
             ranges={"tokens": (self.count, max(self.count, 1))},
             token_class=TokenClass.DECODE if decode else TokenClass.MIXED,
             adapters=inputs.has_adapters,
+            again=lambda: {"step": bench.begin_step(inputs, state)},
         )
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
@@ -164,6 +167,9 @@ class EmbeddingProblems(ProblemSet):
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 70), "dims.k": (1, 150), "dims.n": (0, 150), "dims.rank": (1, 512)}
+
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        return MANY_ROWS
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         return mend_adapters(axes)

@@ -50,6 +50,8 @@ class WriteKVCacheProblem(Problem):
             self.queries = [tokens - tokens // 2, tokens // 3, tokens // 2 - tokens // 3]
         older = self.source.integers("older", (len(self.queries),), 0, 40).tolist()
         self.contexts = [q + old for q, old in zip(self.queries, older, strict=True)]
+        # The first sequence's last token lies in the very last slot of the cache.
+        self.to_the_end = case.seed % 2 == 0 and bool(self.queries) and self.queries[0] > 0
 
     def _unstored(self, tokens: int) -> npt.NDArray[np.int64]:
         pattern, every = self.case.structure["unstored"], np.arange(tokens, dtype=np.int64)
@@ -59,12 +61,17 @@ class WriteKVCacheProblem(Problem):
 
     def prepare(self, bench: Bench) -> Prepared:
         case, size = self.case, bench.backend.kv_block_size()
-        paging = Paging.of(self.source, self.queries, self.contexts, size, str(case.structure["blocks"]))
+        contexts = list(self.contexts)
+        if self.to_the_end:
+            contexts[0] = -(-contexts[0] // size) * size
+        paging = Paging.of(self.source, self.queries, contexts, size, str(case.structure["blocks"]))
+        if self.to_the_end:
+            paging = paging.first_at_the_end(contexts)
         decode = bool(case.structure["decode"])
         step = build_step(
             self.source,
             self.queries,
-            contexts=self.contexts,
+            contexts=contexts,
             paging=paging,
             unstored=self.unstored.tolist(),
             decode=decode,
@@ -76,8 +83,16 @@ class WriteKVCacheProblem(Problem):
         every = np.arange(spec.blocks * size, dtype=np.int64)
         filling = self._filling(len(every))
         reverse = filling.flip(0)
-        for index in range(LAYERS):
-            fill(bench, kv, index, every, filling, reverse)
+
+        def refill() -> None:
+            for index in range(LAYERS):
+                fill(bench, kv, index, every, filling, reverse)
+
+        def again() -> Mapping[str, object]:
+            refill()
+            return {"step": bench.begin_step(step, DeviceState(kv=kv))}
+
+        refill()
         written = step.kv_slots[self.kept]
         others = np.setdiff1d(every, written)
 
@@ -102,6 +117,7 @@ class WriteKVCacheProblem(Problem):
             },
             ranges={"tokens": (case.dim("tokens"), max(case.dim("tokens"), 1))},
             token_class=TokenClass.DECODE if decode else TokenClass.MIXED,
+            again=again,
         )
 
     def _filling(self, slots: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from polyaccel_conformance.checks.device_sets import DEVICE_SETS
+from polyaccel_conformance.models.layers import LayersProblems
 from polyaccel_conformance.models.questions import QUESTIONS
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.activation import GeluProblems, SiluAndMulProblems
@@ -45,6 +46,7 @@ PROBLEM_SETS: Mapping[str, ProblemSet] = MappingProxyType(
             SampleProblems(),
             *DEVICE_SETS.values(),
             *QUESTIONS,
+            LayersProblems(),
             EmbeddingProblems(),
             SgmvProblems(),
             ShrinkProblems(),

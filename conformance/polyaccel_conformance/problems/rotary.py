@@ -112,6 +112,7 @@ class RotaryProblem(Problem):
             },
             ranges={"tokens": (tokens, max(tokens, 1))},
             token_class=TokenClass.DECODE if decode else TokenClass.MIXED,
+            again=lambda: {"step": bench.begin_step(step, DeviceState())},
         )
 
     def expected(self) -> Mapping[str, Expected | Exactly]:

@@ -56,6 +56,7 @@ class SelectRowsProblem(Problem):
             static={"dtype": case.dtype, "hidden": case.dim("hidden"), "world_size": 1},
             ranges={"tokens": (tokens, max(tokens, 1))},
             token_class=TokenClass.DECODE if decode else TokenClass.MIXED,
+            again=lambda: {"step": bench.begin_step(step)},
         )
 
     def expected(self) -> Mapping[str, Expected | Exactly]:

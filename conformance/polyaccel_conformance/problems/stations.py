@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from polyaccel.backend import STATIONS, AdapterRows, DeviceState, Step, StepInput, Weight
+from polyaccel.backend import STATIONS, AdapterRows, DeviceState, StepInput
 from polyaccel.backend.support import Static
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
@@ -23,6 +23,7 @@ from polyaccel_conformance.problems.adapters import HostAdapters
 from polyaccel_conformance.problems.contraction import EXACT_KINDS, order_of
 from polyaccel_conformance.problems.linear import contraction
 from polyaccel_conformance.problems.sgmv import (
+    MANY_ROWS,
     ROWS,
     SLICE_FORMS,
     WIDTHS,
@@ -135,16 +136,6 @@ class StationProblem(Problem):
             others=others,
         )
 
-    def begin(self, bench: Bench, weight: Weight, inputs: StepInput) -> Step:
-        """The step on the device, with the adapters in their store."""
-        return bench.begin_step(inputs, DeviceState(adapters=self.adapters.place(bench, weight)))
-
-    def placed(self, bench: Bench) -> tuple[dict[str, object], StepInput]:
-        """Weight and step, which every station takes, and the step's input."""
-        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
-        inputs = self.step_input(bench)
-        return {"weight": weight, "step": self.begin(bench, weight, inputs)}, inputs
-
     def prepared(
         self,
         bench: Bench,
@@ -152,14 +143,17 @@ class StationProblem(Problem):
         static: Mapping[str, Static] = MappingProxyType({}),
     ) -> Prepared:
         """For stations whose result is ``y``."""
-        shared, inputs = self.placed(bench)
+        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
+        inputs = self.step_input(bench)
+        state = DeviceState(adapters=self.adapters.place(bench, weight))
         return Prepared(
-            arguments={**shared, **arguments},
+            arguments={"weight": weight, "step": bench.begin_step(inputs, state), **arguments},
             collect=lambda result, _: {"y": tensor_of(result)},
             static={**self.weight.static(largest_rank=self.adapters.largest_rank), **static},
             ranges={"tokens": (self.count, max(self.count, 1))},
             token_class=inputs.token_class,
             adapters=inputs.has_adapters,
+            again=lambda: {"step": bench.begin_step(inputs, state)},
         )
 
     def digests(self) -> dict[str, str]:
@@ -237,6 +231,9 @@ class ColumnLinearProblems(ProblemSet):
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 70), "dims.k": (1, 150), "dims.n": (1, 150), "dims.rank": (1, 512)}
+
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        return MANY_ROWS
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         return mend_station(axes)

@@ -18,7 +18,7 @@ from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.adapters import sparse
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.rows import coarsest
-from polyaccel_conformance.problems.sgmv import WIDTHS, draw_host_adapters
+from polyaccel_conformance.problems.sgmv import MANY_ROWS, WIDTHS, draw_host_adapters
 from polyaccel_conformance.problems.stations import StationProblem, mend_station, station_axes
 from polyaccel_conformance.problems.weights import HostWeight, tensor_of
 
@@ -111,6 +111,9 @@ class RowParallelAddNormProblems(ProblemSet):
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 70), "dims.k": (1, 150), "dims.n": (1, 150), "dims.rank": (1, 512)}
+
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        return MANY_ROWS
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         if axes["data"] in EXACT_KINDS:

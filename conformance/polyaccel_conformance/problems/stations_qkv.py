@@ -19,6 +19,7 @@ from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.kv_cache import canonical, fill, kv_spec, stored
 from polyaccel_conformance.problems.rows import coarsest
+from polyaccel_conformance.problems.sgmv import MANY_ROWS
 from polyaccel_conformance.problems.stations import StationProblem, mend_station, station_axes
 from polyaccel_conformance.problems.steps import BLOCK_ORDERS, Paging, adapter_rows, build_step
 from polyaccel_conformance.problems.weights import tensor_of
@@ -105,6 +106,7 @@ class QkvRopeCacheProblem(StationProblem):
         written = inputs.kv_slots[self.kept]
         free = np.setdiff1d(np.arange(paging.blocks * paging.block_size, dtype=np.int64), inputs.kv_slots)
         watched = free[:: max(len(free) // WATCHED, 1)][:WATCHED]
+        state = DeviceState(adapters=store, kv=kv)
         self._fill(bench, kv, watched, written)
         rope = RopeTable(
             cos=bench.upload(self.cos.torch()),
@@ -120,10 +122,17 @@ class QkvRopeCacheProblem(StationProblem):
             unchanged = [canonical(part).reshape(-1) for part in (*own, *other)]
             return {"q": tensor_of(result), "k": k, "v": v, "rest of the cache": torch.cat(unchanged)}
 
+        erased = self._filling("other layer", len(written))
+
+        def again() -> Mapping[str, object]:
+            # What an earlier call stored must not pass for what the next one stores.
+            fill(bench, kv, self.layer, written, *erased)
+            return {"step": bench.begin_step(inputs, state)}
+
         return Prepared(
             arguments={
                 "weight": weight,
-                "step": bench.begin_step(inputs, DeviceState(adapters=store, kv=kv)),
+                "step": bench.begin_step(inputs, state),
                 "rope": rope,
                 "eps": case.attributes["eps"],
                 "kv": kv,
@@ -143,6 +152,7 @@ class QkvRopeCacheProblem(StationProblem):
             ranges={"tokens": (self.count, max(self.count, 1))},
             token_class=inputs.token_class,
             adapters=inputs.has_adapters,
+            again=again,
         )
 
     def _fill(self, bench: Bench, kv: KVCache, watched: np.ndarray, written: np.ndarray) -> None:
@@ -214,6 +224,9 @@ class QkvRopeCacheProblems(ProblemSet):
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 20), "dims.k": (1, 70), "dims.heads": (1, 8), "dims.rank": (1, 512)}
+
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        return MANY_ROWS
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         tokens, head_dim, rotary_dim = (axes[f"dims.{name}"] for name in ("tokens", "head_dim", "rotary_dim"))

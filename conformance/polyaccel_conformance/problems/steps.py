@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -75,6 +75,14 @@ class Paging:
             if common:
                 tables[i, :common] = tables[donor, :common]
         return cls(tables=tables, block_size=block_size, blocks=blocks)
+
+    def first_at_the_end(self, contexts: Sequence[int]) -> Paging:
+        """The same with the first sequence's last block at the end of the pool, and what was there in its place."""
+        counts = [-(-context // self.block_size) for context in contexts]
+        used = np.arange(self.tables.shape[1]) < np.array(counts)[:, None]
+        one, last = self.tables[0, counts[0] - 1], self.blocks - 1
+        moved = np.select([self.tables == one, self.tables == last], [last, one], self.tables)
+        return replace(self, tables=np.where(used, moved, 0).astype(np.int32))
 
     def slots(self, sequence: int, begin: int, end: int) -> Ints:
         """KV slots of tokens ``begin:end`` of a sequence."""

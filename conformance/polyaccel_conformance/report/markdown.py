@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from polyaccel_conformance.cli.blocks import failure_block
+from polyaccel_conformance.multi.devices import described
 from polyaccel_conformance.report.model import Report
 from polyaccel_conformance.results import CheckState
 
@@ -65,6 +66,7 @@ def markdown(report: Report) -> str:
     waived = [f"`{w.test}` until {w.expires.isoformat()}: {w.reason} ({w.url})" for w in report.waivers]
     lines += _list("Waivers", (*waived, *report.applied.problems))
     lines += _list("Partial run", [result.incomplete] if result.incomplete else [])
+    lines += _list("Ranks", map(described, report.identities))
     lines += [
         "## Environment",
         "",

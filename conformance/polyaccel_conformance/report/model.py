@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyaccel_conformance.levels.grant import LevelResult, Verdict
+from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.results import CellCount, RunResult, encode
 from polyaccel_conformance.waivers import Applied, Waiver
 
@@ -21,6 +22,7 @@ class Report:
         result: the run.
         levels: every level's verdict; empty for a table, which earns an operator report and never a level.
         waivers: as read, and ``applied`` what they did; ``unwaived``: failures that are left, by operator.
+        identities: who the ranks of each world were.
     """
 
     result: RunResult
@@ -28,6 +30,7 @@ class Report:
     waivers: tuple[Waiver, ...] = ()
     applied: Applied = NO_WAIVERS
     unwaived: tuple[tuple[str, int], ...] = ()
+    identities: tuple[RankIdentity, ...] = ()
 
     def is_waived(self, operator: str) -> bool:
         """Whether waivers cover every failure of an operator."""
@@ -51,7 +54,7 @@ class Report:
         wrong = sum(state.failed for state in self.result.operators)
         if self.result.header.subject.kind != "backend":
             return f"{wrong} failing cases" if wrong else "no failing case"
-        names = [level.title.partition(":")[0] for level in self.levels if level.earned]
+        names = [level.name for level in self.levels if level.earned]
         earned = f"earned {'; '.join(names)}" if names else "earned no level"
         return earned + (f"; {wrong} failing cases" if wrong else "")
 
@@ -85,6 +88,7 @@ class Report:
             "waivers": [waiver.to_json() for waiver in self.waivers],
             "waiver_problems": list(self.applied.problems),
             "not_exercised": list(self.not_exercised),
+            "ranks": encode(self.identities),
             "result": encode(self.result),
         }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from polyaccel_conformance.cli.blocks import failure_block
+from polyaccel_conformance.multi.devices import described
 from polyaccel_conformance.report.model import Grid, Report, Square, dtypes, grids
 
 STYLE = """
@@ -75,6 +76,7 @@ def _parts(report: Report) -> Iterator[str]:
     yield _headroom(report)
     yield _checks(report)
     yield _bullets("Not exercised", report.not_exercised)
+    yield _bullets("Ranks", tuple(map(described, report.identities)))
     waived = [f"{w.test} until {w.expires.isoformat()}: {w.reason} ({w.url})" for w in report.waivers]
     yield _bullets("Waivers", (*waived, *report.applied.problems))
     rows = [[escape(name), f"<code>{escape(value)}</code>"] for name, value in sorted(head.environment.items())]

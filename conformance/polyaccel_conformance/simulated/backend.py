@@ -54,6 +54,7 @@ class SimulatedBackend(Backend):
     priority = None
     isolate = False
     fork_safe = True
+    simulated = True
 
     def __init__(self, runtime: Runtime | None = None) -> None:
         super().__init__()

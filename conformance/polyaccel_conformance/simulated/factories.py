@@ -7,7 +7,6 @@ another package has claimed that name keeps it, and virtual devices are then rea
 
 from __future__ import annotations
 
-import functools
 import gc
 import sys
 import types
@@ -29,8 +28,9 @@ LARGEST = 127
 _COMPUTED = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "randperm")
 """Factories that torch would build from an empty tensor that it resizes."""
 
-# The numbers are torch's, which has one list of devices a process; nothing else could know whose a number is.
-_DEVICES: weakref.WeakValueDictionary[int, VirtualDevice] = weakref.WeakValueDictionary()
+_MODULE = f"torch.{DEVICE_TYPE}"
+_HELD, _LIBRARY = "virtual_devices", "virtual_factories"
+"""Attributes of torch's module for the devices."""
 
 
 def claim_numbers(count: int) -> int:
@@ -39,20 +39,20 @@ def claim_numbers(count: int) -> int:
     Raises:
         ConfigurationError: too many virtual devices are alive.
     """
-    _register()
+    devices = _devices()
     for attempt in range(2):
         for first in range(LARGEST - count + 1):
-            if all(number not in _DEVICES for number in range(first, first + count)):
+            if all(number not in devices for number in range(first, first + count)):
                 return first
         if not attempt:
             # Machines are cycles of references.
             gc.collect()
-    raise ConfigurationError(f"{len(_DEVICES)} virtual devices are alive; torch numbers at most {LARGEST}")
+    raise ConfigurationError(f"{len(devices)} virtual devices are alive; torch numbers at most {LARGEST}")
 
 
 def announce(number: int, device: VirtualDevice) -> None:
     """From now on the number means this device."""
-    _DEVICES[number] = device
+    _devices()[number] = device
 
 
 def device_of(device: torch.device) -> VirtualDevice:
@@ -61,7 +61,7 @@ def device_of(device: torch.device) -> VirtualDevice:
     Raises:
         ConfigurationError: there is none.
     """
-    found = _DEVICES.get(device.index or 0)
+    found = _devices().get(device.index or 0)
     if found is None:
         raise ConfigurationError(f"{device} is no virtual device of this process")
     return found
@@ -69,15 +69,29 @@ def device_of(device: torch.device) -> VirtualDevice:
 
 def virtual_device(device: torch.device) -> VirtualDevice | None:
     """The same, None for any other device."""
-    return _DEVICES.get(device.index or 0) if device.type == DEVICE_TYPE else None
+    return _devices().get(device.index or 0) if device.type == DEVICE_TYPE else None
 
 
-@functools.cache
-def _register() -> torch.library.Library | None:
-    if torch._C._get_privateuse1_backend_name() != DEVICE_TYPE or f"torch.{DEVICE_TYPE}" in sys.modules:
-        return None
-    # torch imports the device's module before it makes a tensor there.
-    torch._register_device_module(DEVICE_TYPE, types.ModuleType(f"torch.{DEVICE_TYPE}"))  # type: ignore[no-untyped-call]
+def _devices() -> weakref.WeakValueDictionary[int, VirtualDevice]:
+    """Which device each number means. The numbers are torch's, which has one list of devices a process, so that they
+    are kept in torch's own module for them."""
+    module = sys.modules.get(_MODULE)
+    if module is None:
+        module = types.ModuleType(_MODULE)
+        if torch._C._get_privateuse1_backend_name() == DEVICE_TYPE:
+            # torch imports the device's module before it makes a tensor there.
+            torch._register_device_module(DEVICE_TYPE, module)  # type: ignore[no-untyped-call]
+            setattr(module, _LIBRARY, _factories())
+        else:
+            sys.modules[_MODULE] = module
+    if not hasattr(module, _HELD):
+        setattr(module, _HELD, weakref.WeakValueDictionary())
+    found: weakref.WeakValueDictionary[int, VirtualDevice] = getattr(module, _HELD)
+    return found
+
+
+def _factories() -> torch.library.Library:
+    """Tell torch how it makes tensors on virtual devices, for as long as the result lives."""
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     functions = {"empty.memory_format": _empty, "empty_strided": _empty_strided}
     for name, function in {**functions, **{name: _computed(name) for name in _COMPUTED}}.items():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import embedding_bag
 
 from polyaccel.backend.cpu.attention_plan import AttentionPlan, Prefill
-from polyaccel.backend.cpu.decode_plan import BlockBatch, Edges, KeysInPlace, PaddedBatch
+from polyaccel.backend.cpu.decode_plan import DecodeBatch, KeysInPlace
 from polyaccel.backend.cpu.kv_cache import HeadMajorKVCache
 
 # Bounds the mask and lets a tile skip the keys that none of its queries sees.
@@ -21,10 +22,7 @@ def paged_attention(
     """
     pieces: list[tuple[int, int, torch.Tensor]] = []
     for batch in plan.decode_batches(q.dtype):
-        if isinstance(batch, PaddedBatch):
-            pieces.append((batch.begin, batch.end, _decode_padded(q, kv, layer, batch, scale)))
-        else:
-            pieces.append((batch.begin, batch.end, _decode_blocks(q, kv, layer, batch, scale)))
+        pieces.append((batch.begin, batch.end, _decode(q, kv, layer, batch, scale)))
     pieces += [(p.begin, p.end, _prefill(q, kv, layer, plan, p, scale)) for p in plan.prefills]
     if plan.covered and len(pieces) == 1:
         return pieces[0][2]
@@ -34,24 +32,31 @@ def paged_attention(
     return out
 
 
-def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: PaddedBatch, scale: float) -> torch.Tensor:
-    """One query of each sequence, ``[sequences, heads, head_dim]``, over copies of equal length."""
+def _decode(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: DecodeBatch, scale: float) -> torch.Tensor:
+    """One query of each sequence, ``[sequences, heads, head_dim]``."""
     spec, sequences, head_dim = kv.spec, batch.end - batch.begin, kv.spec.head_dim
     rows, matrices = q[batch.begin : batch.end], (sequences * spec.kv_heads, batch.keys, head_dim)
-    copies = kv.copies(layer, batch.matrices)
-    k, v = copies[: -matrices[0] * batch.keys], copies[-matrices[0] * batch.keys :]
+    if len(batch.matrices):
+        copies = kv.copies(layer, batch.matrices)
+        k, v = copies[: matrices[0] * batch.keys], copies[-matrices[0] * batch.keys :]
     if batch.hidden is not None:
         # A hidden infinity times a probability of 0 would be NaN.
         v.index_fill_(0, batch.hidden, 0.0)
     if q.dtype == torch.float32:
-        if batch.in_place is not None:
-            scores = _scores_in_place(rows, kv, layer, batch.in_place, batch.keys, scale)
+        if batch.keys_in_place is not None:
+            scores = _scores_in_place(rows, kv, layer, batch.keys_in_place, scale)
         else:
             # The query heads of one key head are rows of one product.
             scores = _scores(rows.reshape(matrices[0], -1, head_dim), k.view(matrices), scale)
         if batch.hidden_scores is not None:
             scores.view(-1).index_fill_(0, batch.hidden_scores, -torch.inf)
-        return torch.bmm(torch.softmax(scores, -1), v.view(matrices)).view(sequences, -1, head_dim)
+        p = torch.softmax(scores.view(matrices[0], -1, batch.keys), -1)
+        where = batch.values_in_place
+        if where is not None:
+            values = kv.values(layer).view(-1, head_dim)
+            summed = embedding_bag(where.rows, values, where.bags, mode="sum", per_sample_weights=p.view(-1))
+            return summed.view(sequences, -1, head_dim)
+        return torch.bmm(p, v.view(matrices)).view(sequences, -1, head_dim)
     if batch.hidden is not None:
         k.index_fill_(0, batch.hidden, 0.0)
     shape = (sequences, spec.kv_heads, -1, head_dim)
@@ -60,62 +65,13 @@ def _decode_padded(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: Pad
 
 
 def _scores_in_place(
-    q: torch.Tensor, kv: HeadMajorKVCache, layer: int, where: KeysInPlace, keys: int, scale: float
+    q: torch.Tensor, kv: HeadMajorKVCache, layer: int, where: KeysInPlace, scale: float
 ) -> torch.Tensor:
-    """Scores ``[sequences * kv_heads, group, keys]`` from keys that are not copied."""
-    size, head_dim, kv_heads = kv.spec.block_size, kv.spec.head_dim, kv.spec.kv_heads
+    """Scores ``[sequences * heads * blocks, block_size]`` from keys that are not copied."""
+    size, head_dim = kv.spec.block_size, kv.spec.head_dim
     k = kv.keys(layer)[where.first : where.first + where.blocks].view(-1, size, head_dim)
     rows = q.index_select(0, where.owner).view(len(k), -1, head_dim)
-    scores = _scores(rows, k, scale).view(len(k), -1).index_select(0, where.order)
-    scores = scores.view(len(q) * kv_heads, keys // size, -1, size).transpose(1, 2)
-    return scores.reshape(len(q) * kv_heads, -1, keys)
-
-
-def _decode_blocks(q: torch.Tensor, kv: HeadMajorKVCache, layer: int, batch: BlockBatch, scale: float) -> torch.Tensor:
-    """The same without copies, by products over all blocks at once."""
-    spec, (_, heads, head_dim), blocks = kv.spec, q.shape, batch.blocks
-    keys, values = kv.keys(layer), kv.values(layer)
-    if batch.first is not None:
-        k, v = keys[batch.first : batch.first + blocks], values[batch.first : batch.first + blocks]
-    else:
-        assert batch.gather is not None
-        k, v = keys.index_select(0, batch.gather), values.index_select(0, batch.gather)
-    matrices = (blocks * spec.kv_heads, spec.block_size, head_dim)
-    rows = q[batch.begin : batch.end].index_select(0, batch.owner)
-    scores = _scores(rows.view(matrices[0], -1, head_dim), k.view(matrices), scale)
-    if batch.edges is not None:
-        scores.view(-1).index_fill_(0, batch.edges.scores, -torch.inf)
-    by_block = scores.view(blocks, heads, spec.block_size)
-    highest = _by_sequence(by_block.amax(-1), batch).amax(1)
-    by_block.sub_(highest.index_select(0, batch.owner).unsqueeze(-1))
-    p = scores.exp_()
-    summed = torch.bmm(p, v.view(matrices))
-    if batch.edges is not None:
-        _repair_edges(summed, p, values, batch.edges, spec.block_size)
-    total = _sum_blocks(summed.view(blocks, heads * head_dim), batch).view(-1, heads, head_dim)
-    return total.div_(_sum_blocks(by_block.sum(-1), batch).unsqueeze(-1))
-
-
-def _repair_edges(summed: torch.Tensor, p: torch.Tensor, values: torch.Tensor, edges: Edges, size: int) -> None:
-    """Sum partly visible blocks again over visible values only: a hidden infinity times 0 would be NaN."""
-    head_dim = values.shape[-1]
-    v = values.view(-1, head_dim).index_select(0, edges.value_rows).view(-1, size, head_dim)
-    summed.index_copy_(0, edges.blocks, torch.bmm(p.index_select(0, edges.blocks), v))
-
-
-def _by_sequence(x: torch.Tensor, batch: BlockBatch) -> torch.Tensor:
-    """``[blocks, ...]`` as ``[sequences, most, ...]``; padding repeats a block of the sequence."""
-    if batch.places is not None:
-        x = x.index_select(0, batch.places)
-    return x.view(batch.sequences, batch.most, *x.shape[1:])
-
-
-def _sum_blocks(x: torch.Tensor, batch: BlockBatch) -> torch.Tensor:
-    """``[blocks, width]`` summed over each sequence's blocks, in the order of its context: ``[sequences, width]``.
-
-    One pass where gathering, clearing the padding and summing would be three.
-    """
-    return torch.nn.functional.embedding_bag(batch.own, x, batch.bags, mode="sum")
+    return _scores(rows, k, scale).view(-1, size).index_select(0, where.order)
 
 
 def _prefill(

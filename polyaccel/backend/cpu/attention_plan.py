@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from polyaccel.backend.cpu.decode_plan import BlockBatch, DecodePlanner, PaddedBatch
+from polyaccel.backend.cpu.decode_plan import DecodeBatch, DecodePlanner
 from polyaccel.backend.kv_cache import KVSpec
 from polyaccel.backend.step import StepInput
 
@@ -63,7 +63,7 @@ class AttentionPlan:
         self._decodes: list[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.int32]]] = []
         self._kv = kv
         self._planner = DecodePlanner(kv, heads, window)
-        self._batches: dict[torch.dtype, tuple[BlockBatch | PaddedBatch, ...]] = {}
+        self._batches: dict[torch.dtype, tuple[DecodeBatch, ...]] = {}
         self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self.covered = False
 
@@ -96,7 +96,7 @@ class AttentionPlan:
         plan.covered = covered == inputs.tokens
         return plan
 
-    def decode_batches(self, dtype: torch.dtype) -> tuple[BlockBatch | PaddedBatch, ...]:
+    def decode_batches(self, dtype: torch.dtype) -> tuple[DecodeBatch, ...]:
         """The sequences of one query each, as suits queries of this dtype."""
         found = self._batches.get(dtype)
         if found is None:
@@ -133,7 +133,7 @@ class AttentionPlan:
             end=run.end,
             sequences=sequences,
             keys=run.context - low * size,
-            matrices=self._planner.matrices(blocks, keys=True),
+            matrices=self._planner.matrices(blocks),
         )
         self.prefills.append(piece)
 

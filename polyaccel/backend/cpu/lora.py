@@ -48,12 +48,25 @@ def _add_rows(y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
         return
     # The sum is formed before it leaves float32.
     h, b = _shrink_rows(x, batch)
+    if batch.index is None and not y.is_contiguous():
+        _add_by_chunk(y[batch.run], h, b, batch)
+        return
     old = y[batch.run] if batch.index is None else y.index_select(0, batch.index)
     new = torch.baddbmm(old.reshape(len(b), 1, -1), h, b).view(old.shape)
     if batch.index is None:
         y[batch.run] = new
     else:
         y.index_copy_(0, batch.index, new)
+
+
+def _add_by_chunk(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, batch: Batch) -> None:
+    """The same for rows with gaps between them, whose chunks are no batch: one product a chunk instead of a copy of y."""
+    matrices, segments = batch.matrices, batch.segments
+    chunks = y.view(segments, matrices.chunks, matrices.width)
+    h, b = h.view(segments, matrices.chunks, 1, -1), b.view(segments, matrices.chunks, -1, matrices.width)
+    for chunk in range(matrices.chunks):
+        target = chunks[:, chunk : chunk + 1]
+        target.copy_(torch.baddbmm(target, h[:, chunk], b[:, chunk]))
 
 
 def _add_segments(y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""A small whole run, made once: every fixed case of two operators, executed in this process."""
+"""A small whole run, made once: every case of two operators, executed in this process."""
 
 from __future__ import annotations
 

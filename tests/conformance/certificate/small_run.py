@@ -19,8 +19,9 @@ from polyaccel_conformance.check import CaseResult, Failure, run_case
 from polyaccel_conformance.checks.registry import CHECKS
 from polyaccel_conformance.log import ResultsLog
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
+from polyaccel_conformance.profiles import PROFILES
 from polyaccel_conformance.results import RunHeader
-from polyaccel_conformance.schedule import fixed
+from polyaccel_conformance.schedule import drawn, fixed
 from polyaccel_conformance.subject import Subject
 
 OPERATORS = ("device.copy_paths", "select_rows")
@@ -38,7 +39,7 @@ def write_log(
     selection: str = "",
     sources: Mapping[str, str] | None = None,
 ) -> None:
-    """Every fixed case of :data:`OPERATORS` on the CPU backend; ``change`` is applied to each result."""
+    """Every case of :data:`OPERATORS` on the CPU backend; ``change`` is applied to each result."""
     backend = load("cpu")
     bench = Bench(backend)
     header = RunHeader(
@@ -61,8 +62,9 @@ def write_log(
             log.write("control", {"check": name, "control": "impossible here"})
         count = 0
         for operator in OPERATORS:
-            for item in fixed(PROBLEM_SETS[operator]):
-                result = run_case(bench, PROBLEM_SETS[operator].problem(item.case), checks)
+            problems = PROBLEM_SETS[operator]
+            for item in (*fixed(problems), *drawn(problems, PROFILES["quick"], 0)):
+                result = run_case(bench, problems.problem(item.case), checks)
                 log.case(item.phase, change(result))
                 count += 1
         if ended:

@@ -99,7 +99,7 @@ def simpler_cases(files: Files) -> None:
     ("change", "says"),
     [
         (grant_everything, 'levels[1].verdict says "granted", the log gives "not granted"'),
-        (better_headroom, "result.operators[0].cases says"),
+        (better_headroom, "the summary: device.copy_paths says"),
         (drop_cases, "is not in the log"),
         (other_inputs, "has other inputs than those on record"),
         (simpler_cases, "the log gives"),
@@ -150,6 +150,49 @@ def test_a_rerun_that_disagrees_with_the_log_is_a_problem(tmp_path: Path) -> Non
     write_bundle(tmp_path / "b.tar.xz", tmp_path / "results.jsonl")
     found = verified(tmp_path / "b.tar.xz", rerun=6)
     assert any("passed, it failed before" in problem for problem in found.problems)
+
+
+def test_a_suite_that_judges_otherwise_makes_a_bundle_stale_and_not_invalid(tmp_path: Path) -> None:
+    write_log(tmp_path / "results.jsonl", sources={"source.suite": "0" * 32})
+    write_bundle(tmp_path / "old.tar.xz", tmp_path / "results.jsonl")
+    reworded = edited(
+        tmp_path / "old.tar.xz",
+        tmp_path,
+        lambda files: edit_json(files, SUMMARY, lambda summary: summary.pop("waiver_problems")),
+        clever=True,
+    )
+    assert (reworded.verdict, reworded.problems) == ("STALE", ())
+    assert any("1 differences" in note for note in reworded.notes)
+
+
+def test_counts_that_the_log_does_not_give_are_invalid_however_old_the_bundle(tmp_path: Path) -> None:
+    write_log(tmp_path / "results.jsonl", sources={"source.suite": "0" * 32})
+    write_bundle(tmp_path / "old.tar.xz", tmp_path / "results.jsonl")
+    found = edited(tmp_path / "old.tar.xz", tmp_path, better_headroom, clever=True)
+    assert found.verdict == "INVALID"
+
+
+def test_drawn_cases_that_were_left_out_are_missed(certificate: Path, tmp_path: Path) -> None:
+    def drop(files: Files) -> None:
+        def change(line: dict[str, Any]) -> dict[str, Any] | None:
+            return None if line["type"] == "case" and line["phase"] == "drawn" else line
+
+        edit_lines(files, LOG, change)
+
+    found = edited(certificate, tmp_path, drop, clever=True)
+    assert any("drawn case" in problem and "is not in the log" in problem for problem in found.problems)
+
+
+def test_a_log_that_no_run_writes_is_a_problem_and_no_traceback(certificate: Path, tmp_path: Path) -> None:
+    def change(files: Files) -> None:
+        def bend(line: dict[str, Any]) -> dict[str, Any]:
+            if line["type"] == "case":
+                line["digests"] = {"x": 7}
+            return line
+
+        edit_lines(files, LOG, bend)
+
+    assert edited(certificate, tmp_path, change, clever=True).verdict == "INVALID"
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", json.dumps({}).encode()])

@@ -13,11 +13,29 @@ from polyaccel.backend.levels import DEVICES, LEVELS
 from polyaccel_conformance.levels.cell import Cell
 from polyaccel_conformance.levels.evidence import required
 from polyaccel_conformance.levels.grant import Asked, Evidence, LevelResult, Tally, Verdict, grant
+from polyaccel_conformance.multi.identity import RankIdentity
 
 RANKS = 3
 CELLS = required(RANKS)
 CHECKS = sorted({check for level in LEVELS.values() for check in level.checks})
 OPERATORS = frozenset(operator for level in LEVELS.values() for operator in level.operators)
+
+
+def identity(world_size: int, rank: int) -> RankIdentity:
+    """A rank with a device of its own."""
+    return RankIdentity(
+        rank=rank,
+        world_size=world_size,
+        pid=10 * world_size + rank,
+        host="here",
+        backend="vendor",
+        version="polyaccel-vendor 1.0",
+        device="Vendor One",
+        device_index=rank,
+        device_id=f"vendor {rank}",
+        transport="vccl",
+        torch_version="2.13.0",
+    )
 
 
 def good() -> Evidence:
@@ -28,6 +46,7 @@ def good() -> Evidence:
         native=OPERATORS,
         devices=RANKS,
         ranks=RANKS,
+        identities=tuple(identity(world, rank) for world in range(2, RANKS + 1) for rank in range(world)),
     )
 
 
@@ -146,6 +165,37 @@ def test_a_check_that_the_machine_cannot_exercise_is_listed_and_denies_nothing()
     level = by_name(replace(good(), checks=checks))["L0"]
     assert level.verdict is Verdict.GRANTED
     assert level.not_exercised == ("check device.wrong_current",)
+
+
+def test_several_ranks_on_one_device_are_named_in_the_title() -> None:
+    shared = tuple(replace(each, device="cpu", device_id="cpu") for each in good().identities)
+    found = by_name(replace(good(), identities=shared))["L6"]
+    assert found.verdict is Verdict.GRANTED
+    assert found.name == "L6 several devices (3 ranks sharing 1 device: cpu; float32, bfloat16)"
+    assert found.title.startswith(f"{found.name}: ")
+
+
+def test_simulated_devices_are_named_in_every_title() -> None:
+    simulated = tuple(replace(each, simulated=True) for each in good().identities)
+    found = by_name(replace(good(), identities=simulated, simulated=True))
+    assert found["L6"].name.startswith("L6 several devices (3 simulated devices; ")
+    assert found["L0"].name == "L0 device (simulated device)"
+
+
+def test_a_device_a_rank_needs_no_word() -> None:
+    assert by_name(good())["L6"].name == "L6 several devices (float32, bfloat16)"
+
+
+def test_ranks_of_which_nothing_is_known_earn_nothing() -> None:
+    found = by_name(replace(good(), identities=good().identities[1:]))["L6"]
+    assert found.verdict is Verdict.NOT_GRANTED
+    assert found.reasons == ("world 2: its ranks did not all say who they were",)
+
+
+def test_ranks_in_one_process_earn_nothing() -> None:
+    found = by_name(replace(good(), identities=tuple(replace(each, pid=7) for each in good().identities)))["L6"]
+    assert found.verdict is Verdict.NOT_GRANTED
+    assert all("not processes of their own" in reason for reason in found.reasons)
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -1,56 +1,91 @@
-"""Who the ranks were decides what they can earn."""
+"""Who the ranks were decides what they can earn, and what a level is called."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from polyaccel_conformance.multi.control import RankIdentity
-from polyaccel_conformance.multi.devices import described, objections, qualifications, shared_devices
+import pytest
+
+from polyaccel.backend import Backend, SingleRank, load
+from polyaccel_conformance.multi.devices import described, objections, qualification, world
+from polyaccel_conformance.multi.identity import RankIdentity
+from polyaccel_conformance.simulated import SimulatedBackend
 
 
-def ranks(world: int) -> list[RankIdentity]:
-    """One real device a rank."""
+def ranks(size: int) -> list[RankIdentity]:
+    """One real device a rank; all have the same marketing name."""
     return [
         RankIdentity(
             rank=rank,
+            world_size=size,
             pid=100 + rank,
             host="here",
             backend="vendor",
-            device=f"vendor:{rank}",
+            version="polyaccel-vendor 1.0",
+            device="Vendor One",
             device_index=rank,
-            transport="vccl",
+            device_id=f"vendor {rank}",
+            transport="vccl 2.1",
             torch_version="2.13.0",
         )
-        for rank in range(world)
+        for rank in range(size)
     ]
 
 
-def test_one_device_a_rank_needs_no_qualification() -> None:
-    assert not objections(ranks(2))
-    assert not qualifications(ranks(2))
-    assert described(ranks(2)) == "2 ranks on vendor:0, vendor:1, transport vccl, torch 2.13.0"
+def test_one_device_a_rank_needs_no_word() -> None:
+    assert qualification(ranks(2)) == ""
+    assert objections(ranks(2), 2) == ()
 
 
-def test_a_world_of_one_earns_nothing() -> None:
-    assert objections(ranks(1)) == ("a world of 1 shows nothing of several devices",)
-
-
-def test_ranks_of_one_process_earn_nothing() -> None:
-    same = [replace(identity, pid=100) for identity in ranks(2)]
-    assert objections(same) == ("ranks are not processes of their own",)
-
-
-def test_a_shared_and_a_simulated_device_are_named() -> None:
-    shared = [replace(identity, device="vendor:0", simulated=identity.rank == 1) for identity in ranks(3)]
-    assert shared_devices(shared) == {"vendor:0": (0, 1, 2)}
-    assert qualifications(shared) == (
-        "device vendor:0 is shared by ranks 0, 1, 2",
-        "devices of ranks 1 are simulated",
+def test_a_rank_is_described_by_all_that_it_says() -> None:
+    assert described(ranks(2)[1]) == (
+        "rank 1 of 2: pid 101 on here, Vendor One (vendor 1, number 1), vccl 2.1, polyaccel-vendor 1.0, torch 2.13.0"
     )
-    assert "vendor:0 (simulated)" in described(shared)
 
 
-def test_missing_ranks_and_mixed_backends_are_objected_to() -> None:
+def test_ranks_that_share_a_device_say_so() -> None:
+    shared = [replace(each, device_id="vendor 0") for each in ranks(4)]
+    assert qualification(shared) == "4 ranks sharing 1 device: Vendor One"
+
+
+def test_equal_numbers_on_two_hosts_are_two_devices() -> None:
     first, second = ranks(2)
-    assert objections([second, first]) == ("the ranks are not 0, 1, 2, ...",)
-    assert objections([first, replace(second, backend="other")]) == ("ranks run different backends",)
+    assert qualification([first, replace(second, host="there", device_id=first.device_id)]) == ""
+
+
+def test_simulated_devices_say_so() -> None:
+    simulated = [replace(each, simulated=True) for each in ranks(2)]
+    assert qualification(simulated) == "2 simulated devices"
+    assert qualification([simulated[0], ranks(2)[1]]) == "2 devices, 1 of them simulated"
+    assert "simulated" in described(simulated[0])
+    both = [replace(each, device_id="vendor 0") for each in simulated]
+    assert qualification(both) == "2 ranks sharing 1 simulated device: Vendor One"
+
+
+def test_every_world_from_2_on_must_have_said_who_it_is() -> None:
+    assert objections(ranks(3), 3) == ("world 2: its ranks did not all say who they were",)
+    assert objections([*ranks(2), *ranks(3)], 3) == ()
+    assert world([*ranks(2), *ranks(3)], 3) == tuple(ranks(3))
+
+
+def test_ranks_of_one_process_are_objected_to() -> None:
+    assert objections([replace(each, pid=1) for each in ranks(2)], 2) == (
+        "world 2: ranks are not processes of their own",
+    )
+
+
+@pytest.mark.parametrize("field", ["backend", "version", "torch_version"])
+def test_ranks_that_run_different_things_are_objected_to(field: str) -> None:
+    first, second = ranks(2)
+    assert objections([first, replace(second, **{field: "other"})], 2) == (
+        "world 2: ranks run different backends or versions",
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "simulated"), [(load("cpu"), False), (SimulatedBackend(), True)], ids=["cpu", "simulated"]
+)
+def test_a_backend_says_whether_its_devices_are_simulated(backend: Backend, simulated: bool) -> None:
+    told = [RankIdentity.of(backend, device, SingleRank()) for device in backend.devices()]
+    assert {each.simulated for each in told} == {simulated}
+    assert len({each.device_id for each in told}) == len(backend.devices())

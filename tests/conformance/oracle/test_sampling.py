@@ -7,16 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from polyaccel_conformance.oracle.sampling import Distribution, Row
 from polyaccel_conformance.problems.sample import SampleProblem, SampleProblems
 from tests.conformance.drawn import problems
-from tests.conformance.emulation import BF16, F16, f32
+from tests.conformance.emulated_sampling import FORMS, Round, emulated_id
+from tests.conformance.emulation import BF16, F16
 
-Floats = npt.NDArray[np.float64]
-Round = Callable[[npt.ArrayLike], Floats]
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "sampling.json").read_text())
 
 
@@ -60,67 +58,6 @@ def test_a_uniform_on_a_boundary_is_ambiguous_unless_nothing_is_rounded() -> Non
 
 
 # -- emulated implementations ------------------------------------------------------------------------------------------
-
-
-def adjusted(row: Row, to: Round, reciprocal: bool) -> Floats:
-    scores = np.where(np.isfinite(row.logits), row.logits, -np.inf)
-    if row.repetition_penalty != 1.0:
-        penalty, inverse = row.repetition_penalty, to(1 / row.repetition_penalty)
-        lower = to(scores * inverse) if reciprocal else to(scores / penalty)
-        scores = np.where(row.seen, np.where(scores > 0, lower, to(scores * penalty)), scores)
-    scores = to(scores - row.presence_penalty * (row.counts > 0))
-    scores = to(scores - to(row.frequency_penalty * row.counts))
-    return np.where(row.allowed, to(scores + row.bias), -np.inf)
-
-
-def running(mass: Floats, to: Round, blocks: int) -> Floats:
-    """Running sums, each block of its own and then shifted."""
-    sums = np.zeros(len(mass))
-    total = 0.0
-    for begin in range(0, len(mass), blocks):
-        inner = 0.0
-        for i in range(begin, min(begin + blocks, len(mass))):
-            inner = float(to(inner + mass[i]))
-            sums[i] = to(total + inner)
-        total = float(to(total + inner))
-    return sums
-
-
-def emulated_id(
-    row: Row, uniform: float, *, to: Round = f32, reciprocal: bool = False, normal: bool = False, blocks: int = 10**9
-) -> int:
-    """``normal``: probabilities instead of relative masses, the temperature first; ``reciprocal``: of penalties and
-    temperature."""
-    scores = adjusted(row, to, reciprocal)
-    if row.temperature == 0.0:
-        return int(np.argmax(scores))
-    divided = to(scores * to(1 / row.temperature)) if reciprocal else to(scores / row.temperature)
-    top = scores.max()
-    shifted = to(divided - divided.max()) if normal or reciprocal else to(to(scores - top) / row.temperature)
-    mass = to(np.exp(shifted))
-    if normal:
-        mass = to(mass / running(mass, to, blocks)[-1])
-    order = np.argsort(-scores, kind="stable")
-    if row.top_k:
-        mass[order[row.top_k :]] = 0.0
-    if row.top_p < 1.0:
-        falling = mass[order]
-        sums = running(falling, to, blocks)
-        before = np.concatenate(([0.0], sums[:-1]))
-        inside = before < to(row.top_p * sums[-1])
-        inside[0] = True
-        mass[order[~inside]] = 0.0
-    mass = np.where(mass >= to(row.min_p * mass.max()), mass, 0.0)
-    ends = running(mass, to, blocks)
-    return int(min((ends <= to(uniform * ends[-1])).sum(), np.flatnonzero(mass)[-1]))
-
-
-FORMS: Mapping[str, Mapping[str, object]] = {
-    "sequential": {},
-    "blocks of 16": {"blocks": 16},
-    "probabilities": {"normal": True},
-    "reciprocals": {"reciprocal": True, "blocks": 8},
-}
 
 
 def rows(count: int, seed: int, **axes: tuple[object, ...]) -> list[tuple[Distribution, float]]:
@@ -171,45 +108,3 @@ def test_a_filter_that_is_left_out_is_seen(changed: str) -> None:
         return Row(**{name: neutral if name == changed else getattr(row, name) for name in Row.__slots__})
 
     assert neighbours_accepted(without) < 1
-
-
-# -- log-probabilities -------------------------------------------------------------------------------------------------
-
-
-def emulated_logprobs(row: Row, to: Round, form: str) -> Floats:
-    scores = adjusted(row, to, reciprocal=form == "reciprocals")
-    top = scores.max()
-    mass = to(np.exp(to(scores - top)))
-    if form == "pairwise":
-        parts = mass
-        while len(parts) > 1:
-            parts = np.concatenate([parts, np.zeros(len(parts) % 2)])
-            parts = to(parts[0::2] + parts[1::2])
-        total = parts[0]
-    else:
-        total = running(mass, to, 16 if form == "blocks" else 10**9)[-1]
-    logarithm = to(np.log(total))
-    return to(scores - to(top + logarithm)) if form == "added back" else to(to(scores - top) - logarithm)
-
-
-def log_error(form: str, to: Round = f32) -> float:
-    worst = 0.0
-    for distribution, _ in rows(150, 35):
-        if not distribution.candidates.any():
-            continue
-        expected = SampleProblem.logprobs(distribution)
-        got = emulated_logprobs(distribution.row, to, form)
-        here = distribution.candidates
-        worst = max(worst, float((np.abs(got - expected.value) / expected.tolerance)[here].max()))
-    return worst
-
-
-def test_every_legitimate_log_probability_is_within_the_bound_and_comes_near_it() -> None:
-    found = {form: log_error(form) for form in ("sequential", "blocks", "pairwise", "added back", "reciprocals")}
-    assert max(found.values()) <= 1, found
-    assert max(found.values()) >= 0.1, found
-
-
-@pytest.mark.parametrize("lower", [BF16.round, F16.round], ids=["bfloat16", "float16"])
-def test_log_probabilities_of_a_lower_class_are_beyond_the_bound(lower: Round) -> None:
-    assert log_error("sequential", lower) > 1

@@ -99,6 +99,51 @@ def test_aten_operators_that_the_device_lacks_are_listed_by_operator_and_level(t
     json.dumps(found.to_json())
 
 
+def test_all_that_is_lacking_is_one_table_in_the_order_of_the_levels(table: Path) -> None:
+    subject = Subject(kind="table", name="Plain", path=str(table))
+    sets = {name: PROBLEM_SETS[name] for name in ("gelu", "moe_route", "sgmv_shrink")}
+    everything = {f"aten.{name}" for name in ("gelu", "erf", "tanh", "softmax", "_softmax", "mm", "addmm", "topk", "sort")}
+
+    def execute(sample: Sample, device: Device) -> None:
+        if sample.name.split(".")[1] in {name.split(".")[1] for name in everything}:
+            raise NotImplementedError("not on this device")
+        execute_on(sample, device)
+
+    found = preflight(subject, sets, execute=execute, examine=True)
+    lines = found.text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("  levels "))
+    levels = [line.split()[0] for line in lines[begin + 1 :] if line.startswith("  L")]
+    assert levels == sorted(levels)
+    assert {"L2", "L3", "L4"} <= set(levels)
+    assert all(any(name in line for line in lines[begin:]) for row in found.lacking for name in row.missing)
+
+
+def test_a_device_too_slow_to_try_everything_on_is_said_and_ends_in_time(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyaccel_conformance.preflight.run.ON_DEVICE", 0.0)
+    found = preflight(Subject(kind="table", name="Plain", path=str(table)), FEW, examine=True)
+    assert all("there was no time for" in row.unknown and not row.missing for row in found.table)
+    assert "note  linear: there was no time for" in found.text()
+
+
+def calls_made(table: Path, sets: Mapping[str, ProblemSet]) -> int:
+    made = 0
+
+    def execute(sample: Sample, device: Device) -> None:
+        nonlocal made
+        made += 1
+
+    preflight(Subject(kind="table", name="Plain", path=str(table)), sets, execute=execute, examine=True)
+    return made
+
+
+def test_a_call_that_several_operators_need_is_made_once(table: Path) -> None:
+    norms = {name: FEW[name] for name in ("rms_norm", "layer_norm")}
+    alone = [calls_made(table, {name: problems}) for name, problems in norms.items()]
+    assert max(alone) <= calls_made(table, norms) < sum(alone)
+
+
 def test_what_a_backend_has_of_its_own_needs_no_composite(table: Path) -> None:
     subject = Subject(kind="table", name="Plain", path=str(table))
     found = preflight(subject, FEW, execute=lacking("aten.mm", "aten.addmm"), examine=True)  # type: ignore[arg-type]

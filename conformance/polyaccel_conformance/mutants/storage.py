@@ -1,0 +1,198 @@
+"""Devices and storage that keep something else than what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyaccel.backend import (
+    AdapterStore,
+    Backend,
+    Device,
+    HostCopy,
+    KVCache,
+    KVSpec,
+    SamplingRow,
+    SamplingSpec,
+    SamplingState,
+    TorchDevice,
+    Weight,
+    WeightSpec,
+)
+from polyaccel_conformance.harness.overlay import Overlay
+from polyaccel_conformance.mutants.mutant import Mutant
+
+
+class _Ready(HostCopy):
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def wait(self) -> np.ndarray:
+        return self._array
+
+
+class _SharingDevice(TorchDevice):
+    def download(self, source: torch.Tensor) -> HostCopy:
+        """A host copy is a view of the device's memory."""
+        return _Ready(source.detach().numpy())
+
+
+class _FirstColumnDevice(TorchDevice):
+    def copy_(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """The last row of a source with rows apart is taken from the row before."""
+        destination.copy_(source)
+        if source.dim() == 2 and source.shape[0] > 1 and not source.is_contiguous():
+            destination[-1].copy_(source[-2])
+
+
+class _Devices(Overlay):
+    def __init__(self, inner: Backend, kind: type[TorchDevice]) -> None:
+        super().__init__(inner, {})
+        self._device = kind("cpu")
+
+    def devices(self) -> Sequence[Device]:
+        return (self._device,)
+
+
+def changed(made: Any, **methods: Any) -> Any:
+    """An object of a class of its own, which has these methods beside those it had."""
+    kind = type(made)
+    made.__class__ = type(kind.__name__, (kind,), methods)
+    return made
+
+
+class _Storage(Overlay):
+    """A host whose storage is changed as it is allocated, by the methods of subclasses."""
+
+    def __init__(self, inner: Backend) -> None:
+        super().__init__(inner, {})
+
+
+class _KeepsBias(_Storage):
+    def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
+        made = super().allocate_weight(spec, device, tied)
+        kind: Any = type(made)
+        opened: list[bool] = []
+
+        def reopen(weight: Any) -> None:
+            kind.reopen(weight)
+            opened.append(True)
+
+        def write_bias(weight: Any, *arguments: Any, **options: Any) -> None:
+            if opened:
+                # The write is checked as it was, and thrown away.
+                kept = None if weight.bias is None else weight.bias.clone()
+                kind.write_bias(weight, *arguments, **options)
+                if kept is not None:
+                    weight.bias.copy_(kept)
+                return
+            kind.write_bias(weight, *arguments, **options)
+
+        return changed(made, reopen=reopen, write_bias=write_bias)  # type: ignore[no-any-return]
+
+
+class _OpenWhenSealed(_Storage):
+    def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
+        made = super().allocate_weight(spec, device, tied)
+        kind: Any = type(made)
+
+        def write(weight: Any, *arguments: Any, **options: Any) -> None:
+            if weight._sealed:
+                return
+            kind.write(weight, *arguments, **options)
+
+        return changed(made, write=write)  # type: ignore[no-any-return]
+
+
+class _StaysAfterClear(_Storage):
+    def allocate_adapters(
+        self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device
+    ) -> AdapterStore:
+        made = super().allocate_adapters(weights, rank_rows=rank_rows, slots=slots, device=device)
+        return changed(made, clear=lambda store, slot: None)  # type: ignore[no-any-return]
+
+
+class _FirstLayerCopied(_Storage):
+    def allocate_kv(self, spec: KVSpec, device: Device) -> KVCache:
+        made = super().allocate_kv(spec, device)
+        kind: Any = type(made)
+
+        def copy_blocks(cache: Any, sources: Sequence[int], destinations: Sequence[int]) -> None:
+            kept = [(cache.keys(layer).clone(), cache.values(layer).clone()) for layer in range(1, cache.spec.layers)]
+            kind.copy_blocks(cache, sources, destinations)
+            for layer, (k, v) in enumerate(kept, 1):
+                cache.keys(layer).copy_(k)
+                cache.values(layer).copy_(v)
+
+        return changed(made, copy_blocks=copy_blocks)  # type: ignore[no-any-return]
+
+
+class _StickyBias(_Storage):
+    def allocate_sampling(self, spec: SamplingSpec, device: Device) -> SamplingState:
+        made = super().allocate_sampling(spec, device)
+        kind: Any = type(made)
+
+        def write_bias(state: Any, slot: int, row: SamplingRow) -> None:
+            if row.bias_ids is not None:
+                kind._write_bias(state, slot, row)
+
+        def needs(state: Any, slots: np.ndarray) -> Any:
+            return kind.needs(state, slots)._replace(bias=state.bias is not None)
+
+        return changed(made, _write_bias=write_bias, needs=needs)  # type: ignore[no-any-return]
+
+
+STORAGE: tuple[Mutant, ...] = (
+    Mutant(
+        name="device.download_is_a_view",
+        what="A host copy shares the device's memory.",
+        operators=("device.copy_paths", "storage.kv"),
+        check="device.copy_paths",
+        apply=lambda inner: _Devices(inner, _SharingDevice),
+    ),
+    Mutant(
+        name="device.rows_apart",
+        what="A copy from rows that lie apart repeats the last but one.",
+        operators=("device.copy_paths", "storage.kv"),
+        check="device.copy_paths",
+        apply=lambda inner: _Devices(inner, _FirstColumnDevice),
+    ),
+    Mutant(
+        name="weight.bias_kept",
+        what="A weight that is written again keeps its first bias.",
+        operators=("storage.weight", "linear"),
+        check="storage.weight",
+        apply=_KeepsBias,
+    ),
+    Mutant(
+        name="weight.sealed_writes_ignored",
+        what="Writes to a sealed weight are dropped in silence.",
+        operators=("storage.weight", "linear"),
+        check="storage.weight",
+        apply=_OpenWhenSealed,
+    ),
+    Mutant(
+        name="adapters.clear_does_nothing",
+        what="A cleared slot keeps its adapter.",
+        operators=("storage.adapters", "sgmv"),
+        check="storage.adapters",
+        apply=_StaysAfterClear,
+    ),
+    Mutant(
+        name="kv_cache.first_layer_copied",
+        what="Blocks are copied in the first layer alone.",
+        operators=("storage.kv", "write_kv_cache", "paged_attention"),
+        check="storage.kv",
+        apply=_FirstLayerCopied,
+    ),
+    Mutant(
+        name="sampling.sticky_bias",
+        what="A request inherits the bias of the one before it in its slot.",
+        operators=("storage.sampling", "sample"),
+        check="storage.sampling",
+        apply=_StickyBias,
+    ),
+)

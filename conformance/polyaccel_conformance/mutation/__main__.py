@@ -1,0 +1,101 @@
+"""``python -m polyaccel_conformance.mutation``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from polyaccel_conformance.errors import ConformanceError, ExitCode, UsageError
+from polyaccel_conformance.mutation import subject
+from polyaccel_conformance.mutation.campaign import Campaign, Outcome, State, run
+from polyaccel_conformance.mutation.coverage import digests, kept
+from polyaccel_conformance.mutation.edit import Edit
+from polyaccel_conformance.mutation.install import all_edits
+from polyaccel_conformance.mutation.survivors import REQUIRED, Verdict, entry, judge, read_survivors
+from polyaccel_conformance.mutation.table import by, markdown
+from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.workers.process import ForkServer
+
+DESCRIPTION = "change the sources of the composites by rule, one expression at a time: does some case fail?"
+LIMIT = 400
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="python -m polyaccel_conformance.mutation", description=DESCRIPTION)
+    found.add_argument("--survivors", type=Path, metavar="FILE.toml", help="explained survivors")
+    found.add_argument("--folder", type=Path, default=Path("mutation-results"), help="what was run is kept here")
+    found.add_argument("--table", type=Path, metavar="FILE.md", help="write the result there")
+    found.add_argument("--budget", type=float, metavar="SECONDS", help="stop then; the next run goes on")
+    found.add_argument("--again", action="store_true", help="run survivors again")
+    found.add_argument("--limit", type=int, default=LIMIT, help="cases that one mutant is asked at most; 0: all")
+    found.add_argument("-k", dest="word", default="", metavar="TEXT", help="only those with this in FILE:LINE or line")
+    found.add_argument("--list", action="store_true", help="only list the mutants")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    options = parser().parse_args(arguments)
+    edits = all_edits()
+    chosen = [edit for edit in edits if options.word in f"{edit.where} {edit.text}"]
+    if options.list:
+        for edit in chosen:
+            print(_line(edit))
+        return ExitCode.PASS
+    try:
+        return _run(options, edits, chosen)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.USAGE
+    except ConformanceError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.INCONCLUSIVE
+
+
+def _run(options: argparse.Namespace, edits: Sequence[Edit], chosen: Sequence[Edit]) -> int:
+    explained = read_survivors(options.survivors) if options.survivors else ()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    state = State(options.folder / "outcomes.json", digests())
+    if options.again:
+        state.forget_survivors()
+    deadline = None if options.budget is None else time.monotonic() + options.budget
+    healthy = Subject(kind="table", path=subject.__file__, name=subject.HEALTHY)
+    with closing(ForkServer()) as server:
+        coverage = kept(options.folder / "coverage.json", healthy, server)
+        whole = run(Campaign(edits, coverage, server, limit=options.limit), chosen, state, deadline, _show)
+    verdict = judge(chosen, state.outcomes, explained)
+    print("\n".join(by(lambda edit: edit.file, chosen, state.outcomes, "file")))
+    if options.table:
+        options.table.write_text(markdown(chosen, state.outcomes, explained), encoding="utf-8")
+    if not whole:
+        print(f"{verdict.run} of {len(chosen)} mutants were run; the same command goes on")
+        return ExitCode.INCONCLUSIVE
+    return _conclude(verdict)
+
+
+def _conclude(verdict: Verdict) -> int:
+    for edit in verdict.unexplained:
+        print(f"SURVIVED, not explained: {_line(edit)}\n{entry(edit)}")
+    for explanation in verdict.stale:
+        print(f"explained, but killed or gone: {explanation.key}")
+    print(f"{verdict.killed} of {verdict.run} killed, {verdict.rate:.1%}; {REQUIRED:.0%} are required")
+    return ExitCode.PASS if verdict.passed else ExitCode.FAIL
+
+
+def _show(edit: Edit, outcome: Outcome) -> None:
+    verdict = f"killed by {outcome.killed}" if outcome.killed else "SURVIVED"
+    print(f"{_line(edit)}  {verdict}, {outcome.cases} cases, {outcome.seconds:.1f} s", flush=True)
+
+
+def _line(edit: Edit) -> str:
+    before, after = (" ".join(text.split()) for text in (edit.before, edit.after))
+    return f"{edit.where} {edit.kind}: {before} -> {after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Every mutant against the cases that execute it, until one fails."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from polyaccel_conformance.case import Case
+from polyaccel_conformance.checks.registry import CHECKS
+from polyaccel_conformance.errors import ConformanceError, UsageError
+from polyaccel_conformance.multi.ranks import RankPool
+from polyaccel_conformance.multi.registry import RANKED_SETS
+from polyaccel_conformance.mutation import subject as opened
+from polyaccel_conformance.mutation.coverage import Coverage
+from polyaccel_conformance.mutation.edit import Edit, file_of
+from polyaccel_conformance.results import result_from_json
+from polyaccel_conformance.schedule import OfRanks, fixed
+from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.workers.pool import Job, Pool, WorkerLost
+from polyaccel_conformance.workers.process import ForkServer
+
+TIMEOUT = 30.0
+"""Seconds after which a case hangs: some hundred times what the slowest takes."""
+RANKED_FILES = ("communicator.py", "operators.py")
+"""Files that cases of several ranks execute as well."""
+WORLDS = (2, 3)
+FIRST = ("values.", "storage.")
+"""Checks that are asked first of all cases: they compare numbers, and kill most."""
+OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a mutant.
+
+    Attributes:
+        killed: by which check, or how its process ended; empty for a survivor.
+        operator: whose case it was.
+        cases: runs of cases until then.
+        seconds: wall clock.
+    """
+
+    killed: str
+    operator: str = ""
+    cases: int = 0
+    seconds: float = 0.0
+
+
+class Campaign:
+    """Runs mutants in fresh processes.
+
+    Args:
+        edits: all of the package; a worker knows a mutant by its index in its file.
+        limit: cases that a mutant is asked at most, 0 for all that execute it.
+    """
+
+    def __init__(self, edits: Sequence[Edit], coverage: Coverage, server: ForkServer, *, limit: int = 0) -> None:
+        counts: Counter[str] = Counter()
+        self._names: dict[str, str] = {}
+        for edit in edits:
+            self._names[edit.key] = f"{edit.file.removesuffix('.py')}_{counts[edit.file]}"
+            counts[edit.file] += 1
+        self._coverage = coverage
+        self._server = server
+        self._limit = limit
+
+    def run(self, edit: Edit) -> Outcome:
+        """The first kill: by numbers, then by any other check, then among ranks."""
+        began = time.monotonic()
+        subject = Subject(kind="table", path=opened.__file__, name=self._names[edit.key])
+        found = Outcome(killed="")
+        cases = self._coverage.of(edit)[: self._limit or None]
+        first = [name for name in CHECKS if name.startswith(FIRST)]
+        rest = [name for name in CHECKS if not name.startswith(FIRST)]
+        if cases:
+            found = self._alone(subject, _jobs(cases, first, rest))
+        if not found.killed and edit.file in RANKED_FILES:
+            found = self._ranked(subject, found.cases)
+        seconds = round(time.monotonic() - began, 2)
+        return Outcome(killed=found.killed, operator=found.operator, cases=found.cases, seconds=seconds)
+
+    def _alone(self, subject: Subject, jobs: Iterator[Job]) -> Outcome:
+        ran = 0
+        with Pool(subject, count=1, server=self._server) as pool:
+            try:
+                for answer in pool.run(jobs):
+                    ran += 1
+                    found = answer.died or str(answer.reply.get("error", ""))
+                    if "result" in answer.reply:
+                        failures = result_from_json(answer.reply["result"]).failures
+                        found = failures[0].check if failures else ""
+                    if found:
+                        return Outcome(killed=found, operator=str(answer.job.name), cases=ran)
+            except (UsageError, WorkerLost):
+                return Outcome(killed=OPEN, cases=ran)
+        return Outcome(killed="", cases=ran)
+
+    def _ranked(self, subject: Subject, ran: int) -> Outcome:
+        for world in WORLDS:
+            with RankPool(subject, world, server=self._server, timeout=TIMEOUT, case_timeout=TIMEOUT) as pool:
+                for case in _ranked_cases(world):
+                    ran += 1
+                    try:
+                        failures = pool.run(case).failures
+                    except ConformanceError:
+                        return Outcome(killed=OPEN, operator=case.operator, cases=ran)
+                    if failures:
+                        return Outcome(killed=failures[0].check, operator=case.operator, cases=ran)
+        return Outcome(killed="", cases=ran)
+
+
+def _jobs(cases: Sequence[Case], *stages: Sequence[str]) -> Iterator[Job]:
+    for checks in stages:
+        for case in cases:
+            request = {"do": "case", "case": case.to_json(), "checks": list(checks)}
+            yield Job(name=case.operator, request=request, seconds=TIMEOUT)
+
+
+def _ranked_cases(world: int) -> Iterator[Case]:
+    """Operators take turns: each collective shows another part of a communicator."""
+    lists = [[item.case for item in fixed(OfRanks(s, world), ranks=world)] for s in RANKED_SETS.values()]
+    return (case for case in chain.from_iterable(zip_longest(*lists)) if case is not None)
+
+
+class State:
+    """Outcomes in a JSON file: what was run is not run again as long as its source file is the same.
+
+    Args:
+        path: None keeps nothing.
+        digests: of the source files as they are, by name.
+    """
+
+    def __init__(self, path: Path | None, digests: Mapping[str, str]) -> None:
+        self._path, self._digests = path, dict(digests)
+        self.outcomes: dict[str, Outcome] = {}
+        if path is not None and path.exists():
+            value = json.loads(path.read_text())
+            same = {name for name, digest in value["sources"].items() if digests.get(name) == digest}
+            for key, outcome in value["outcomes"].items():
+                if file_of(key) in same:
+                    self.outcomes[key] = Outcome(**outcome)
+
+    def add(self, edit: Edit, outcome: Outcome) -> None:
+        self.outcomes[edit.key] = outcome
+        if self._path is not None:
+            found: Mapping[str, object] = {key: asdict(value) for key, value in self.outcomes.items()}
+            value = {"sources": self._digests, "outcomes": found}
+            # A run that is ended here leaves what it had.
+            whole = self._path.with_suffix(".part")
+            whole.write_text(json.dumps(value, indent=0))
+            whole.replace(self._path)
+
+    def forget_survivors(self) -> None:
+        """Run them again: the suite has changed since."""
+        self.outcomes = {key: outcome for key, outcome in self.outcomes.items() if outcome.killed}
+
+
+def run(
+    campaign: Campaign,
+    edits: Sequence[Edit],
+    state: State,
+    deadline: float | None,
+    watch: Callable[[Edit, Outcome], None],
+) -> bool:
+    """Run what ``state`` does not have yet. Whether all of it was done before the deadline (monotonic clock)."""
+    for edit in edits:
+        if edit.key in state.outcomes:
+            continue
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        outcome = campaign.run(edit)
+        state.add(edit, outcome)
+        watch(edit, outcome)
+    return True

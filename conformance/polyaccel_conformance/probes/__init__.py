@@ -1,0 +1,1 @@
+"""Planted problems of each operator, from whose results its arithmetic is read."""

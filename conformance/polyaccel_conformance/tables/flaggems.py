@@ -1,0 +1,131 @@
+"""FlagGems: PyTorch's operators and the usual fused ones in Triton, for many vendors.
+
+    polyaccel conformance run --table conformance/polyaccel_conformance/tables/flaggems.py:flaggems --device cuda
+
+Signatures and arithmetic were read from the sources of 5.0.2. The functions are called directly; nothing is registered
+with PyTorch.
+
+Not in the table: ``linear`` (``flag_gems.mm`` and ``addmm`` are tuned anew for every shape, which a run of many small
+shapes cannot wait for), ``embedding`` (reads whatever row an id names; no shards, no adapters), attention (the paged
+form takes block tables and lengths on the device in the layout of FlashAttention), ``moe_experts`` (private layouts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from polyaccel.backend import Query
+from polyaccel.backend.composite.kv_cache import TensorKVCache
+from polyaccel.backend.rope import RopeTable
+from polyaccel.backend.step import Step
+from polyaccel_conformance.promises import Kernel
+from polyaccel_conformance.tables.required import release, required
+from polyaccel_conformance.tables.routing import MOST_CHOICES, softmax_only
+
+DISTRIBUTION = "flag-gems"
+
+
+def flaggems() -> Mapping[str, Kernel]:
+    """The table.
+
+    Raises:
+        UsageError: flag-gems is not installed.
+    """
+    gems = required("flag_gems", DISTRIBUTION)
+    version = release(DISTRIBUTION)
+
+    def rms_norm(
+        x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        shape = [x.shape[-1]]
+        if residual is None:
+            normed: torch.Tensor = gems.rms_norm(x, shape, weight, eps)
+            return normed
+        # Both operands are overwritten where they are dense.
+        normed, s = gems.fused_add_rms_norm(_copy(x), _copy(residual), shape, weight, eps)
+        return normed, s
+
+    def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        y: torch.Tensor = gems.layer_norm(x, [x.shape[-1]], weight, bias, eps)[0]
+        return y
+
+    def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = gems.silu_and_mul(*x.chunk(2, -1))
+        return y
+
+    def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        y: torch.Tensor = gems.gelu(x, approximate=approximate)
+        return y
+
+    def rotary_embedding(
+        q: torch.Tensor, k: torch.Tensor, rope: RopeTable, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        interleaved = rope.style == "interleaved"
+        turned: tuple[torch.Tensor, torch.Tensor] = gems.apply_rotary_pos_emb(
+            q, k, rope.cos, rope.sin, step.tensor("positions"), interleaved
+        )
+        return turned
+
+    def write_kv_cache(k: torch.Tensor, v: torch.Tensor, kv: TensorKVCache, layer: int, step: Step) -> None:
+        keys, values = kv.blocks(layer)
+        gems.reshape_and_cache_flash(k, v, keys, values, step.tensor("kv_slots"), "auto", None, None)
+
+    def moe_route(
+        logits: torch.Tensor,
+        top_k: int,
+        scoring: str,
+        renormalise: bool,
+        bias: torch.Tensor | None = None,
+        groups: int = 1,
+        topk_groups: int = 1,
+        scale: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = torch.empty((logits.shape[0], top_k), dtype=torch.float32, device=logits.device)
+        ids, rows = (torch.empty_like(weights, dtype=torch.int32) for _ in range(2))
+        gems.topk_softmax(weights, ids, rows, logits.contiguous(), renormalise)
+        return weights * scale, ids
+
+    return {
+        "rms_norm": Kernel(
+            rms_norm,
+            distribution=version,
+            mapping="rms_norm(x, [hidden], weight, eps); with a residual fused_add_rms_norm on copies, since it works "
+            "in place; its statistics are of the sum before rounding, which the contract allows",
+        ),
+        "layer_norm": Kernel(
+            layer_norm,
+            distribution=version,
+            mapping="layer_norm(x, [hidden], weight, bias, eps)[0]; tuned anew for every shape",
+        ),
+        "silu_and_mul": Kernel(silu_and_mul, distribution=version, mapping="silu_and_mul(x[:, :n], x[:, n:])"),
+        "gelu": Kernel(gelu, distribution=version, mapping="gelu(x, approximate=approximate)"),
+        "rotary_embedding": Kernel(
+            rotary_embedding,
+            supports=_whole_heads,
+            distribution=version,
+            mapping="apply_rotary_pos_emb(q, k, cos, sin, positions, interleaved)",
+        ),
+        "write_kv_cache": Kernel(
+            write_kv_cache,
+            distribution=version,
+            mapping="reshape_and_cache_flash(k, v, keys, values, slots, 'auto', None, None) on the blocks of a layer",
+        ),
+        "moe_route": Kernel(
+            moe_route,
+            supports=softmax_only,
+            distribution=version,
+            mapping=f"topk_softmax(weights, ids, rows, logits, renormalise), then times the scale; "
+            f"at most {MOST_CHOICES} choices",
+        ),
+    }
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _whole_heads(query: Query) -> list[str]:
+    head, rotary = query.integer("head_dim"), query.integer("rotary_dim")
+    return [] if head == rotary else [f"rotates whole heads of {head}, not {rotary} dimensions"]

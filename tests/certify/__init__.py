@@ -1,0 +1,1 @@
+"""``python -m tests.certify``: everything that takes too long for every change, in parts that can be taken up again."""

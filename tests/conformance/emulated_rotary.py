@@ -1,0 +1,45 @@
+"""Implementations of the rotary embedding, emulated on the host operands of a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.problems.rotary import RotaryProblem
+from tests.conformance.drawn import Emulation, operand
+from tests.conformance.emulation import f32
+
+Floats = npt.NDArray[np.float64]
+Round = Callable[[npt.ArrayLike], Floats]
+
+
+def emulated(problem: Problem, form: str = "products", step: Round = f32, table: Round = f32) -> Mapping[str, Floats]:
+    assert isinstance(problem, RotaryProblem)
+    cos, sin = (table(t.values.astype(np.float64)[problem.positions])[:, None] for t in (problem.cos, problem.sin))
+    width, found = cos.shape[-1], {}
+    for name in ("q", "k"):
+        x = operand(problem, name).copy()
+        if problem.style == "half":
+            first, second = slice(0, width), slice(width, 2 * width)
+        else:
+            first, second = slice(0, 2 * width, 2), slice(1, 2 * width, 2)
+        a, b = x[..., first].copy(), x[..., second].copy()
+        if form == "products":
+            x[..., first], x[..., second] = step(step(a * cos) - step(b * sin)), step(step(b * cos) + step(a * sin))
+        elif form == "first product fused":
+            x[..., first], x[..., second] = step(a * cos - step(b * sin)), step(b * cos + step(a * sin))
+        elif form == "second product fused":
+            x[..., first], x[..., second] = step(step(a * cos) - b * sin), step(step(b * cos) + a * sin)
+        else:
+            x[..., first], x[..., second] = step(a * cos - b * sin), step(b * cos + a * sin)
+        found[name] = x
+    return found
+
+
+LEGITIMATE: Mapping[str, Emulation] = {
+    form: partial(emulated, form=form) for form in ("products", "first product fused", "second product fused", "exact")
+}

@@ -1,0 +1,192 @@
+"""Measures how sound and how tight the oracle's bounds are, and writes the tables of docs/oracle.md.
+
+    python -m tests.conformance.oracle.survey measure [OPERATOR ...] [--cases N]
+    python -m tests.conformance.oracle.survey write
+
+``measure`` leaves one file an operator in ``figures``; ``write`` makes the tables of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyaccel_conformance.formats import FORMATS
+from tests.conformance.drawn import remembered
+from tests.conformance.oracle.subjects import SUBJECTS, Subject
+
+Figures = Mapping[str, Any]
+
+FIGURES = Path(__file__).with_name("figures")
+PAGE = Path(__file__).parents[3] / "docs" / "oracle.md"
+CASES = 10_000
+EACH = 4
+"""Implementations that compute a case, in turn."""
+SEED = 4_000_000
+RANDOM = 40
+"""Cases of random data, of each dtype, on which the bound is compared with healthy implementations."""
+
+
+def soundness(subject: Subject, cases: int, seed: int = SEED) -> dict[str, dict[str, float]]:
+    """By implementation, its cases, how many were over the bound, and its worst err / tol."""
+    found = {name: {"cases": 0, "over": 0, "worst": 0.0} for name in subject.legitimate}
+    turn = itertools.cycle(subject.legitimate.items())
+    with np.errstate(all="ignore"):
+        for problem in map(remembered, subject.drawn(cases, seed)):
+            for name, emulate in itertools.islice(turn, min(EACH, len(found))):
+                ratio = subject.ratio(problem, emulate)
+                row = found[name]
+                row["cases"] += 1
+                row["over"] += ratio > 1
+                row["worst"] = max(row["worst"], ratio)
+    return found
+
+
+def tightness(subject: Subject, seed: int = SEED) -> dict[str, dict[str, Any]]:
+    """By dtype, the worst healthy err / tol on random data, and for each lower implementation that of tier 2 and
+    whether tier 1 finds it."""
+    found: dict[str, dict[str, Any]] = {}
+    for dtype in FORMATS:
+        lower = {
+            name: {
+                "tier 2": subject.bounded(dtype, name, seed),
+                "tier 1": subject.discovered(dtype, name, seed),
+            }
+            for name in subject.lower[dtype]
+        }
+        found[dtype] = {"healthy": subject.healthy(dtype, RANDOM, seed), "lower": lower}
+    return found
+
+
+def measure(operators: Iterable[str], cases: int) -> None:
+    """Write the figures of these operators."""
+    FIGURES.mkdir(exist_ok=True)
+    for operator in operators:
+        subject = SUBJECTS[operator]
+        figures = {
+            "operator": operator,
+            "cases": cases,
+            "seed": SEED,
+            "soundness": soundness(subject, cases),
+            "tightness": tightness(subject),
+        }
+        text = json.dumps(figures, indent=1, default=float) + "\n"
+        (FIGURES / f"{operator}.json").write_text(text.replace("Infinity", '"infinite"'))
+        print(operator, max(row["worst"] for row in figures["soundness"].values()), flush=True)  # type: ignore[attr-defined]
+
+
+def stored() -> dict[str, Figures]:
+    """The figures by operator, in the order of the subjects."""
+    paths = {operator: FIGURES / f"{operator}.json" for operator in SUBJECTS}
+    return {operator: json.loads(path.read_text()) for operator, path in paths.items() if path.exists()}
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def ratio(value: float | str) -> str:
+    """Three digits, or what is wrong whatever the tolerance."""
+    if isinstance(value, str):
+        return "wrong number"
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
+
+
+def summary(figures: Mapping[str, Figures]) -> Iterator[str]:
+    head = ("operator", "cases", "implementations", "over", "worst err / tol")
+    return table(
+        head,
+        (
+            (
+                f"`{operator}`",
+                f"{found['cases']:,}",
+                str(len(found["soundness"])),
+                str(sum(row["over"] for row in found["soundness"].values())),
+                ratio(max(row["worst"] for row in found["soundness"].values())),
+            )
+            for operator, found in figures.items()
+        ),
+    )
+
+
+def implementations(figures: Mapping[str, Figures]) -> Iterator[str]:
+    head = ("operator", "implementation", "cases", "worst err / tol")
+    return table(
+        head,
+        (
+            (f"`{operator}`", name, f"{row['cases']:,}", ratio(row["worst"]))
+            for operator, found in figures.items()
+            for name, row in found["soundness"].items()
+        ),
+    )
+
+
+def lower(figures: Mapping[str, Figures]) -> Iterator[str]:
+    head = ("operator", "dtype", "healthy", "one class lower", "tier 2", "tier 1", "found by")
+    return table(
+        head,
+        (
+            (
+                f"`{operator}`",
+                dtype,
+                ratio(of_dtype["healthy"]),
+                name,
+                ratio(tiers["tier 2"]),
+                "wrong" if tiers["tier 1"] else "right",
+                finder(tiers),
+            )
+            for operator, found in figures.items()
+            for dtype, of_dtype in found["tightness"].items()
+            for name, tiers in of_dtype["lower"].items()
+        ),
+    )
+
+
+def finder(tiers: Mapping[str, Any]) -> str:
+    """The tiers that find a lower implementation."""
+    bounded = isinstance(tiers["tier 2"], str) or tiers["tier 2"] > 1
+    names = [name for name, hit in (("2", bounded), ("1", tiers["tier 1"])) if hit]
+    return " and ".join(names) or "3"
+
+
+TABLES = {"summary": summary, "implementations": implementations, "lower": lower}
+
+
+def rendered(page: str, figures: Mapping[str, Figures]) -> str:
+    """The page with its tables made anew, each between its two marks."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = before + begin + "\n" + "\n".join(make(figures)) + "\n\n" + end + after
+    return page
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("measure", "write"))
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="all by default")
+    parser.add_argument("--cases", type=int, default=CASES)
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "measure":
+        measure(chosen.operators or SUBJECTS, chosen.cases)
+    else:
+        PAGE.write_text(rendered(PAGE.read_text(), stored()))
+
+
+if __name__ == "__main__":
+    main()
