@@ -97,12 +97,14 @@ def _sizes(low: int, most: int = MOST) -> tuple[Span, ...]:
     return (*spans, Span(most, most))
 
 
-def _rows(
-    operators: tuple[str, ...],
-    where: Mapping[str, Value] = MappingProxyType({}),
-    dtypes: tuple[str, ...] = ("float32", HALF),
-) -> tuple[Requirement, ...]:
-    return tuple(Requirement(operator=name, where=where, dtypes=dtypes) for name in operators)
+def _ranges(*edges: int) -> tuple[Span, ...]:
+    """From each edge to the one before the next; the last edge ends the last range."""
+    *begins, end = edges
+    return (*(Span(low, high - 1) for low, high in itertools.pairwise(begins)), Span(begins[-1], end))
+
+
+def _rows(operators: tuple[str, ...], where: Mapping[str, Value] = MappingProxyType({})) -> tuple[Requirement, ...]:
+    return tuple(Requirement(operator=name, where=where, each=_EACH.get(name, _empty())) for name in operators)
 
 
 def _dtypes(collective: str) -> tuple[str, ...]:
@@ -118,6 +120,44 @@ _GEMM: Mapping[str, tuple[Value | Span, ...]] = MappingProxyType(
     }
 )
 _RANKS = tuple(range(1, MOST_RANK + 1))
+_TOKENS = _ranges(0, 1, 2, 16, 64, 129)
+_WIDTHS = _ranges(1, 2, 16, 128, 1024, 8192)
+_HEADS: Mapping[str, tuple[Value | Span, ...]] = MappingProxyType({"dims.head_dim": _ranges(2, 64, 65, 128, 129, 256)})
+_PRODUCT = {"dims.tokens": _TOKENS, "dims.k": _WIDTHS, "dims.n": _WIDTHS}
+_EACH: Mapping[str, Mapping[str, tuple[Value | Span, ...]]] = MappingProxyType(
+    {
+        "embedding": {"dims.tokens": _TOKENS},
+        "rms_norm": {"dims.tokens": _ranges(0, 1, 2, 16, 1024), "dims.hidden": _WIDTHS},
+        "layer_norm": {"dims.tokens": _ranges(0, 1, 2, 16, 1024), "dims.hidden": _WIDTHS},
+        "rotary_embedding": {"dims.tokens": _ranges(0, 1, 2, 16, 64), **_HEADS},
+        "silu_and_mul": {"dims.tokens": _ranges(0, 1, 2, 16, 1024), "dims.n": _WIDTHS},
+        "gelu": {"dims.tokens": _ranges(0, 1, 2, 16, 1024), "dims.n": _WIDTHS},
+        "select_rows": {"dims.tokens": _ranges(0, 1, 2, 16, 64), "dims.hidden": _WIDTHS},
+        "write_kv_cache": {"dims.tokens": _ranges(0, 1, 2, 16, 64), **_HEADS},
+        "paged_attention": {
+            "dims.sequences": _ranges(0, 1, 2, 4),
+            "dims.context": _ranges(1, 2, 16, 17, 256, 2048),
+            "dims.group": _ranges(1, 2, 8),
+            **_HEADS,
+        },
+        "dense_attention": {"dims.tokens": _ranges(0, 1, 2, 64, 129), "dims.group": _ranges(1, 2, 4), **_HEADS},
+        "sample": {"dims.rows": _ranges(0, 1, 2, 8), "dims.vocabulary": _ranges(1, 2, 32, 1024, 32768, 151_936)},
+        "column_linear": _PRODUCT,
+        "qkv_rope_cache": {"dims.tokens": _TOKENS, "dims.k": _WIDTHS},
+        "gate_up_act": _PRODUCT,
+        "row_parallel_linear": _PRODUCT,
+        "row_parallel_add_norm": _PRODUCT,
+        "sgmv_shrink": _PRODUCT,
+        "sgmv_expand": _PRODUCT,
+        "moe_route": {"dims.tokens": _ranges(0, 1, 2, 16, 500), "dims.experts": _ranges(1, 2, 8, 64, 256)},
+        "moe_experts": {
+            "dims.tokens": _ranges(0, 1, 2, 16, 64),
+            "dims.hidden": _ranges(1, 2, 16, 1024),
+            "dims.intermediate": _ranges(1, 2, 16, 1024),
+        },
+    }
+)
+"""The ranges of sizes that a level asks for, up to those of models, by operator."""
 _COLLECTIVES = tuple(name for name, spec in OPERATORS.items() if spec.group == "ranks")
 _SHARDED = (
     "column_linear",
@@ -191,6 +231,7 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                         operator="sgmv",
                         each=MappingProxyType(
                             {
+                                **_PRODUCT,
                                 "facts.rank": _RANKS,
                                 "facts.mixed_ranks": (True,),
                                 "facts.rows_without_adapter": (True,),

@@ -21,16 +21,19 @@ def snapshot(bench: Bench, problem: Problem, prepared: Prepared) -> dict[str, to
     found: dict[str, torch.Tensor] = {}
     arguments = prepared.arguments
     step = next((value for value in arguments.values() if isinstance(value, Step)), None)
+    adapters: dict[str, list[torch.Tensor]] = {}
     for name, value in arguments.items():
         if isinstance(value, Weight):
             found[f"weight {name!r}"] = _bits(bench.dequantize(value))
             if step is not None and step.state.adapters is not None:
-                found |= _adapters(step, value, name)
+                _adapters(step.state.adapters, value, adapters)
         elif isinstance(value, KVCache):
             slots = _slots(bench, value, _stored(step) if problem.case.operator in WRITES_KV else None)
             for layer in range(value.spec.layers):
                 k, v = value.read(layer, slots)
                 found[_layer(layer, name)] = torch.stack((_bits(k), _bits(v)))
+    # One copy a slot: there are many small matrices.
+    found |= {name: _bits(torch.cat(parts)) for name, parts in adapters.items()}
     bench.synchronize()
     return found
 
@@ -144,10 +147,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return as_bits(tensor.detach().to("cpu", copy=True).contiguous())
 
 
-def _adapters(step: Step, weight: Weight, name: str) -> dict[str, torch.Tensor]:
-    store = step.state.adapters
-    assert store is not None
-    found = {}
+def _adapters(store: AdapterStore, weight: Weight, found: dict[str, list[torch.Tensor]]) -> None:
+    """Add the matrices of each filled slot at a weight."""
     experts = [None] if weight.spec.experts is None else list(range(weight.spec.experts))
     for slot, where in enumerate(store.ranges()):
         if where is None:
@@ -156,9 +157,9 @@ def _adapters(step: Step, weight: Weight, name: str) -> dict[str, torch.Tensor]:
             for expert in experts:
                 matrices = store.read(weight.spec.site, index, slot, expert)
                 if matrices is not None:
-                    bits = torch.cat((_bits(matrices.a).reshape(-1), _bits(matrices.b).reshape(-1)))
-                    found[f"slot {slot}, slice {index}, expert {expert} at {name!r}"] = bits
-    return found
+                    found.setdefault(f"adapter slot {slot}", []).extend(
+                        (matrices.a.reshape(-1), matrices.b.reshape(-1))
+                    )
 
 
 def _slots(bench: Bench, kv: KVCache, without: np.ndarray | None) -> torch.Tensor:

@@ -56,9 +56,9 @@ def axes_of_fact(axes: Axes, name: str, value: Value) -> dict[str, Choice] | Non
     if "dims.rank" not in axes or "structure.ranks" not in axes:
         return None
     if name == "facts.rank":
-        # Sixteen ranks a case: 32 cases hold every rank.
+        # A few cases hold every rank.
         assert isinstance(value, int)
-        return {"dims.rank": value, "structure.ranks": "sixteen"}
+        return {"dims.rank": value, "structure.ranks": "consecutive"}
     if name == "facts.mixed_ranks":
         return {"dims.rank": 8, "structure.ranks": "mixed"}
     if name == "facts.slice_narrower_than_rank":

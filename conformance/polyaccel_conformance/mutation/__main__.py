@@ -67,7 +67,8 @@ def _run(options: argparse.Namespace, edits: Sequence[Edit], chosen: Sequence[Ed
     healthy = Subject(kind="table", path=subject.__file__, name=subject.HEALTHY)
     with closing(ForkServer()) as server:
         coverage = kept(options.folder / "coverage.json", healthy, server)
-        whole = run(Campaign(edits, coverage, server, limit=options.limit), chosen, state, deadline, _show)
+        with closing(Campaign(edits, healthy, coverage, server, limit=options.limit)) as campaign:
+            whole = run(campaign, chosen, state, deadline, _show)
     verdict = judge(chosen, state.outcomes, explained)
     print("\n".join(by(lambda edit: edit.file, chosen, state.outcomes, "file")))
     if options.table:

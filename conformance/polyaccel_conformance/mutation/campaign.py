@@ -6,22 +6,21 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.checks.registry import CHECKS
-from polyaccel_conformance.errors import ConformanceError, UsageError
+from polyaccel_conformance.errors import ConformanceError
 from polyaccel_conformance.multi.ranks import RankPool
 from polyaccel_conformance.multi.registry import RANKED_SETS
-from polyaccel_conformance.mutation import subject as opened
 from polyaccel_conformance.mutation.coverage import Coverage
 from polyaccel_conformance.mutation.edit import Edit, file_of
 from polyaccel_conformance.results import result_from_json
 from polyaccel_conformance.schedule import OfRanks, fixed
 from polyaccel_conformance.subject import Subject
-from polyaccel_conformance.workers.pool import Job, Pool, WorkerLost
+from polyaccel_conformance.workers.pool import Answer, Job, Pool
 from polyaccel_conformance.workers.process import ForkServer
 
 TIMEOUT = 30.0
@@ -32,6 +31,7 @@ WORLDS = (2, 3)
 FIRST = ("values.", "storage.")
 """Checks that are asked first of all cases: they compare numbers, and kill most."""
 OPEN = "open"
+"""Instead of a check: the ranks did not come together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,27 +52,43 @@ class Outcome:
 
 
 class Campaign:
-    """Runs mutants in fresh processes.
+    """Runs mutants in fresh processes, and each case that killed one again on the healthy package: it must pass there.
 
     Args:
         edits: all of the package; a worker knows a mutant by its index in its file.
-        limit: cases that a mutant is asked at most, 0 for all that execute it.
+        healthy: what opens the package as it is.
+        limit: cases of one rank that a mutant is asked at most, 0 for all that execute it.
     """
 
-    def __init__(self, edits: Sequence[Edit], coverage: Coverage, server: ForkServer, *, limit: int = 0) -> None:
+    def __init__(
+        self, edits: Sequence[Edit], healthy: Subject, coverage: Coverage, server: ForkServer, *, limit: int = 0
+    ) -> None:
         counts: Counter[str] = Counter()
         self._names: dict[str, str] = {}
         for edit in edits:
             self._names[edit.key] = f"{edit.file.removesuffix('.py')}_{counts[edit.file]}"
             counts[edit.file] += 1
+        self._healthy = healthy
         self._coverage = coverage
         self._server = server
         self._limit = limit
+        self._control = Pool(healthy, count=1, server=server)
+        self._ranks = {world: RankPool(healthy, world, server=server, case_timeout=TIMEOUT) for world in WORLDS}
+
+    def close(self) -> None:
+        """End the healthy processes."""
+        self._control.close()
+        for ranks in self._ranks.values():
+            ranks.close()
 
     def run(self, edit: Edit) -> Outcome:
-        """The first kill: by numbers, then by any other check, then among ranks."""
+        """The first kill: by numbers, then by any other check, then among ranks.
+
+        Raises:
+            ConformanceError: the mutant cannot be made, or a case that fails on it fails without it too.
+        """
         began = time.monotonic()
-        subject = Subject(kind="table", path=opened.__file__, name=self._names[edit.key])
+        subject = replace(self._healthy, name=self._names[edit.key])
         found = Outcome(killed="")
         cases = self._coverage.of(edit)[: self._limit or None]
         first = [name for name in CHECKS if name.startswith(FIRST)]
@@ -81,23 +97,19 @@ class Campaign:
             found = self._alone(subject, _jobs(cases, first, rest))
         if not found.killed and edit.file in RANKED_FILES:
             found = self._ranked(subject, found.cases)
-        seconds = round(time.monotonic() - began, 2)
-        return Outcome(killed=found.killed, operator=found.operator, cases=found.cases, seconds=seconds)
+        return replace(found, seconds=round(time.monotonic() - began, 2))
 
     def _alone(self, subject: Subject, jobs: Iterator[Job]) -> Outcome:
         ran = 0
         with Pool(subject, count=1, server=self._server) as pool:
-            try:
-                for answer in pool.run(jobs):
-                    ran += 1
-                    found = answer.died or str(answer.reply.get("error", ""))
-                    if "result" in answer.reply:
-                        failures = result_from_json(answer.reply["result"]).failures
-                        found = failures[0].check if failures else ""
-                    if found:
-                        return Outcome(killed=found, operator=str(answer.job.name), cases=ran)
-            except (UsageError, WorkerLost):
-                return Outcome(killed=OPEN, cases=ran)
+            for answer in pool.run(jobs):
+                ran += 1
+                found = _failure(answer)
+                if found:
+                    again = _failure(self._control.ask(answer.job))
+                    if again:
+                        raise ConformanceError(f"{again} fails on the healthy package: {answer.job.request['case']}")
+                    return Outcome(killed=found, operator=str(answer.job.name), cases=ran)
         return Outcome(killed="", cases=ran)
 
     def _ranked(self, subject: Subject, ran: int) -> Outcome:
@@ -107,11 +119,24 @@ class Campaign:
                     ran += 1
                     try:
                         failures = pool.run(case).failures
-                    except ConformanceError:
-                        return Outcome(killed=OPEN, operator=case.operator, cases=ran)
-                    if failures:
-                        return Outcome(killed=failures[0].check, operator=case.operator, cases=ran)
+                        found = failures[0].check if failures else ""
+                    except ConformanceError as error:
+                        if "UsageError" in str(error):
+                            raise
+                        found = OPEN
+                    if found:
+                        if self._ranks[world].run(case).failures:
+                            raise ConformanceError(f"{found} fails on the healthy package: {case.to_json()}")
+                        return Outcome(killed=found, operator=case.operator, cases=ran)
         return Outcome(killed="", cases=ran)
+
+
+def _failure(answer: Answer) -> str:
+    """The first check that failed, or how the worker ended."""
+    if answer.died or "result" not in answer.reply:
+        return answer.died or f"error: {answer.reply['error']['type']}"
+    failures = result_from_json(answer.reply["result"]).failures
+    return failures[0].check if failures else ""
 
 
 def _jobs(cases: Sequence[Case], *stages: Sequence[str]) -> Iterator[Job]:

@@ -84,14 +84,15 @@ def measure(subject: Subject, server: ForkServer, found: Sequence[Case]) -> Cove
 
 
 def kept(path: Path, subject: Subject, server: ForkServer) -> Coverage:
-    """What ``path`` holds for the sources as they are; measured and written there else."""
+    """What ``path`` holds for the sources and the suite's cases as they are; measured and written there else."""
+    found = list(cases())
+    state = {**digests(), "cases": hashlib.sha256("".join(case.key for case in found).encode()).hexdigest()[:16]}
     if path.exists():
         value = json.loads(path.read_text())
-        if value["sources"] == digests():
+        if value["state"] == state:
             lines = {(name, line): frozenset(indices) for name, line, indices in value["lines"]}
-            return Coverage(cases=tuple(Case.from_json(case) for case in value["cases"]), by_line=lines)
-    coverage = measure(subject, server, list(cases()))
+            return Coverage(cases=tuple(found), by_line=lines)
+    coverage = measure(subject, server, found)
     rows = [[name, line, sorted(indices)] for (name, line), indices in sorted(coverage.by_line.items())]
-    value = {"sources": digests(), "cases": [case.to_json() for case in coverage.cases], "lines": rows}
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps({"state": state, "lines": rows}))
     return coverage

@@ -16,13 +16,15 @@ from polyaccel_conformance.oracle.lora import Adapter, Module
 from polyaccel_conformance.problems.contraction import integer_columns, random_columns
 from polyaccel_conformance.words import Floats, Source
 
-RANKS = ("equal", "mixed", "per_slice", "sixteen")
+RANKS = ("equal", "mixed", "per_slice", "consecutive")
 """Ranks of the adapters of a case, see :func:`module_ranks`."""
 
 HISTORIES = ("fresh", "reloaded", "dirty")
 """What slots held before: nothing; an adapter of larger rank each; NaN in every rank row of the store."""
 
 MOST_RANK = 512
+
+CONSECUTIVE = 64
 
 GAP = 3
 """Elements of nobody behind each matrix of a packed adapter."""
@@ -153,7 +155,7 @@ def module_ranks(pattern: str, rank: int, slices: int) -> tuple[tuple[int, ...],
     """Ranks by adapter and slice; 0 where an adapter does not touch a slice.
 
     ``equal``: three adapters of one rank. ``mixed``: four, smaller and larger too. ``per_slice``: three whose slices
-    differ, some untouched. ``sixteen``: ranks ``rank`` to ``rank + 15``.
+    differ, some untouched. ``consecutive``: :data:`CONSECUTIVE` of them, of ranks ``rank``, ``rank + 1`` and so on.
     """
     if pattern == "equal":
         return ((rank,) * slices,) * 3
@@ -163,7 +165,7 @@ def module_ranks(pattern: str, rank: int, slices: int) -> tuple[tuple[int, ...],
     if pattern == "per_slice":
         choice = (rank, 0, rank // 2 + 1)
         return tuple(tuple(choice[(adapter + i) % 3] for i in range(slices)) for adapter in range(3))
-    return tuple((min(rank + i, MOST_RANK),) * slices for i in range(16))
+    return tuple((min(rank + i, MOST_RANK),) * slices for i in range(CONSECUTIVE))
 
 
 def arrange(

@@ -19,6 +19,7 @@ from polyaccel_conformance.oracle.bounded import Bounded, Expected, finish
 from polyaccel_conformance.oracle.lora import Triples, finish_touched, sgmv, sgmv_expand, sgmv_shrink
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.adapters import (
+    CONSECUTIVE,
     HISTORIES,
     MOST_RANK,
     RANKS,
@@ -379,7 +380,7 @@ def _shared_axes(operator: str) -> dict[str, Sequence[Choice]]:
 
 
 class SgmvProblems(ProblemSet):
-    """One to three slices, three to sixteen adapters of any rank, any segments."""
+    """One to three slices, three adapters to :data:`CONSECUTIVE` of any rank, any segments."""
 
     operator = "sgmv"
 
@@ -395,17 +396,17 @@ class SgmvProblems(ProblemSet):
             MappingProxyType(
                 {
                     "dtype": dtype,
-                    "dims.tokens": 16,
+                    "dims.tokens": CONSECUTIVE,
                     "dims.k": 7,
                     "dims.n": 9,
                     "dims.rank": rank,
-                    "structure.ranks": "sixteen",
+                    "structure.ranks": "consecutive",
                     "structure.segments": "each",
                     "data": data,
                 }
             )
             for dtype, data in (("float32", "integers"), ("bfloat16", "cancelling"), ("float16", "cancelling"))
-            for rank in range(1, MOST_RANK, 16)
+            for rank in range(1, MOST_RANK, CONSECUTIVE)
         )
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:

@@ -19,14 +19,12 @@ from polyaccel_conformance.oracle.bounded import Bounded, Expected, finish
 from polyaccel_conformance.oracle.primitives import Order
 from polyaccel_conformance.oracle.stations import Projection, column_linear
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
-from polyaccel_conformance.problems.adapters import HostAdapters
+from polyaccel_conformance.problems.adapters import MOST_RANK, HostAdapters
 from polyaccel_conformance.problems.contraction import EXACT_KINDS, order_of
 from polyaccel_conformance.problems.linear import contraction
 from polyaccel_conformance.problems.sgmv import (
     MANY_ROWS,
-    ROWS,
     SLICE_FORMS,
-    WIDTHS,
     RowSetName,
     adapter_axes,
     digests_of,
@@ -39,6 +37,11 @@ from polyaccel_conformance.problems.sgmv import (
 from polyaccel_conformance.problems.steps import adapter_rows, row_step
 from polyaccel_conformance.problems.weights import HostWeight, tensor_of
 from polyaccel_conformance.words import Source
+
+# Their parts are asked about more sizes.
+ROWS = (1, 0, 2, 7, 16, 17, 33)
+WIDTHS = (16, 1, 7, 33, 64, 129)
+RANK_SIZES = (8, 1, 3, 16, 17, 64, MOST_RANK)
 
 FORMS = ("float", "int4/g16", "int8/g7")
 
@@ -198,6 +201,7 @@ def station_axes(operator: str, dimensions: Mapping[str, int] = MappingProxyType
         "structure.bias": (False, True),
         "structure.weight": FORMS,
         **adapter_axes(),
+        "dims.rank": RANK_SIZES,
         "data": KINDS,
         "device": ("current", "other"),
         "stream": ("default", "side"),

@@ -17,8 +17,8 @@ from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.adapters import sparse
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.rows import coarsest
-from polyaccel_conformance.problems.sgmv import MANY_ROWS, WIDTHS, draw_host_adapters
-from polyaccel_conformance.problems.stations import StationProblem, mend_station, station_axes
+from polyaccel_conformance.problems.sgmv import MANY_ROWS, draw_host_adapters
+from polyaccel_conformance.problems.stations import WIDTHS, StationProblem, mend_station, station_axes
 from polyaccel_conformance.problems.weights import HostWeight
 
 EXACT = "integers"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyaccel.backend.adapter_store import SlotRange
 from polyaccel.backend.cpu import lora_plan
@@ -158,6 +161,34 @@ def test_eight_adapters_of_one_rank_are_one_batch_and_mixed_ranks_too() -> None:
         assert len(plan.batches("w")) == 1
         again = machine.begin(step_input(tokens=8, adapters={"tokens": triples}), adapters=store)
         assert again.adapter_plan("tokens") is plan
+
+
+class Copies(TorchDispatchMode):
+    """Notes the copies of whole tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "clone":
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_single_rows_with_gaps_between_them_are_added_to_without_a_copy_of_them() -> None:
+    draw, machine = Draw(9), Machine()
+    weight, _ = machine.weight(spec_of("w", [4, 2], 3, torch.bfloat16, rank_rows=16), draw)
+    modules = {slot: [Module("w", 0, 2), Module("w", 1, 3)] for slot in range(2)}
+    store, _ = machine.store({"w": weight}, modules, draw)
+    x, dense = draw.tensor(2, 3, dtype=torch.bfloat16), draw.tensor(2, 6, dtype=torch.bfloat16)
+    y = torch.zeros(2, 9, dtype=torch.bfloat16)[:, :6]
+    y.copy_(dense)
+    step = machine.begin(step_input(tokens=2, adapters={"tokens": [(0, 0, 1.0), (1, 1, 1.0)]}), adapters=store)
+    with Copies() as copies:
+        machine.operator("sgmv")(y, x, weight, step, "tokens")
+    assert (2, 6) not in copies.shapes
+    assert torch.equal(y, machine.operator("sgmv")(dense, x, weight, step, "tokens"))
 
 
 def test_an_adapter_of_another_shape_leaves_its_slot_empty() -> None:

@@ -62,7 +62,7 @@ def test_empty_cells_name_level_and_cell_and_leave_out_what_needs_devices() -> N
 
 
 def test_the_facts_of_a_lora_case_follow_from_its_ranks_and_widths() -> None:
-    axes = {"dims.tokens": 4, "dims.k": 8, "dims.n": 9, "dims.rank": 5, "structure.ranks": "sixteen"}
+    axes = {"dims.tokens": 4, "dims.k": 8, "dims.n": 9, "dims.rank": 5, "structure.ranks": "consecutive"}
     case = Case.of("sgmv", {**axes, "structure.slices": "thin", "structure.segments": "gaps"})
     found = facts(case)
     assert found["facts.rank"] == tuple(range(5, 21))

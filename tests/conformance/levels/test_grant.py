@@ -237,3 +237,11 @@ def test_waived_failures_are_counted_in_the_title() -> None:
     level = by_name(replace(good(), waived={"linear": 2}))["L1"]
     assert level.earned
     assert level.title.endswith(", 2 failing cases waived")
+
+
+def test_a_declaration_below_the_floor_restricts_the_level_and_is_in_its_title() -> None:
+    declared = {"linear": ("accumulator bfloat16",)}
+    found = by_name(replace(good(), restrictions=declared))
+    assert found["L1"].verdict is Verdict.RESTRICTED
+    assert "restricted: linear accumulator bfloat16;" in found["L1"].title
+    assert found["L7"].verdict is Verdict.GRANTED

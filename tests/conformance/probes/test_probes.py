@@ -71,7 +71,7 @@ LOWER: tuple[tuple[str, str, str, Mapping[str, lower.Function]], ...] = (
     ("silu_and_mul", "float16", "input bits", {"silu_and_mul": lower.rounding_first("silu_and_mul", BF16)}),
     ("gelu", "float32", "arithmetic bits", {"gelu": lower.gelu(F16)}),
     ("gelu", "float16", "input bits", {"gelu": lower.rounding_first("gelu", BF16)}),
-    ("dense_attention", "float32", "input bits of q k", {"dense_attention": lower.dense_attention(inputs=F16)}),
+    ("dense_attention", "float32", "input bits of q k", {"dense_attention": lower.dense_attention(inputs=BF16)}),
     ("dense_attention", "bfloat16", "accumulator bits of q k", {"dense_attention": lower.dense_attention(scores=F16)}),
     ("dense_attention", "bfloat16", "scores bits of q k", {"dense_attention": lower.dense_attention(kept=BF16)}),
     ("dense_attention", "float16", "scores bits of q k", {"dense_attention": lower.dense_attention(kept=F16)}),
@@ -98,7 +98,7 @@ LOWER: tuple[tuple[str, str, str, Mapping[str, lower.Function]], ...] = (
     ("row_parallel_linear", "bfloat16", "accumulator bits of x A", {"sgmv": lower.sgmv(shrink=F16)}),
     ("gate_up_act", "bfloat16", "accumulator bits of h B", {"sgmv": lower.sgmv(expand=BF16)}),
     ("qkv_rope_cache", "float16", "accumulator bits of x W", {"linear": lower.linear(F16)}),
-    ("row_parallel_add_norm", "float32", "input bits of x W", {"linear": lower.linear(inputs=F16)}),
+    ("row_parallel_add_norm", "float32", "input bits of x W", {"linear": lower.linear(inputs=BF16)}),
     ("row_parallel_add_norm", "bfloat16", "statistic bits of mean of squares", {"rms_norm": lower.rms_norm(BF16)}),
 )
 
