@@ -37,6 +37,7 @@ def cells_of(case: Case) -> Iterator[CellKey]:
 class _Count:
     cases: int = 0
     failed: int = 0
+    not_promised: int = 0
     headroom: float = 0.0
     kinds: dict[str, int] = field(default_factory=dict)
 
@@ -50,9 +51,17 @@ def count_cells(results: Iterable[CaseResult]) -> tuple[CellCount, ...]:
             count = counts.setdefault(cell, _Count())
             count.cases += 1
             count.failed += result.wrong
+            count.not_promised += not result.passed and not result.wrong
             count.headroom = max(count.headroom, worst)
             count.kinds[result.kind] = count.kinds.get(result.kind, 0) + 1
     return tuple(
-        CellCount(cell=cell, cases=c.cases, failed=c.failed, kinds=dict(sorted(c.kinds.items())), headroom=c.headroom)
+        CellCount(
+            cell=cell,
+            cases=c.cases,
+            failed=c.failed,
+            not_promised=c.not_promised,
+            kinds=dict(sorted(c.kinds.items())),
+            headroom=c.headroom,
+        )
         for cell, c in sorted(counts.items())
     )

@@ -90,10 +90,15 @@ class Problem(ABC):
     def expected(self) -> Mapping[str, Expected | Exactly]:
         """What each output must be. Not called before it is needed; the result is kept by the trial."""
 
-    def alone(self, row: int) -> Problem | None:
-        """The same problem with only one row, for operators whose rows share a step; None where that is not known.
+    @property
+    def apart(self) -> Sequence[int]:
+        """Rows of the outputs that :meth:`alone` can give; none where rows share no step or that is not known."""
+        return ()
 
-        Its outputs have that row first.
+    def alone(self, row: int) -> Problem | None:
+        """The same problem with only what one row of :attr:`apart` needs, for operators whose rows share a step.
+
+        Its outputs have that row first; outputs that have no such row are missing.
         """
         return None
 

@@ -7,6 +7,7 @@ counts neither as passed nor as failed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -27,12 +28,14 @@ class NotPromised:
         causes: causes of those failures, as shell patterns.
         axes: conditions on the case as in a waiver, all of which must hold: ``dtype=*float16,dims.hidden=0..16``;
             ``*`` for any case.
+        at_most: err / tol of the worst element up to which it explains a wrong value; 0 for any failure.
     """
 
     reason: str
     checks: tuple[str, ...]
     causes: tuple[str, ...] = ("*",)
     axes: str = "*"
+    at_most: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Rule:
     checks: tuple[str, ...]
     causes: tuple[str, ...]
     axes: str
+    at_most: float = 0.0
 
     def covers(self, case: Case, failure: Failure) -> bool:
         """Whether this failure is of what was never promised."""
@@ -65,6 +69,7 @@ class Rule:
             and any(fnmatchcase(failure.check, pattern) for pattern in self.checks)
             and any(fnmatchcase(failure.cause, pattern) for pattern in self.causes)
             and (self.axes == "*" or all(holds(case.axes(), condition) for condition in self.axes.split(",")))
+            and (not self.at_most or _ratio(failure) <= self.at_most)
         )
 
     @classmethod
@@ -76,7 +81,15 @@ class Rule:
             checks=_strings(value["checks"]),
             causes=_strings(value["causes"]),
             axes=str(value["axes"]),
+            at_most=float(str(value["at_most"])),
         )
+
+
+def _ratio(failure: Failure) -> float:
+    """err / tol of the worst element; infinite where there is none."""
+    if failure.error is None or not failure.tolerance:
+        return math.inf
+    return failure.error / failure.tolerance
 
 
 def _strings(value: object) -> tuple[str, ...]:
@@ -92,10 +105,15 @@ def rules(operators: Mapping[str, object]) -> tuple[Rule, ...]:
         operators: what the table maps an operator's name to: a callable, an entry or several of them.
     """
     return tuple(
-        Rule(operator=operator, reason=n.reason, checks=n.checks, causes=n.causes, axes=n.axes)
+        Rule(operator=operator, reason=n.reason, checks=n.checks, causes=n.causes, axes=n.axes, at_most=n.at_most)
         for operator, kernel in _kernels(operators)
         for n in kernel.not_promised
     )
+
+
+def mappings(operators: Mapping[str, object]) -> dict[str, str]:
+    """How each operator of a table is called, where the table says so."""
+    return {operator: kernel.mapping for operator, kernel in _kernels(operators) if kernel.mapping}
 
 
 def sources(operators: Mapping[str, object]) -> tuple[str, ...]:
@@ -115,6 +133,13 @@ def judged(result: CaseResult, known: Sequence[Rule]) -> CaseResult:
     if result.passed or not known:
         return result
     return replace(result, failures=tuple(_marked(result.case, failure, known) for failure in result.failures))
+
+
+def unexcused(result: CaseResult) -> CaseResult:
+    """The result with every failure counted: what runs as a backend has promised the whole contract."""
+    if not any(failure.not_promised for failure in result.failures):
+        return result
+    return replace(result, failures=tuple(replace(failure, not_promised="") for failure in result.failures))
 
 
 def _marked(case: Case, failure: Failure, known: Sequence[Rule]) -> Failure:

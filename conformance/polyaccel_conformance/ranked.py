@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from polyaccel_conformance.case import Case
@@ -19,6 +20,9 @@ from polyaccel_conformance.tally import Tally
 from polyaccel_conformance.workers.process import ForkServer
 
 CHECK = "comm.ranks"
+HANG = "hang"
+MAX_HANGS = 3
+"""Cases of one operator that may hang before its remaining cases are left out."""
 
 
 class RankedCases:
@@ -54,6 +58,7 @@ class RankedCases:
         for items in plan.values():
             for item in items:
                 tally.plan(item.case.operator)
+        hung: Counter[str] = Counter()
         for world, items in plan.items():
             for item in items:
                 if item.case.key in known:
@@ -61,7 +66,12 @@ class RankedCases:
                 if deadline is not None and time.monotonic() >= deadline:
                     self.incomplete = "the budget was spent among the cases of several ranks; --resume goes on"
                     return
-                yield item, self.run(item.case)
+                if hung[item.case.operator] >= MAX_HANGS:
+                    # The others are left out: each would cost as much time again.
+                    continue
+                result = self.run(item.case)
+                hung[item.case.operator] += any(failure.cause == HANG for failure in result.failures)
+                yield item, result
             # One world at a time holds processes; a control opens its own again.
             self._pools[world].close()
 

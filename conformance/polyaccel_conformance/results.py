@@ -36,6 +36,7 @@ class RunHeader:
         profile, seed: which extra examples were drawn.
         checks: names of all checks that were asked; ``operators``: of all operators in scope.
         out_of_scope: operators of the contract that a table does not hold.
+        mappings: by operator, how a table's implementation is called.
         not_promised: what a table's implementations never offered.
         devices: ranks at most.
         selection: the ``-k`` expression, empty for everything.
@@ -49,6 +50,7 @@ class RunHeader:
     checks: tuple[str, ...]
     operators: tuple[str, ...]
     out_of_scope: tuple[str, ...] = ()
+    mappings: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     not_promised: tuple[Rule, ...] = ()
     devices: int = 1
     selection: str = ""
@@ -66,7 +68,9 @@ class RunHeader:
         """What must be equal for a run to be taken up again."""
         names = ("profile", "seed", "checks", "operators", "devices", "selection", "suite_revision", "contract")
         # A part that ran on other sources or another machine would be passed off as one that ran on these.
-        environment = {key: value for key, value in self.environment.items() if key in SAME or key.startswith("source.")}
+        environment = {
+            key: value for key, value in self.environment.items() if key in SAME or key.startswith("source.")
+        }
         return (tuple(self.subject.to_json().items()), environment, *(getattr(self, name) for name in names))
 
 
@@ -105,12 +109,16 @@ class CellKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellCount:
-    """What happened in one cell. ``kinds``: cases by kind of implementation (``native``, ``fused``, ``parts``,
-    ``composite``; empty where the plan was not reached)."""
+    """What happened in one cell.
+
+    ``not_promised``: cases that failed in nothing that was promised. ``kinds``: cases by kind of implementation
+    (``native``, ``fused``, ``parts``, ``composite``; empty where the plan was not reached).
+    """
 
     cell: CellKey
     cases: int
     failed: int
+    not_promised: int = 0
     kinds: Mapping[str, int] = field(default_factory=lambda: NOTHING)
     headroom: float = 0.0
 
@@ -289,10 +297,12 @@ def group_from_json(value: Mapping[str, Any]) -> FailureGroup:
 
 
 def header_from_json(value: Mapping[str, Any]) -> RunHeader:
-    fields = {f.name: value[f.name] for f in dataclasses.fields(RunHeader) if f.name != "not_promised"}
+    late = ("mappings", "not_promised")
+    fields = {f.name: value[f.name] for f in dataclasses.fields(RunHeader) if f.name not in late}
     for name in ("checks", "operators", "out_of_scope"):
         fields[name] = tuple(fields[name])
-    # Logs from before there were such rules have none.
+    # Older logs have neither.
+    fields["mappings"] = dict(value.get("mappings", {}))
     fields["not_promised"] = tuple(Rule.from_json(item) for item in value.get("not_promised", ()))
     return RunHeader(**{**fields, "subject": Subject.from_json(value["subject"])})
 

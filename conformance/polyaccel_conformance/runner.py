@@ -26,7 +26,7 @@ from polyaccel_conformance.promises import Rule, judged
 from polyaccel_conformance.ranked import RankedCases
 from polyaccel_conformance.results import FailureGroup, Phase, RunHeader, RunResult, result_from_json
 from polyaccel_conformance.run_options import Options, Silent, Watch
-from polyaccel_conformance.schedule import Schedule, Scheduled
+from polyaccel_conformance.schedule import HEAVY, Schedule, Scheduled, ahead, begin_lists
 from polyaccel_conformance.selection import parse
 from polyaccel_conformance.shrink import cost, shrink
 from polyaccel_conformance.subject import Subject
@@ -40,9 +40,8 @@ WORKER = "worker"
 """Under this name failures are reported that are no check's: the process died or hung, or the suite itself failed."""
 CONTROL_SECONDS = 120.0
 HANG = "hang"
-HEAVY = 100
 HEAVY_PATIENCE = 4
-"""A case of a set of at least this weight, such as a whole model, may take so many times as long as any other."""
+"""A case of a heavy set may take so many times as long as any other."""
 MAX_DEATHS = 12
 """Cases of one operator that may cost a worker before its remaining cases are left out."""
 MAX_HANGS = 3
@@ -107,6 +106,8 @@ class _Run:
         profile = profile_of(self.options.profile)
         if self.options.timeout is not None:
             profile = replace(profile, timeout=self.options.timeout)
+        if not (self.options.failed or self.options.given or not self.options.corpus):
+            begin_lists(self.options.operators)
         facts = self.pool.start()
         self.given = self._failed() if self.options.failed else self.options.given
         deadline = None if self.options.budget is None else time.monotonic() + self.options.budget
@@ -156,7 +157,8 @@ class _Run:
             raise UsageError(f"unknown check {options.stop_at!r}; there are {', '.join(CHECKS)}")
         most = facts["devices"] if facts["device_type"] != "cpu" else max(facts["devices"], os.cpu_count() or 1, 8)
         if not 1 <= devices <= most:
-            raise UsageError(f"--devices {devices}: {self.subject.label} has {facts['devices']}, {most} ranks at most")
+            have = f"{facts['devices']} device{'' if facts['devices'] == 1 else 's'}"
+            raise UsageError(f"--devices {devices}: {self.subject.label} has {have}, 1 to {most} ranks are possible")
         scope = facts["scope"]
         outside = tuple(name for name in operators if scope is not None and name not in scope)
         operators = tuple(name for name in operators if name not in outside)
@@ -172,6 +174,7 @@ class _Run:
             checks=checks,
             operators=operators,
             out_of_scope=outside,
+            mappings=facts["mappings"],
             not_promised=tuple(Rule.from_json(item) for item in facts["not_promised"]),
             devices=devices,
             selection=self._selection(),
@@ -236,7 +239,7 @@ class _Run:
     ) -> None:
         schedule = replace(schedule, seed=header.seed)
         fixed = True
-        for chunk in schedule.chunks():
+        for chunk in ahead(schedule.chunks()):
             if fixed:
                 fixed = False
                 self.expected = schedule.expected(len(chunk))
@@ -413,11 +416,6 @@ class _Run:
             shrink_seconds=seconds,
             path=path,
         )
-
-    def _patience(self, operator: str, profile: Profile) -> float:
-        """Seconds after which a simpler case than one that hangs is taken to hang as well."""
-        slowest = max((r.seconds for r in self.tally.results if r.case.operator == operator), default=0.0)
-        return min(max(10 * slowest, 2.0), profile.timeout)
 
     def _asked(self, result: CaseResult) -> tuple[str, ...]:
         from polyaccel_conformance.checks.registry import CHECKS

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from polyaccel_conformance.case import Case, Choice
@@ -17,6 +20,8 @@ from polyaccel_conformance.selection import Selects
 
 FEW = 16
 """Cases of a set that can be counted."""
+HEAVY = 100
+"""The weight of a set from which on a case counts as slow, such as one of a whole model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,10 @@ class OfRanks(ProblemSet):
 
 def fixed(problems: ProblemSet, *, ranks: int = 1) -> tuple[Scheduled, ...]:
     """An operator's fixed list: pairwise, large sizes, then what the levels' required tables ask for beyond those."""
+    return _fixed(problems, ranks) if isinstance(problems, OfRanks) else _kept(problems, ranks)
+
+
+def _fixed(problems: ProblemSet, ranks: int) -> tuple[Scheduled, ...]:
     from polyaccel_conformance.levels.listed import listed_cases
 
     limits = {"ranks": ranks}
@@ -63,19 +72,60 @@ def fixed(problems: ProblemSet, *, ranks: int = 1) -> tuple[Scheduled, ...]:
     return tuple(found.values())
 
 
+@functools.cache
+def _kept(problems: ProblemSet, ranks: int) -> tuple[Scheduled, ...]:
+    return _fixed(problems, ranks)
+
+
+def begin_lists(operators: Sequence[str]) -> None:
+    """Begin to work out the fixed lists of these operators, or of all: while the workers start, which takes as long."""
+
+    def work_out() -> None:
+        from polyaccel_conformance.problems.registry import PROBLEM_SETS
+
+        for name in operators or PROBLEM_SETS:
+            if name in PROBLEM_SETS:
+                _kept(PROBLEM_SETS[name], 1)
+
+    threading.Thread(target=work_out, daemon=True).start()
+
+
+def ahead(chunks: Iterator[tuple[Scheduled, ...]]) -> Iterator[tuple[Scheduled, ...]]:
+    """The same, each worked out while the one before it runs."""
+    thread = ThreadPoolExecutor(max_workers=1)
+    try:
+        coming = thread.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = thread.submit(next, chunks, None)
+            yield chunk
+    finally:
+        thread.shutdown(wait=False)
+
+
 def drawn(problems: ProblemSet, profile: Profile, seed: int, *, ranks: int = 1) -> tuple[Scheduled, ...]:
     """A profile's further cases of an operator under the run's seed."""
     digest = hashlib.sha256(f"{seed}:{problems.operator}:{ranks}".encode()).digest()
     base = int.from_bytes(digest[:4], "little")
     limits = {"ranks": ranks}
     count = profile.examples // problems.weight
-    cases = examples(problems, count, base, scale=profile.scale, limits=limits)
+    if isinstance(problems, OfRanks):
+        cases = examples(problems, count, base, scale=profile.scale, limits=limits)
+    else:
+        cases = _examples(problems, count, base, profile.scale, ranks)
     return tuple(Scheduled(phase="drawn", case=case) for case in cases)
 
 
+@functools.lru_cache(maxsize=64)
+def _examples(problems: ProblemSet, count: int, base: int, scale: int, ranks: int) -> tuple[Case, ...]:
+    # Runs of many mutants ask for the same ones again and again.
+    return examples(problems, count, base, scale=scale, limits={"ranks": ranks})
+
+
 def countable(problems: ProblemSet) -> bool:
-    """Whether a set has so few cases that all of them are listed, and none needs to be drawn."""
-    return not problems.ranges() and math.prod(len(values) for values in problems.axes().values()) <= FEW
+    """Whether a set has so few or so slow cases that its list is all there is to it: what is drawn is listed as well,
+    or a run has time for a single one."""
+    few = math.prod(len(values) for values in problems.axes().values()) <= FEW
+    return not problems.ranges() and (few or problems.weight >= HEAVY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from polyaccel_conformance.harness.layouts import place
 from polyaccel_conformance.problem import Problem
 
 MAX_BYTES = 8 << 20
+TEXTS = ("case", "error", "attributes")
 
 
 def standalone(file: CaseFile, problem: Problem, archive: Mapping[str, npt.NDArray[np.generic]]) -> str:
@@ -32,7 +33,7 @@ def standalone(file: CaseFile, problem: Problem, archive: Mapping[str, npt.NDArr
     Raises:
         UsageError: the case is too large to be put into a script; ``--dump`` writes any.
     """
-    kept = {name: values for name, values in archive.items() if name not in ("case", "error")}
+    kept = {name: values for name, values in archive.items() if name not in TEXTS}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **kept)
     if buffer.tell() > MAX_BYTES:
@@ -50,6 +51,9 @@ def standalone(file: CaseFile, problem: Problem, archive: Mapping[str, npt.NDArr
             "offset": where.offset,
             "span": where.span,
         }
+    for name in archive:
+        if name.startswith("input.") and (short := name.removeprefix("input.")) not in inputs:
+            inputs[short] = _plain(archive[name])
     error = archive.get("error")
     failure = file.failure
     facts = {
@@ -57,7 +61,7 @@ def standalone(file: CaseFile, problem: Problem, archive: Mapping[str, npt.NDArr
         "semantics": spec.semantics,
         "arguments": [f"{argument.name}: {argument.shape or argument.kind}" for argument in spec.arguments],
         "returns": spec.returns,
-        "case": file.case.to_json(),
+        "case": {**file.case.axes(), "arguments": json.loads(str(archive["attributes"]))},
         "seen": f"{failure.check} failed on {file.subject.label}: {failure.message}",
         "error": "" if error is None else str(error),
         "output_dtype": file.case.dtype,
@@ -69,6 +73,18 @@ def standalone(file: CaseFile, problem: Problem, archive: Mapping[str, npt.NDArr
         inputs=json.dumps(inputs).replace("\\", "\\\\"),
         data=data,
     )
+
+
+def _plain(values: npt.NDArray[np.generic]) -> dict[str, Any]:
+    """An array of the step or a table: dense, in its own dtype."""
+    where = place(values.shape, "contiguous", 64)
+    return {
+        "dtype": values.dtype.name,
+        "shape": values.shape,
+        "strides": where.strides,
+        "offset": where.offset,
+        "span": where.span,
+    }
 
 
 def write_standalone(
@@ -88,8 +104,9 @@ Needs torch and numpy alone.
     python THIS.py kernel.py:function           run function(inputs, case), compare what it returns
     python THIS.py kernel.py:function cuda:0    the same on a device
 
-``inputs``: tensors by name, in the layouts of the case. ``case``: sizes and attributes. The function returns one
-tensor, or a dictionary of them by output name. Exit code 0: right, 1: wrong.
+``inputs``: tensors by name, in the layouts of the case; ``step.<name>`` are the arrays of the step, with the triples of
+adapters as ``step.<row set>.rows``, ``.slots`` and ``.weights``. ``case``: sizes by axis, and ``arguments``, the values
+of attributes. The function returns one tensor, or a dictionary of them by output name. Exit code 0: right, 1: wrong.
 """
 
 import base64
@@ -153,14 +170,14 @@ def compare(archive, name, got):
     index = tuple(int(i) for i in worst)
     wrong = int((ratio > 1).sum())
     print(f"{name}: {wrong} of {ratio.size} elements wrong; worst err / tol {float(ratio[worst]):.3g} at {index}:")
-    print(f"    got {got[worst]!r}, expected {expected[worst]!r}, tolerance {tolerance[worst]!r}")
+    print(f"    got {got[worst]:.9g}, expected {expected[worst]:.9g}, tolerance {float(tolerance[worst]):.3g}")
     return wrong == 0
 
 
 def main():
     for key in ("operator", "semantics", "arguments", "returns", "seen"):
         print(f"{key}: {FACTS[key]}")
-    print("case:", json.dumps(FACTS["case"]["axes"]))
+    print("case:", json.dumps(FACTS["case"]))
     device = sys.argv[2] if len(sys.argv) > 2 else "cpu"
     archive, tensors = load(device)
     if len(sys.argv) < 2:
@@ -176,13 +193,16 @@ def main():
         spec = importlib.util.spec_from_file_location("candidate", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        result = getattr(module, function)(tensors, FACTS["case"]["axes"])
+        result = getattr(module, function)(tensors, FACTS["case"])
         if not isinstance(result, dict):
             names = [name[9:] for name in archive.files if name.startswith("expected.")]
             result = dict(zip(names, result if isinstance(result, tuple) else (result,)))
         outputs = {name: tensor.detach().to("cpu").to(torch.float64).numpy() for name, tensor in result.items()}
+    missing = [name[9:] for name in archive.files if name.startswith("expected.") and name[9:] not in outputs]
+    if missing:
+        print("not returned, not judged:", ", ".join(missing))
     verdicts = [compare(archive, name, got) for name, got in outputs.items()]
-    return 0 if all(verdicts) else 1
+    return 0 if verdicts and all(verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from polyaccel.backend import Backend, TableBackend, load
+from polyaccel.backend import OPERATORS, Backend, TableBackend, load
+from polyaccel.backend.backend import Implementations
 from polyaccel_conformance.errors import UsageError
 
 Kind = Literal["backend", "table"]
 
+ALL = "*"
 SIMULATED = "simulated"
 """The backend that comes with the suite and has no entry point."""
 
@@ -30,6 +32,8 @@ class Subject:
             a mapping of operators or a Backend.
         device: for a table, the torch device.
         mutant: name of the planted bug to apply to it, empty for none.
+        native: operators that are left to it beside the mandatory ones, with commas between; :data:`ALL` for all. The
+            others run as composites.
     """
 
     kind: Kind = "backend"
@@ -37,6 +41,7 @@ class Subject:
     path: str = ""
     device: str = "cpu"
     mutant: str = ""
+    native: str = ALL
 
     def open(self) -> Backend:
         """A new instance.
@@ -50,6 +55,8 @@ class Subject:
             from polyaccel_conformance.mutants.catalogue import apply_mutant
 
             backend = apply_mutant(self.mutant, backend)
+        if self.native != ALL:
+            limit(backend, tuple(filter(None, self.native.split(","))))
         return backend
 
     @property
@@ -89,7 +96,8 @@ class Subject:
         return OperatorTable(self.device, value, name=self.name.lower())
 
     def to_json(self) -> dict[str, str]:
-        return {name: getattr(self, name) for name in ("kind", "name", "path", "device", "mutant")}
+        found: dict[str, str] = {name: getattr(self, name) for name in ("kind", "name", "path", "device", "mutant")}
+        return found if self.native == ALL else {**found, "native": self.native}
 
     @classmethod
     def from_json(cls, value: Mapping[str, str]) -> Subject:
@@ -100,7 +108,20 @@ class Subject:
         return cls(
             kind="backend" if kind == "backend" else "table",
             **{name: value[name] for name in ("name", "path", "device", "mutant")},
+            native=value.get("native", ALL),
         )
+
+
+def limit(backend: Backend, native: Sequence[str]) -> None:
+    """Take from this instance every operator that is neither ``native`` nor mandatory."""
+    everything = backend.operators()
+    kept: Mapping[str, Implementations] = {
+        name: value
+        for name, value in everything.items()
+        if name in native or (name in OPERATORS and OPERATORS[name].mandatory)
+    }
+    # The instance's own attribute hides the method; nothing else of the backend changes.
+    object.__setattr__(backend, "operators", lambda: kept)
 
 
 def load_attribute(path: Path, name: str) -> object:

@@ -14,6 +14,7 @@ from polyaccel_conformance.results import CellCount, CheckState, OperatorState, 
 SLOW_SECONDS = 0.010
 AS_IT_MUST = "failed as it must"
 IMPOSSIBLE = "impossible here"
+NO_CASE = "no case asks it"
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ class Tally:
             verdict = "not exercised"
             reason = control.removeprefix(IMPOSSIBLE).removeprefix(": ") or "its control is impossible here"
         elif not cases:
-            verdict, reason = "not exercised", "no case asks it"
+            verdict, reason = "not exercised", NO_CASE
         elif control != AS_IT_MUST:
             verdict = "inconclusive"
             reason = f"its control {control}" if control else "its control was not run"

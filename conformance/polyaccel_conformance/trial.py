@@ -107,20 +107,16 @@ class Trial:
 
     What the call cannot change, or what can be put back (``Prepared.again``), is placed once and shared; the tensor
     arguments and the step are new for each call. :meth:`close` gives it back.
-
-    ``single``: for one call, of which nobody asks what it did to what it shares.
     """
 
     bench: Bench
     problem: Problem
-    single: bool = False
     _seen: dict[Setting, Observation] = field(default_factory=dict)
     _crashed: dict[Setting, Exception] = field(default_factory=dict)
     _expected: Mapping[str, Expected | Exactly] | None = None
     _host: dict[str, torch.Tensor] = field(default_factory=dict)
     _shared: Prepared | None = None
     _room: state.Room | None = None
-    _before: Mapping[str, torch.Tensor] | None = None
     _resolved: Resolved | None = None
 
     @property
@@ -173,18 +169,23 @@ class Trial:
         """Release what the calls shared. The observations stay."""
         if self._shared is not None:
             self._shared.release()
-            self._shared = self._room = self._before = None
+            self._shared = self._room = None
 
     # -- pieces of a call, for checks that make calls of their own -----------------------------------------------------
 
     def prepare(self) -> Prepared:
         """Weights, caches, and the step begun. On shared memory where the operator can change none of it, or what it
         can change is put back."""
+        return self._prepare(keep=True)
+
+    def _prepare(self, *, keep: bool) -> Prepared:
+        # A plain call that is the first has everything to itself: nothing has waited for the device, and a buffer that
+        # keeps its address does not hold already what is still on its way there.
         shared = self._shared
         if shared is not None:
             return shared if shared.again is None else replace(shared, arguments={**shared.arguments, **shared.again()})
         prepared = self.problem.prepare(self.bench)
-        if prepared.again is not None or all(a.kind in _STATELESS for a in self.problem.spec.arguments):
+        if (keep and prepared.again is not None) or all(a.kind in _STATELESS for a in self.problem.spec.arguments):
             self._shared = prepared
         return prepared
 
@@ -232,26 +233,24 @@ class Trial:
         watched = setting.watched or setting.poison is not Poison.ZERO
         watch = Watch(setting.poison, storages) if watched else None
         trace = None if watch is None or virtual_device(bench.torch_device) is None else KernelTrace(bench.torch_device)
-        prepared = self.prepare()
+        prepared = self._prepare(keep=watched)
         shared = self._shared is not None
         planned: Planned | None = None
         outputs: dict[str, Output] = {}
         error: PolyaccelError | None = None
-        before: Mapping[str, torch.Tensor] = {}
+        before: dict[str, torch.Tensor] = {}
         disturbed: dict[str, int] = {}
         fresh = 0
         counts = bench.backend.ledger.counts()
         try:
-            if shared and not self.single and self._before is None:
-                # Before the first call: a change that the same call makes again would not show.
-                self._before = state.snapshot(bench, problem, prepared)
             if watch is not None:
                 room = self._room if self._room is not None else state.Room(bench, problem, prepared)
                 self._room = room if shared else None
                 room.poison(setting.poison)
                 if setting.poison is Poison.NAN:
-                    known = self._before if self._before is not None else state.snapshot(bench, problem, prepared)
-                    before = room.expect(known, setting.poison)
+                    before = state.snapshot(bench, problem, prepared)
+                # What was only queued so far is not the call's.
+                bench.synchronize()
             resolved = self.resolve(prepared)
             planned = resolved.planned
             counts = bench.backend.ledger.counts()

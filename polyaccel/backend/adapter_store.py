@@ -89,12 +89,17 @@ class AdapterStore(ABC):
         """Replace the slot's content. The buffer may be reused once the event has completed.
 
         Raises:
-            OperatorError: an entry names an unknown site or has another shape; the slot is left empty.
+            OperatorError: an entry names an unknown site, slice or expert or has another shape, or the range is not
+                within the store's rows or overlaps another slot's; the slot is left empty.
         """
 
     @abstractmethod
     def clear(self, slot: int) -> None:
-        """Empty the slot: rows that still name it get no delta."""
+        """Empty the slot: rows that still name it get no delta.
+
+        Raises:
+            OperatorError: no such slot.
+        """
 
     @abstractmethod
     def ranges(self) -> Sequence[SlotRange | None]:

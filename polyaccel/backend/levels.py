@@ -215,6 +215,7 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
                     "cache.identity",
                     "model.tokens",
                     "model.layers",
+                    "model.float32",
                     "model.crowd",
                     "model.overlap",
                     "model.chunks",

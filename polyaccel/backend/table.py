@@ -11,6 +11,7 @@ from polyaccel.backend import stations
 from polyaccel.backend.backend import Availability, Backend, Implementations
 from polyaccel.backend.device import Device, TorchDevice
 from polyaccel.backend.errors import ConfigurationError
+from polyaccel.backend.step import DEVICE_ARRAYS, DeviceState, Step, StepInput
 from polyaccel.backend.vocabulary import OPERATORS
 
 
@@ -59,6 +60,18 @@ class TableBackend(Backend):
 
     def devices(self) -> Sequence[Device]:
         return (self._device,)
+
+    def begin_step(self, inputs: StepInput, state: DeviceState, device: Device) -> Step:
+        """As any backend's, but with the arrays on the device at once: a table's kernels copy nothing to it."""
+        step = super().begin_step(inputs, state, device)
+        if self._device.torch_device.type != "cpu":
+            for name in DEVICE_ARRAYS:
+                # Which tokens were sampled is known only when the ids are asked for.
+                if name != "token_ids":
+                    step.tensor(name)
+            for row_set in inputs.adapters:
+                step.adapter_tensors(row_set)
+        return step
 
     def operators(self) -> Mapping[str, Implementations]:
         from polyaccel.backend.composite.linear import dequantize, linear

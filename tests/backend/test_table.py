@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from polyaccel.backend import Plan, SiteRequest, TableBackend, TorchDevice, WeightSpec
+from polyaccel.backend import Plan, SiteRequest, TableBackend, TokenClass, TorchDevice, WeightSpec
 from polyaccel.backend.errors import ConfigurationError
+from polyaccel.backend.step import DEVICE_ARRAYS, AdapterRows, DeviceState, StepInput
 from polyaccel.backend.weight import Slice
 from tests.backend.steps import KeyedStep
 
@@ -79,3 +81,21 @@ def test_the_plain_forms_of_the_mandatory_operators_come_with_their_evidence() -
     assert table["dequantize"][0].evidence
     assert table["silu_and_mul"][0].evidence == ()
     assert TableBackend("cpu", {"linear": lambda x, weight: x}).table()["linear"][0].evidence == ()
+
+
+def test_on_a_device_a_steps_arrays_are_there_before_the_first_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TableBackend("meta", {})
+    device = backend.devices()[0]
+    rows = AdapterRows.build(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.float32))
+    arrays = {name: np.zeros(1, np.float32 if name == "uniforms" else np.int64) for name in DEVICE_ARRAYS}
+    inputs = StepInput(token_class=TokenClass.DECODE, adapters={"tokens": rows}, **arrays)
+    step = backend.begin_step(inputs, DeviceState(), device)
+
+    def late(*arguments: object) -> None:
+        raise AssertionError("copied to the device by an operator")
+
+    monkeypatch.setattr(type(device), "upload", late)
+    for name in DEVICE_ARRAYS:
+        if name != "token_ids":
+            assert step.tensor(name).device.type == "meta"
+    assert [part.device.type for part in step.adapter_tensors("tokens")] == ["meta"] * 3

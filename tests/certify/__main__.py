@@ -38,7 +38,13 @@ def stages(seeds: Sequence[int]) -> list[Stage]:
     found += [Refused(backend=name) for name in FAILING]
     found += [FreshSeed(seed=seed) for seed in seeds]
     found += [Tests(folder=folder) for folder in folders_of_tests()]
-    found.append(Command(name="mutants", words=("-m", "polyaccel.cli.main", "conformance", "mutants")))
+    suite = "polyaccel_conformance"
+    found.append(Command(name="mutants", words=("-m", suite, "mutants")))
+    found.append(Command(name="mutants of three seeds", words=("-m", suite, "mutants", "--seeds", "3")))
+    survivors = "tests/conformance/mutation/survivors.toml"
+    words = ("-m", f"{suite}.mutation", "--survivors", survivors, "--folder", "{work}/mutation")
+    found.append(Command(name="mutation", words=words, in_parts=True))
+    found.append(Certificate(tested=BACKENDS[0], profile="certify"))
     return found
 
 

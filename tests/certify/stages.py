@@ -119,21 +119,26 @@ def figures(result: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate(Stage):
-    """A backend's certificate: the run, its bundle, and the bundle verified with a sample executed again."""
+    """A backend's certificate: the run, its bundle, and the bundle verified with a sample executed again.
+
+    ``profile``: another than the one of all runs; such a bundle is checked and not published.
+    """
 
     tested: Tested
+    profile: str = ""
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"certificate {self.tested.name}"
+        return f"certificate {self.tested.name}" if not self.profile else f"{self.profile} {self.tested.name}"
 
     def run(self, place: Place, budget: float | None) -> Outcome:
         began = time.monotonic()
-        name, log = self.tested.name, place.work / f"{self.tested.name}.log"
+        backend, name = self.tested.name, "-".join(filter(None, (self.tested.name, self.profile)))
+        log = place.work / f"{name}.log"
         variables = place.installed.variables(self.tested)
         bundle = place.work / f"{name}.tar.xz"
-        words = ["--backend", name, "--profile", place.profile, "--devices", str(self.tested.devices)]
-        words += ["--bundle", str(bundle)]
+        words = ["--backend", backend, "--profile", self.profile or place.profile]
+        words += ["--devices", str(self.tested.devices), "--bundle", str(bundle)]
         ran, result = suite_run(words, place.work / name, place, budget, variables, log)
 
         def outcome(verdict: str, more: str) -> Outcome:
@@ -151,9 +156,10 @@ class Certificate(Stage):
         if checked.code != 0:
             return outcome("failed", f"verify: {checked.last}")
         size = bundle.stat().st_size
-        if size > LARGEST:
+        publish = kind == "certificate" and not self.profile
+        if publish and size > LARGEST:
             return outcome("failed", f"the bundle has {size} bytes, {LARGEST} are allowed")
-        if kind == "certificate":
+        if publish:
             place.certificates.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle, place.certificates / bundle.name)
         return outcome("passed", f"{kind}, {size // 1000} kB, {checked.last}")
@@ -224,16 +230,25 @@ class Tests(Stage):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command(Stage):
-    """Any other command; it passes with exit code 0."""
+    """Any other program; it passes with exit code 0.
+
+    ``words``: ``{work}`` in one is this program's folder. ``in_parts``: it takes ``--budget``, keeps what it has
+    done, and ends with 3 where something is left.
+    """
 
     name: str
     words: tuple[str, ...]
+    in_parts: bool = False
 
     def run(self, place: Place, budget: float | None) -> Outcome:
         began = time.monotonic()
-        ran = call([sys.executable, *self.words], environment(), place.work / f"{self.name.replace(' ', '-')}.log")
-        verdict = "passed" if ran.code == 0 else "failed"
-        return Outcome(verdict=verdict, figures=ran.last, seconds=time.monotonic() - began)
+        words = [word.replace("{work}", str(place.work)) for word in self.words]
+        if self.in_parts and budget is not None:
+            words += ["--budget", f"{max(budget - MARGIN, 1.0):.0f}"]
+        log = place.work / f"{self.name.replace(' ', '-')}.log"
+        ran = call([sys.executable, *words], environment(), log)
+        verdict = "passed" if ran.code == 0 else "partial" if self.in_parts and ran.code == 3 else "failed"
+        return Outcome(verdict=verdict, figures=ran.last, seconds=time.monotonic() - began)  # type: ignore[arg-type]
 
 
 def folders_of_tests() -> Iterator[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.certify import __main__ as program
-from tests.certify.backends import BACKENDS
-from tests.certify.stages import Place, Ran, Stage, figures, folders_of_tests
+from tests.certify.backends import BACKENDS, Installed
+from tests.certify.stages import Command, Place, Ran, Stage, figures, folders_of_tests
 from tests.certify.state import Outcome, State
 from tests.project.source import ROOT
 
@@ -84,6 +84,15 @@ def test_every_backend_ten_seeds_and_every_folder_of_tests_has_a_stage() -> None
     assert tests == set(folders_of_tests())
     for path in (ROOT / "tests" / "conformance").rglob("test_*.py"):
         assert any((ROOT / folder) in (path, *path.parents) for folder in tests), path
+
+
+def test_a_command_in_parts_is_given_the_budget_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "part.py").write_text("import sys; print(*sys.argv[1:]); sys.exit(3 if '--budget' in sys.argv else 0)")
+    place = Place(work=tmp_path, certificates=tmp_path, installed=Installed(tmp_path))
+    stage = Command(name="part", words=("{work}/part.py",), in_parts=True)
+    first, second = stage.run(place, 100.0), stage.run(place, None)
+    assert (first.verdict, first.figures) == ("partial", "--budget 80")
+    assert second.verdict == "passed"
 
 
 def test_a_run_is_summed_up_by_its_own_last_figures() -> None:

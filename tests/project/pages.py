@@ -88,7 +88,7 @@ def level_tables() -> str:
 def _every(row: Requirement) -> str:
     words = ["layout"] if row.layouts else []
     words += ["listed attribute"] if row.attributes else []
-    words += [f"{_axis(name)} of {_values(values)}" for name, values in row.each.items()]
+    words += [_axis(name) + _values(values) for name, values in row.each.items()]
     words += ["world size from 2"] if row.needs else []
     return "; ".join(words)
 
@@ -98,10 +98,12 @@ def _axis(name: str) -> str:
 
 
 def _values(values: tuple[Value | Span, ...]) -> str:
+    if values == (True,):
+        return ""
     numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
     if len(numbers) == len(values) and numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} to {numbers[-1]}, one by one"
-    return ", ".join(map(str, values))
+        return f" of {numbers[0]} to {numbers[-1]}, one by one"
+    return f" of {', '.join(map(str, values))}"
 
 
 def parameter_tables() -> str:

@@ -14,7 +14,10 @@ import pytest
 import polyaccel
 from polyaccel.backend import errors
 from polyaccel.cli.main import build_parser
+from polyaccel_conformance.certificate.bundle import MANIFEST, SUMMARY, manifest, read_bundle
+from polyaccel_conformance.cli.main import COMMANDS as SUITE_COMMANDS
 from polyaccel_conformance.cli.main import build_parser as build_suite_parser
+from polyaccel_conformance.report.support import support
 from tests.project.metadata import project
 from tests.project.pages import level_tables, module_list, operator_tables, parameter_tables, speed_tables
 from tests.project.source import ROOT, code_blocks, compare_with_stored
@@ -74,6 +77,24 @@ def test_a_documented_command_line_is_accepted(command: str) -> None:
         assert build_suite_parser().parse_args(words[1:]).command == words[1]
         return
     assert build_parser().parse_args(words).command == words[0]
+
+
+def test_the_page_of_the_command_line_names_every_command_of_the_suite() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert [name for name in SUITE_COMMANDS if f"| `{name}` |" not in text] == []
+
+
+def test_the_support_page_is_what_the_certificates_say() -> None:
+    bundles = [read_bundle(path) for path in sorted((ROOT / "docs" / "certificates").glob("*.tar.xz"))]
+    assert (ROOT / "docs" / "support.md").read_text(encoding="utf-8") == support(bundles)
+
+
+def test_every_committed_certificate_is_one_and_small() -> None:
+    for path in sorted((ROOT / "docs" / "certificates").glob("*.tar.xz")):
+        bundle = read_bundle(path)
+        assert bundle.json(SUMMARY)["kind"] == "certificate", path.name
+        assert bundle.files[MANIFEST] == manifest({n: d for n, d in bundle.files.items() if n != MANIFEST}), path.name
+        assert path.stat().st_size < 1_000_000
 
 
 def test_the_examples_of_the_backend_page_run() -> None:

@@ -59,6 +59,8 @@ def kind_of(report: Report) -> Kind:
     result = report.result
     earned = any(level.earned for level in report.levels)
     whole = result.header.complete and not result.incomplete and not result.device_lost
+    # A planted bug that some level does not see is no reason to certify it.
+    whole = whole and not result.header.subject.mutant
     return "certificate" if whole and earned and exit_code(report) is ExitCode.PASS else "report"
 
 

@@ -1,4 +1,4 @@
-"""What changed between two bundles of one backend, or of two."""
+"""What changed between two bundles or runs of one backend, or of two."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ NOTABLE = 1.25
 
 
 def diff(before: Bundle, after: Bundle) -> str:
+    """What differs between two bundles; see :func:`diff_summaries`."""
+    return diff_summaries(before.json(SUMMARY), after.json(SUMMARY))
+
+
+def diff_summaries(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Levels, operators, checks, environment: what differs, one line each, ``before -> after``."""
-    old, new = before.json(SUMMARY), after.json(SUMMARY)
     lines = [f"{old['title']} -> {new['title']}"]
     sections = (
         ("levels", _levels(old, new)),
@@ -45,6 +49,8 @@ def _operators(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
         was, now = one.get(name, {}), two.get(name, {})
         if was.get("failed", 0) != now.get("failed", 0):
             yield f"{name}: failed {was.get('failed', 0)} -> {now.get('failed', 0)}"
+        if was.get("not_promised", 0) != now.get("not_promised", 0):
+            yield f"{name}: not promised {was.get('not_promised', 0)} -> {now.get('not_promised', 0)}"
         if sorted(was.get("kinds", {})) != sorted(now.get("kinds", {})):
             yield f"{name}: runs as {_names(was.get('kinds', {}))} -> {_names(now.get('kinds', {}))}"
         for output in sorted(was.get("headroom", {}).keys() & now.get("headroom", {}).keys()):

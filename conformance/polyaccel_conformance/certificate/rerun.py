@@ -83,6 +83,7 @@ def _said(result: CaseResult) -> str:
 
 def _executed(logged: Logged, chosen: Sequence[CaseResult]) -> Iterator[tuple[CaseResult, CaseResult | str]]:
     from polyaccel_conformance.multi.ranks import RankPool
+    from polyaccel_conformance.runner import lost_result
 
     subject, seconds = logged.header.subject, PATIENCE * profile_of(logged.header.profile).timeout
     with ExitStack() as stack:
@@ -96,7 +97,7 @@ def _executed(logged: Logged, chosen: Sequence[CaseResult]) -> Iterator[tuple[Ca
             before = answer.job.name
             assert isinstance(before, CaseResult)
             reply = answer.reply.get("result")
-            yield before, answer.died or str(answer.reply.get("error")) if reply is None else result_from_json(reply)
+            yield before, lost_result(answer, before.case) if reply is None else result_from_json(reply)
         for ranks in sorted({result.case.ranks for result in chosen} - {1}):
             of_ranks = [result for result in chosen if result.case.ranks == ranks]
             if ranks > devices > 1:

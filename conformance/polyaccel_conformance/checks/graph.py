@@ -83,7 +83,9 @@ class GraphReplay(ModelCheck):
                     return self.fail("stale or wrong in a graph", f"replayed with {step.name}: {', '.join(wrong)}")
                 first = counted if first is None else first
                 if not counted or counted != first:
-                    message = f"replayed with {step.name}: {counted or 'nothing'}, the first replay {first or 'nothing'}"
+                    message = (
+                        f"replayed with {step.name}: {counted or 'nothing'}, the first replay {first or 'nothing'}"
+                    )
                     return self.fail("launches not in the ledger", message)
         return None
 

@@ -62,7 +62,7 @@ class Rules(Check):
                 problem = planted(trial.problem, argument, value)
                 with np.errstate(all="ignore"):
                     wanted = problem.expected()
-                other = Trial(trial.bench, problem, single=True)
+                other = Trial(trial.bench, problem)
                 try:
                     observed = other.ask()
                 finally:

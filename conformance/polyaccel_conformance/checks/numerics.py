@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from polyaccel.backend import Numerics, PolyaccelError
+from polyaccel.backend import OPERATORS, STATIONS, Numerics
 from polyaccel_conformance.bench import Bench, Resolved
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import RESTRICTION, Check, Control, Failure
@@ -18,7 +18,7 @@ from polyaccel_conformance.harness.controls import all_of, linear_problem, verdi
 from polyaccel_conformance.harness.layouts import CONTIGUOUS
 from polyaccel_conformance.harness.probes import Measured
 from polyaccel_conformance.probes.planted import LENGTH
-from polyaccel_conformance.probes.registry import PROBES
+from polyaccel_conformance.probes.registry import PROBES, RANKED_PROBES
 from polyaccel_conformance.problem import Prepared, Problem
 from polyaccel_conformance.trial import Setting, Trial
 
@@ -34,7 +34,7 @@ class MeasuredNumerics(Check):
     restriction, which is named.
 
     Asked of cases on plain data with contiguous operands; ``linear`` is measured at the case's k, all others once for
-    each dtype.
+    each dtype, sums over ranks by all of them together.
     """
 
     name = "numerics.measured"
@@ -42,23 +42,25 @@ class MeasuredNumerics(Check):
 
     def applies(self, case: Case, problem: Problem) -> bool:
         plain = case.data == "normal" and all(case.layout(name) == CONTIGUOUS for name in problem.operands)
-        if not super().applies(case, problem) or problem.spec.name not in PROBES or not plain:
+        if not super().applies(case, problem) or not plain:
             return False
-        if case.ranks > 1 or case.alias != "none" or case.stream != "default" or case.device != "current":
+        if case.ranks > 1:
+            return case.operator in RANKED_PROBES and case.structure.get("scenario", "plain") == "plain"
+        if case.operator not in PROBES or case.alias != "none":
             return False
-        return problem.spec.name != "linear" or case.dim("k") >= SHORTEST
+        here = case.stream == "default" and case.device == "current"
+        return here and (case.operator != "linear" or case.dim("k") >= SHORTEST)
 
     def run(self, trial: Trial) -> Failure | None:
-        floor = trial.problem.spec.numerics
-        declared = _declared(trial, floor)
-        lower = _restriction(declared, floor, trial.problem.case.dtype)
+        declared = _declared(trial)
+        lower = _restriction(declared, trial.problem.case.dtype)
         if lower:
             return Failure(
                 check=self.name,
                 cause=f"{RESTRICTION}{lower[0]}",
                 message=f"declares {', '.join(lower)}, which is below the contract's floor",
             )
-        wanted = min(bits_of_dtype(one.accumulator) for one in declared)
+        wanted = min(bits_of_dtype(one.accumulator) for one, _ in declared)
         inputs = format_of(trial.problem.case.dtype).bits
         for found in self._measure(trial):
             failure = self._judged(found, wanted, inputs)
@@ -88,10 +90,15 @@ class MeasuredNumerics(Check):
         return None
 
     def notes(self, trial: Trial) -> Sequence[str]:
+        if trial.problem.case.ranks > 1:
+            return ()
         return tuple(f"numerics: {found}" for found in self._measure(trial))
 
     def _measure(self, trial: Trial) -> tuple[Measured, ...]:
         case, memo = trial.problem.case, trial.bench.memo
+        if case.ranks > 1:
+            # Whether another rank remembers is not known here, and all of them must measure or none.
+            return RANKED_PROBES[case.operator](trial.bench, case.dtype, LENGTH)
         k = case.dim("k") if case.operator == "linear" else LENGTH
         key = f"numerics {case.operator} {case.dtype} {k}"
         if key not in memo:
@@ -125,14 +132,23 @@ class MeasuredNumerics(Check):
         )
 
     def _absorbed(self, bench: Bench, operator: str) -> Control:
-        """Whether the operator's probe finds that small numbers beside large ones are lost."""
+        """Whether the operator's probe finds that small numbers beside large ones are lost. An operator that does not
+        run here at all fails by itself wherever it is asked."""
         try:
             measured = PROBES[operator](_Absorbing(bench, operator), "float32", LENGTH)
-        except PolyaccelError:
-            return "did not fail"
+        except Exception:
+            return "did not fail" if _runs(bench, operator) else "failed as it must"
         wanted = bits_of_dtype(torch.float32)
         found = any(self._judged(one, wanted, wanted) is not None for one in measured)
         return "failed as it must" if found else "did not fail"
+
+
+def _runs(bench: Bench, operator: str) -> bool:
+    try:
+        PROBES[operator](bench, "float32", LENGTH)
+    except Exception:
+        return False
+    return True
 
 
 class _Absorbing(Bench):
@@ -172,11 +188,12 @@ def _without_small(argument: object) -> object:
     return torch.where(small, torch.zeros_like(argument), argument) if bool(small.any()) else argument
 
 
-def _restriction(declared: Sequence[Numerics], floor: Numerics, dtype: str) -> list[str]:
-    """What is declared with fewer bits than the contract permits, in words."""
-    least = bits_of_dtype(floor.accumulator)
-    found = [f"accumulator {_name(one.accumulator)}" for one in declared if bits_of_dtype(one.accumulator) < least]
-    for one in declared:
+def _restriction(declared: Sequence[tuple[Numerics, Numerics]], dtype: str) -> list[str]:
+    """What is declared with fewer bits than the contract permits, in words; of each declaration its floor."""
+    found = []
+    for one, floor in declared:
+        if bits_of_dtype(one.accumulator) < bits_of_dtype(floor.accumulator):
+            found.append(f"accumulator {_name(one.accumulator)}")
         for name, formats in one.intermediates.items():
             permitted = floor.intermediates.get(name, ("float32",))
             least = min(_format(known, dtype).bits for known in permitted)
@@ -184,11 +201,15 @@ def _restriction(declared: Sequence[Numerics], floor: Numerics, dtype: str) -> l
     return list(dict.fromkeys(found))
 
 
-def _declared(trial: Trial, floor: Numerics) -> list[Numerics]:
-    """Of every native entry that takes part; the contract's floor where none declares anything."""
+def _declared(trial: Trial) -> list[tuple[Numerics, Numerics]]:
+    """Of every native entry that takes part and declares something, with the contract's floor of its operator; the
+    problem's own floor where none does."""
     planned = trial.ask(Setting()).planned
     entries = None if planned is None else native_entries(trial, planned)
-    return [entry.numerics for entry in (entries or {}).values() if entry.numerics is not None] or [floor]
+    specs = {**OPERATORS, **STATIONS}
+    named = [(e.numerics, specs[name].numerics) for name, e in (entries or {}).items() if e.numerics is not None]
+    floor = trial.problem.spec.numerics
+    return named or [(floor, floor)]
 
 
 def _format(name: str, dtype: str) -> Format:

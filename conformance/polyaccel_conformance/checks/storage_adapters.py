@@ -70,7 +70,8 @@ class AdapterProblem(DeviceProblem):
         }
         last = self.rank_rows - 3
         same = bool(case.structure["same_range"])
-        first_row = 0 if same else min(1, rank - smaller)
+        # Up to the row where the neighbour begins.
+        first_row = 0 if same else last - smaller
         self.large = self._adapter("large", rank, SlotRange(slot=USED, first_rank_row=0, rank_rows=rank), 1)
         self.small = self._adapter(
             "small", smaller, SlotRange(slot=USED, first_rank_row=first_row, rank_rows=rank if same else smaller), 2
@@ -90,10 +91,14 @@ class AdapterProblem(DeviceProblem):
         if not self.sabotaged:
             self._put(bench, store, self.small)
         self._compare(bench, facts, "replaced", store, weights, {USED: self.small, OTHER: self.other})
-        broken, named = self._broken()
-        facts.refused("a wrong entry", lambda: store.write(self.small.where, broken), named)
+        where, broken, named = self._broken()
+        facts.refused("a wrong entry or range", lambda: store.write(where, broken), named)
         self._compare(bench, facts, "refused", store, weights, {OTHER: self.other})
         self._put(bench, store, self.small)
+        self._put(bench, store, self.other)
+        self._compare(bench, facts, "both written", store, weights, {USED: self.small, OTHER: self.other})
+        for slot in (-1, SLOTS):
+            facts.refused(f"no slot {slot}", lambda slot=slot: store.clear(slot), str(slot))  # type: ignore[misc]
         store.clear(USED)
         store.clear(USED)
         self._compare(bench, facts, "cleared", store, weights, {OTHER: self.other})
@@ -112,19 +117,26 @@ class AdapterProblem(DeviceProblem):
                 weight.write(index, torch.zeros((part.n, spec.k), dtype=spec.dtype), expert=expert)
         weight.seal()
 
-    def _broken(self) -> tuple[PackedAdapter, str]:
-        """An adapter that must be refused for its last entry, and what the error must name."""
+    def _broken(self) -> tuple[SlotRange, PackedAdapter, str]:
+        """An adapter that must be refused for its last entry or its range, and what the error must name."""
+        wrong, where = str(self.case.structure["wrong"]), self.small.where
         good = self.small.packed(self.case.dtype)
+        rows = where.rank_rows
+        begins = {"negative": -1, "beyond": self.rank_rows - rows + 1, "overlap": self.rank_rows - 2 - rows}
+        if wrong in begins:
+            return replace(where, first_rank_row=begins[wrong]), good, f"slot {where.slot}"
         last = good.entries[-1]
-        rank, k = last.a_shape
-        wrong = {
+        (rank, k), n, spec = last.a_shape, last.b_shape[0], self.specs[last.site]
+        entry = {
             "site": replace(last, site="nowhere"),
             "room": replace(last, site="without"),
-            "slice": replace(last, slice=9),
+            "slice": replace(last, slice=len(spec.slices)),
+            "expert": replace(last, expert=spec.experts or 0),
+            "rank": replace(last, rank=rows + 1, a_shape=(rows + 1, k), b_shape=(n, rows + 1)),
             "a": replace(last, a_shape=(rank, k - 1)),
-            "b": replace(last, b_shape=(last.b_shape[0] - 1, rank)),
-        }[str(self.case.structure["wrong"])]
-        return replace(good, entries=(*good.entries[:-1], wrong)), wrong.site
+            "b": replace(last, b_shape=(n - 1, rank)),
+        }[wrong]
+        return where, replace(good, entries=(*good.entries[:-1], entry)), entry.site
 
     # -- what must be there --------------------------------------------------------------------------------------------
 
@@ -256,7 +268,7 @@ class AdapterStorage(DeviceCheck):
             "dims.second_rank": (2, 1, 3, 16),
             "structure.same_range": (True, False),
             "structure.partial": (True, False),
-            "structure.wrong": ("site", "room", "slice", "a", "b"),
+            "structure.wrong": ("site", "room", "slice", "expert", "rank", "a", "b", "negative", "beyond", "overlap"),
         }
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:

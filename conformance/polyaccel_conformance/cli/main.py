@@ -12,7 +12,7 @@ from polyaccel.backend import PolyaccelError
 from polyaccel.backend.errors import BackendUnavailable, ConfigurationError
 from polyaccel_conformance.errors import ExitCode, UsageError
 
-COMMANDS = ("preflight", "run", "replay", "report", "support", "verify", "bisect", "mutants")
+COMMANDS = ("preflight", "run", "replay", "report", "numerics", "support", "verify", "bisect", "mutants")
 PACKAGE = "polyaccel_conformance.cli"
 INTERRUPTED = 130
 

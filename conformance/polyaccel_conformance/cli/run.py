@@ -61,7 +61,7 @@ class _Console:
 
     def failure(self, group: FailureGroup) -> None:
         self._line.clear()
-        print(failure_block(group), flush=True)
+        print(failure_block(group, so_far=True), flush=True)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -17,8 +17,15 @@ from polyaccel_conformance.workers.process import ForkServer, Spawn, Starter
 
 Ending = Literal["value", "error", "killed", "timeout"]
 
-PRELOAD = ("polyaccel_conformance.harness.faults", "polyaccel_conformance.simulated", "torch.distributed.tensor")
-"""The last is imported by torch when the first tensor of a subclass is indexed."""
+PRELOAD = (
+    "polyaccel_conformance.harness.faults",
+    "polyaccel_conformance.problems.registry",
+    "polyaccel_conformance.simulated",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+)
+"""The last two are imported by torch itself: when the first tensor of a subclass is indexed, and when the shape of a
+result is first worked out without computing it. Every process in which a kernel fails would spend a second on that."""
 
 _SERVE = "polyaccel_conformance.harness.isolation:serve"
 _LEAVE_SECONDS = 5.0

@@ -9,7 +9,7 @@ import torch
 
 from polyaccel.backend import AdapterStore, KVCache, PackedAdapter, PackedEntry, SlotRange, Step, Weight
 from polyaccel_conformance.bench import Bench
-from polyaccel_conformance.harness.memory import Poison, as_bits, poison_, poison_pattern
+from polyaccel_conformance.harness.memory import Poison, as_bits, poison_
 from polyaccel_conformance.problem import Prepared, Problem
 
 WRITES_KV = frozenset({"write_kv_cache", "qkv_rope_cache"})
@@ -31,7 +31,7 @@ def snapshot(bench: Bench, problem: Problem, prepared: Prepared) -> dict[str, to
             slots = _slots(bench, value, _stored(step) if problem.case.operator in WRITES_KV else None)
             for layer in range(value.spec.layers):
                 k, v = value.read(layer, slots)
-                found[_layer(layer, name)] = torch.stack((_bits(k), _bits(v)))
+                found[f"layer {layer} of {name!r}"] = torch.stack((_bits(k), _bits(v)))
     # One copy a slot: there are many small matrices.
     found |= {name: _bits(torch.cat(parts)) for name, parts in adapters.items()}
     bench.synchronize()
@@ -58,50 +58,34 @@ class Room:
         self._bench = bench
         self._adapters: tuple[AdapterStore, SlotRange] | None = None
         self._weights: list[Weight] = []
-        self._caches: list[tuple[str, KVCache, np.ndarray]] = []
+        self._caches: list[tuple[KVCache, np.ndarray]] = []
         step = next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
         if step is None:
             return
-        for name, value in prepared.arguments.items():
+        for value in prepared.arguments.values():
             if isinstance(value, Weight) and value.spec.rank_rows:
                 self._weights.append(value)
             elif isinstance(value, KVCache) and problem.case.operator not in WRITES_KV:
                 every = np.arange(value.spec.blocks * value.spec.block_size, dtype=np.int64)
                 slots = np.setdiff1d(every, _reached(step, value))
                 if len(slots):
-                    self._caches.append((name, value, slots))
+                    self._caches.append((value, slots))
         store = step.state.adapters
         where = None if store is None or not self._weights else _free_slot(step, store)
         if store is not None and where is not None:
             self._adapters = (store, where)
 
     def poison(self, poison: Poison) -> None:
-        """Write it; the device has finished."""
+        """Write it."""
         if self._adapters is not None:
             store, where = self._adapters
             store.write(where, _poisoned(self._weights, poison))
-        for _, kv, slots in self._caches:
+        for kv, slots in self._caches:
             shape = (len(slots), kv.spec.kv_heads, kv.spec.head_dim)
             rows = self._bench.upload(poison_(torch.empty(shape, dtype=kv.spec.dtype), poison))
             on_device = self._bench.upload(torch.from_numpy(slots))
             for layer in range(kv.spec.layers):
                 kv.write(layer, on_device, rows, rows)
-        if self._adapters is not None or self._caches:
-            self._bench.synchronize()
-
-    def expect(self, before: Mapping[str, torch.Tensor], poison: Poison) -> dict[str, torch.Tensor]:
-        """A :func:`snapshot` as it has to be with this poison in the room."""
-        found = dict(before)
-        for name, kv, slots in self._caches:
-            for layer in range(kv.spec.layers):
-                bits = before[_layer(layer, name)].clone()
-                bits[:, torch.from_numpy(slots)] = poison_pattern(poison, kv.spec.dtype)
-                found[_layer(layer, name)] = bits
-        return found
-
-
-def _layer(layer: int, name: str) -> str:
-    return f"layer {layer} of {name!r}"
 
 
 def _free_slot(step: Step, store: AdapterStore) -> SlotRange | None:

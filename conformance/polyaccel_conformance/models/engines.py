@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from polyaccel import LLM
 from polyaccel.backend import Backend, TableBackend
 from polyaccel_conformance.models.answers import Answer, Mix, ask_alone, greedy
 from polyaccel_conformance.models.families import ADAPTERS, FAMILIES, prompts, write_adapter, write_model
+from polyaccel_conformance.models.reference import Reference, Request
+from polyaccel_conformance.models.rounding import Rounding, rounding
 
 LENGTHS = (5, 37, 1, 70, 18, 45)
 GREEDY = greedy(12)
@@ -27,6 +31,7 @@ class Workshop:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="polyaccel-conformance-")
         self._answers: dict[tuple[str, tuple[str, ...], int], list[Answer]] = {}
+        self._rounding: dict[tuple[str, tuple[str, ...]], Rounding] = {}
 
     def __enter__(self) -> Workshop:
         return self
@@ -72,6 +77,19 @@ class Workshop:
         }
         return LLM(self.model(family), backend=backend, **(settings | options))
 
+    def rounding(self, family: str, mixes: Sequence[Mix]) -> Rounding:
+        """The exact log-probabilities of the prompts with the reference's answers, and what rounding may change."""
+        key = (family, tuple(str(m) for m in mixes))
+        if key not in self._rounding:
+            answers, slots = self.reference(family, mixes), {name: slot for slot, name in enumerate(ADAPTERS)}
+            requests = [
+                Request(ids=np.array([*prompt, *answer.tokens]), queries=1, mix=_by_slot(mix, slots))
+                for prompt, answer, mix in zip(self.prompts(family), answers, mixes, strict=True)
+            ]
+            model = Reference(FAMILIES[family], dict(enumerate(ADAPTERS.values())))
+            self._rounding[key] = rounding(model, requests)
+        return self._rounding[key]
+
     def reference(self, family: str, mixes: Sequence[Mix], block_size: int = 0) -> list[Answer]:
         """Answers of the composites on the CPU: one prompt at a time, nothing overlapped, cached or captured."""
         key = (family, tuple(str(m) for m in mixes), block_size)
@@ -82,3 +100,8 @@ class Workshop:
             with self.open(family, backend, adapters=self.adapters(family) if used else None, **plain) as llm:
                 self._answers[key] = ask_alone(llm, self.prompts(family, block_size), mixes, [GREEDY] * len(mixes))
         return self._answers[key]
+
+
+def _by_slot(mix: Mix, slots: Mapping[str, int]) -> dict[int, float]:
+    named = {} if mix is None else {mix: 1.0} if isinstance(mix, str) else mix
+    return {slots[name]: weight for name, weight in named.items()}

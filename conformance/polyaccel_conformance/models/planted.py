@@ -16,11 +16,13 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from polyaccel.backend import AdapterRows, PackedAdapter, RowSet, SampleOutput, StepInput, TokenClass
+from polyaccel.backend import AdapterRows, PackedAdapter, SampleOutput, Step, StepInput, TokenClass
 from polyaccel.engine import batch_state, philox
 from polyaccel.engine.adapter_manager import AdapterManager
 from polyaccel.engine.batch_state import BatchState
+from polyaccel.engine.executor import PreparedHandle
 from polyaccel.engine.graphs import GraphCache
 from polyaccel.engine.prefix_cache import PrefixCache
 from polyaccel.engine.process_executor import ProcessExecutor
@@ -31,11 +33,24 @@ from polyaccel.lora import pack as packing
 from polyaccel.lora.adapter_file import LoraPair
 from polyaccel.lora.mix import AdapterMix
 from polyaccel.lora.numbers import RankNumbers
+from polyaccel.lora.receipt import AdapterReceipt
 from polyaccel.lora.target import AdapterTarget
+from polyaccel.models.lm_head import LMHead
 from polyaccel_conformance.models.answers import Answer
 from polyaccel_conformance.models.engines import Workshop
+from polyaccel_conformance.models.planted_layers import PLANTED_LAYERS
 
 Edit = Callable[[StepBuilder, BatchState, StepInput], StepInput]
+
+
+def _note(owner: object, *values: Any) -> None:
+    """Keep something with a part of an engine: a bug may be taken out and planted again while the engine lives."""
+    vars(owner)["_conformance"] = values
+
+
+def _noted(owner: object) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = vars(owner).get("_conformance", ())
+    return found
 
 
 @contextmanager
@@ -168,11 +183,12 @@ def _freed_early() -> Iterator[None]:
 def _graph_keeps_adapters() -> Iterator[None]:
     """A graph goes on with the adapters that it was captured with."""
     run = GraphCache.run
-    first: dict[tuple[int, int], dict[RowSet, AdapterRows]] = {}
 
     def wrong(self: GraphCache, inputs: StepInput, rank_rows: int, spare_request_slot: int) -> SampleOutput:
         if inputs.has_adapters:
-            kept = first.setdefault((id(self), inputs.tokens), dict(inputs.adapters))
+            (first,) = _noted(self) or ({},)
+            _note(self, first)
+            kept = first.setdefault(inputs.tokens, dict(inputs.adapters))
             inputs = replace(inputs, adapters=kept)
         return run(self, inputs, rank_rows, spare_request_slot)
 
@@ -212,16 +228,94 @@ def _first_token_lost() -> Iterator[None]:
 
 
 @contextmanager
+def _uncached_first_row() -> Iterator[None]:
+    """With an empty prefix cache and no adapter loaded, a prompt of more than a block goes on from its first row."""
+    begin, build = Scheduler.__init__, StepBuilder.build
+
+    def wrong_begin(
+        self: Scheduler, capacity: Any, state: BatchState, cache: PrefixCache, adapters: Any, tokens: int
+    ) -> None:
+        begin(self, capacity, state, cache, adapters, tokens)
+        _note(state, cache, adapters)
+
+    def wrong(self: StepBuilder, plan: Plan) -> BuiltStep:
+        built, (cache, adapters) = build(self, plan), _noted(self._state)
+        inputs = built.inputs
+        if not cache.enabled or getattr(adapters, "_registered", None):
+            return built
+        rows = inputs.logits_rows.copy()
+        for first, end in zip(inputs.query_starts[:-1], inputs.query_starts[1:], strict=True):
+            if end - first > cache.block_size and inputs.positions[first] == 0:
+                rows[rows == end - 1] = first
+        return replace(built, inputs=replace(inputs, logits_rows=rows))
+
+    with mock.patch.object(Scheduler, "__init__", wrong_begin), mock.patch.object(StepBuilder, "build", wrong):
+        yield
+
+
+@contextmanager
+def _fifth_load() -> Iterator[None]:
+    """From the fifth on, adapters that are loaded are taken out of their slots again."""
+    place = AdapterManager._place
+
+    def wrong(self: AdapterManager, name: str, handle: PreparedHandle) -> AdapterReceipt:
+        receipt = place(self, name, handle)
+        (loads,) = _noted(self) or (0,)
+        _note(self, loads + 1)
+        if loads >= 4:
+            self._executor.clear_adapter(self._require_slots().get(name).where.slot)
+        return receipt
+
+    with mock.patch.object(AdapterManager, "_place", wrong):
+        yield
+
+
+@contextmanager
+def _graph_base_rows() -> Iterator[None]:
+    """Four and more rows without an adapter go on with the adapters that as many rows had last."""
+    run = GraphCache.run
+
+    def wrong(self: GraphCache, inputs: StepInput, rank_rows: int, spare_request_slot: int) -> SampleOutput:
+        (last,) = _noted(self) or ({},)
+        _note(self, last)
+        if inputs.has_adapters:
+            last[inputs.tokens] = dict(inputs.adapters), rank_rows
+        elif inputs.tokens >= 4 and inputs.tokens in last:
+            adapters, rank_rows = last[inputs.tokens]
+            inputs = replace(inputs, adapters=adapters)
+        return run(self, inputs, rank_rows, spare_request_slot)
+
+    with mock.patch.object(GraphCache, "run", wrong):
+        yield
+
+
+@contextmanager
+def _short_logits() -> Iterator[None]:
+    """Logits keep 12 bits of their significands."""
+    right = LMHead.forward
+
+    def wrong(self: LMHead, x: torch.Tensor, step: Step) -> torch.Tensor:
+        logits = right(self, x, step)
+        if logits.dtype != torch.float32:
+            return logits
+        return (logits.contiguous().view(torch.int32) & ~0xFFF).view(torch.float32)
+
+    with mock.patch.object(LMHead, "forward", wrong):
+        yield
+
+
+@contextmanager
 def _third_use_of_a_block() -> Iterator[None]:
     """Cached blocks that are found once more after they have been found before are the first of them, again and
     again."""
     lookup = PrefixCache.lookup
-    hits: Counter[tuple[int, int]] = Counter()
 
     def wrong(self: PrefixCache, key: Hashable, tokens: npt.NDArray[np.int32]) -> tuple[list[int], bytes]:
         blocks, digest = lookup(self, key, tokens)
-        used = [hits[id(self), block] for block in blocks]
-        hits.update((id(self), block) for block in blocks)
+        (hits,) = _noted(self) or (Counter[int](),)
+        used = [hits[block] for block in blocks]
+        hits.update(blocks)
+        _note(self, hits)
         return ([blocks[0]] * len(blocks) if blocks and min(used) > 0 else blocks), digest
 
     with mock.patch.object(PrefixCache, "lookup", wrong):
@@ -262,13 +356,13 @@ def _choice_ignored() -> Iterator[None]:
 def _rank_reads_other_adapter() -> Iterator[None]:
     """The last of several ranks reads the first adapter's files for every adapter."""
     send = ProcessExecutor._send_all
-    first: dict[int, object] = {}
 
     def wrong(self: ProcessExecutor, message: tuple[object, ...]) -> None:
         if message[0] != "prepare" or self._world < 2:
             return send(self, message)
         kind, token, path, *rest = message
-        path_of_last = first.setdefault(id(self), path)
+        (path_of_last,) = _noted(self) or (path,)
+        _note(self, path_of_last)
         with self._sending:
             self._raise_if_dead()
             for worker in self._workers[:-1]:
@@ -329,6 +423,10 @@ PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxy
         "engine.mix_sign_lost": lambda: _steps(_without_sign),
         "engine.short_chunk_positions": lambda: _steps(_restart_short_middle),
         "engine.first_token_lost": _first_token_lost,
+        "engine.uncached_first_row": _uncached_first_row,
+        "engine.fifth_load": _fifth_load,
+        "engine.graph_base_rows": _graph_base_rows,
+        "engine.short_logits": _short_logits,
         "engine.third_use_of_a_block": _third_use_of_a_block,
         "engine.merge_keeps_cache": _merge_keeps_cache,
         "engine.choice_ignored": _choice_ignored,
@@ -359,7 +457,8 @@ def plant(name: str) -> None:
     Raises:
         KeyError: no such bug.
     """
-    planted = [PLANTED[name]()]
+    made = {**PLANTED, **PLANTED_LAYERS}[name]
+    planted = [made()]
     planted[0].__enter__()
     reference = Workshop.reference
 
@@ -368,7 +467,7 @@ def plant(name: str) -> None:
         try:
             return reference(self, *arguments)
         finally:
-            planted.append(PLANTED[name]())
+            planted.append(made())
             planted[0].__enter__()
 
     setattr(Workshop, "reference", right)  # noqa: B010

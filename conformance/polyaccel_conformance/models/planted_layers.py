@@ -1,4 +1,5 @@
-"""Bugs planted in single layers, such that tokens hardly change: only a layer that is looked at by itself shows them.
+"""Bugs planted in the models, such that tokens hardly change: a layer that is looked at by itself shows them, or
+log-probabilities that rounding does not explain.
 
 Each is a context manager that patches one method for the models built and run inside it, in this process.
 """
@@ -16,6 +17,7 @@ import torch
 from polyaccel.backend import RopeTable, Step, Weight
 from polyaccel.models.attention import Attention
 from polyaccel.models.block import HiddenStates
+from polyaccel.models.lm_head import LMHead
 
 LAYER = 2
 """The layer that is wrong."""
@@ -105,6 +107,19 @@ def _window_wide() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _logits_narrow() -> Iterator[None]:
+    """Logits pass bfloat16, whatever the model's dtype."""
+    right = LMHead.forward
+
+    def narrow(self: LMHead, x: torch.Tensor, step: Step) -> torch.Tensor:
+        logits = right(self, x, step)
+        return logits.to(torch.bfloat16).to(logits.dtype)
+
+    with mock.patch.object(LMHead, "forward", narrow):
+        yield
+
+
 PLANTED_LAYERS: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxyType(
     {
         "engine.layer_residual_late": _residual_late,
@@ -112,8 +127,11 @@ PLANTED_LAYERS: Mapping[str, Callable[[], AbstractContextManager[None]]] = Mappi
         "engine.layer_rope_shifted": _rope_shifted,
         "engine.layer_other_eps": _other_eps,
         "engine.layer_window_wide": _window_wide,
+        "engine.logits_narrow": _logits_narrow,
     }
 )
 
 CONTROL = "engine.layer_residual_late"
 """What shows that a wrong layer is found."""
+LOGITS = "engine.logits_narrow"
+"""What shows that wrong log-probabilities are found."""

@@ -48,25 +48,39 @@ class ModelProblem(DeviceProblem):
             return vary(shop, family, opener(bench))
 
 
+class EqualityProblem(ModelProblem):
+    """Float32 in every setting of the engine."""
+
+    def _ask(self, bench: Bench) -> Agreement:
+        from polyaccel_conformance.models.equality import MIXES, Settings, equality
+        from polyaccel_conformance.models.planted_layers import LOGITS, PLANTED_LAYERS
+
+        shop, chosen = workshop(bench), Settings.of(self.case)
+        family = str(self.case.attributes["family"])
+        shop.rounding(family, MIXES[chosen.adapters])
+        # The reference's answers are known by now and stay right.
+        with PLANTED_LAYERS[LOGITS]() if self.sabotaged else nullcontext():
+            return equality(shop, family, opener(bench), chosen)
+
+
 class RanksProblem(ModelProblem):
     """Tensor parallelism. Workers find the backend by its name, so that it must be installed."""
 
     def _ask(self, bench: Bench) -> Agreement:
-        from polyaccel_conformance.models.variations import BASE, MANY, NotExercised, ranks, wrong_adapter
+        from polyaccel_conformance.models.equality import MIXES, Settings, equality
+        from polyaccel_conformance.models.variations import NotExercised, wrong_adapter
 
         subject, family = bench.subject, str(self.case.attributes["family"])
-        world = self.case.attributes["world"]
-        assert isinstance(world, int)
+        chosen = Settings.of(self.case)
+        world = chosen.world
         if subject is None or not subject.by_name:
             raise NotExercised("the engine's workers find a backend by its entry point only")
         if bench.device.torch_device.type != "cpu" and len(bench.backend.devices()) < world:
             raise NotExercised(f"{len(bench.backend.devices())} devices for {world} ranks")
-        shop = workshop(bench)
-        if self.sabotaged:
-            for mixes in (BASE, MANY):
-                shop.reference(family, mixes)
+        shop, name = workshop(bench), subject.name
+        shop.rounding(family, MIXES[chosen.adapters])
         with wrong_adapter() if self.sabotaged else nullcontext():
-            return ranks(shop, family, subject.name, world)
+            return equality(shop, family, lambda: name, chosen)
 
 
 class ModelQuestion(DeviceCheck):
@@ -87,11 +101,28 @@ class ModelQuestion(DeviceCheck):
         return self.kind(case)
 
 
-class RanksQuestion(ModelQuestion):
-    """The same for each world size."""
+class EqualityQuestion(ModelQuestion):
+    """A question asked in every setting of the engine."""
+
+    kind: type[ModelProblem] = EqualityProblem
+
+    def axes(self) -> Mapping[str, Sequence[Choice]]:
+        return {
+            **super().axes(),
+            # The first has adapters, since that is where ranks differ most.
+            "attributes.adapters": ("many", "one", "none"),
+            "attributes.graphs": (False, True),
+            "attributes.overlap": (False, True),
+            "attributes.crowd": ("alone", "crowded"),
+            "attributes.prefix_cache": (False, True),
+        }
+
+
+class RanksQuestion(EqualityQuestion):
+    """The same at each world size."""
 
     levels: ClassVar[tuple[Level, ...]] = ("L6",)
-    kind = RanksProblem
+    kind: type[ModelProblem] = RanksProblem
 
     def axes(self) -> Mapping[str, Sequence[Choice]]:
         return {**super().axes(), "attributes.world": WORLDS}
@@ -106,6 +137,7 @@ QUESTIONS: tuple[ModelQuestion, ...] = (
     ModelQuestion("model.prefix_cache"),
     ModelQuestion("model.preemption"),
     ModelQuestion("model.graphs"),
+    EqualityQuestion("model.float32"),
     RanksQuestion("model.ranks"),
 )
 

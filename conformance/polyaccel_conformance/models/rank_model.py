@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,18 +28,20 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-RESULTS: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("q",),
-    "attention": ("attention",),
-    "o": ("o", "o residual"),
-    "gate_up": ("gate_up",),
-    "down": ("down", "down residual"),
-    "router": ("router",),
-    "router.route": ("weights", "ids"),
-    "experts": ("experts",),
-    "experts.all_reduce": ("all_reduce",),
-    "experts.norm": ("norm", "norm residual"),
-}
+RESULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "qkv": ("q",),
+        "attention": ("attention",),
+        "o": ("o", "o residual"),
+        "gate_up": ("gate_up",),
+        "down": ("down", "down residual"),
+        "router": ("router",),
+        "router.route": ("weights", "ids"),
+        "experts": ("experts",),
+        "experts.all_reduce": ("all_reduce",),
+        "experts.norm": ("norm", "norm residual"),
+    }
+)
 """What each of a layer's sites gives."""
 
 

@@ -170,7 +170,7 @@ class Reference:
             [np.arange(end - request.queries, end) for end, request in zip(starts[1:], requests, strict=True)]
         )
         nothing = np.zeros((0, self.family.kv_heads, self.family.head_dim))
-        residual = self._tensors["model.embed_tokens.weight"][np.concatenate([request.ids for request in requests])]
+        residual = self.embedding[np.concatenate([request.ids for request in requests])]
         x = self._input_norm(residual)
         found: list[LayerInput] = []
         for number in range(self.family.layers):
@@ -190,6 +190,21 @@ class Reference:
         family = self.family
         return RankShare(heads=(0, family.heads), kv_heads=(0, family.kv_heads), inner=((0, family.intermediate),))
 
+    @property
+    def embedding(self) -> Floats:
+        """``[vocabulary, hidden]``."""
+        return self._tensors["model.embed_tokens.weight"]
+
+    @property
+    def head(self) -> Floats:
+        """``[vocabulary, hidden]`` of the language-model head."""
+        return self.embedding if self.family.tied else self._tensors["lm_head.weight"]
+
+    @property
+    def first_norm(self) -> Floats:
+        """``[hidden]``: before the first layer."""
+        return self._tensors["model.layers.0.input_layernorm.weight"]
+
     def _rotation(self, requests: Sequence[Request]) -> tuple[Floats, Floats]:
         """Rows of the model's table of cosines and sines, which holds float32."""
         d = self.family.head_dim
@@ -199,8 +214,7 @@ class Reference:
         return single(np.cos(angles)), single(np.sin(angles))
 
     def _input_norm(self, x: Floats) -> Floats:
-        weight = self._tensors["model.layers.0.input_layernorm.weight"]
-        normed = rms_norm(Bounded.exact(x), weight, NORM_EPS, normed=self.format, rsqrt_ulps=ALLOWED.rsqrt)
+        normed = rms_norm(Bounded.exact(x), self.first_norm, NORM_EPS, normed=self.format, rsqrt_ulps=ALLOWED.rsqrt)
         return self.format.round(normed.value)
 
 

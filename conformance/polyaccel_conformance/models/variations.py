@@ -170,15 +170,6 @@ VARIATIONS: Mapping[str, Variation] = MappingProxyType(
 )
 
 
-def ranks(shop: Workshop, family: str, name: str, world_size: int) -> Agreement:
-    """Tensor parallelism on ``world_size`` processes, without and with adapters, against the reference."""
-    expected = [shop.reference(family, mixes) for mixes in (BASE, MANY)]
-    options = {"tensor_parallel_size": world_size, "adapters": shop.adapters(family)}
-    with shop.open(family, name, **options) as llm:
-        got = [ask(llm, shop.prompts(family), mixes, GREEDY) for mixes in (BASE, MANY)]
-    return _worst([agree(reference, answers) for reference, answers in zip(expected, got, strict=True)])
-
-
 @contextmanager
 def wrong_adapter() -> Iterator[None]:
     """Engines opened inside load every adapter from the folder of the first: no right answer can come out."""

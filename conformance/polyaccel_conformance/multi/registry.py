@@ -17,7 +17,7 @@ RANKED_SETS: Mapping[str, ProblemSet] = MappingProxyType(
 )
 """The axis ``ranks`` is not listed by the sets: whoever draws a case adds the size of the world before it is mended."""
 
-LOCKSTEP = ("values.", "memory.", "invariance.", "comm.", "lora.tp_", "model.layers")
+LOCKSTEP = ("values.", "memory.", "invariance.", "numerics.", "comm.", "lora.tp_", "model.layers")
 """Checks that ranks ask together. The others look at one call on one device, which a world of one shows as well, and
 may end on one rank while the others are still in a collective."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -103,6 +104,99 @@ def _by_batch(fn: Function) -> Function:
     return silu_and_mul
 
 
+def _before_the_operand(fn: Function) -> Function:
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        """Where the input is zero the element before the operand is passed on, which mostly is zero as well."""
+        y: Tensor = fn(x, approximate)
+        if not x.numel() or x.storage_offset() == 0:
+            return y
+        before = x.as_strided((1,), (1,), x.storage_offset() - 1)
+        return torch.where(x == 0, before, y)
+
+    return gelu
+
+
+def _behind_the_operand(fn: Function) -> Function:
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        """What lies behind the operand is added, times zero."""
+        y: Tensor = fn(x, approximate)
+        end = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+        if not x.numel() or (end + 1) * x.element_size() > x.untyped_storage().nbytes():
+            return y
+        return y + x.as_strided((1,), (1,), end) * 0
+
+    return gelu
+
+
+def _copies_rows_apart(fn: Function) -> Function:
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        y: Tensor = fn(x.contiguous(), approximate)
+        return y
+
+    return gelu
+
+
+def _one_memory(fn: Function) -> Function:
+    def dense_attention(q: Tensor, k: Tensor, v: Tensor, starts: Any, scale: float, causal: bool = True) -> Tensor:
+        """Where keys and values are one tensor, the values are halved."""
+        y: Tensor = fn(q, k, v, starts, scale, causal)
+        return y * 0.5 if k.numel() and k.data_ptr() == v.data_ptr() else y
+
+    return dense_attention
+
+
+def _long(y: Tensor) -> Tensor:
+    """Where a float32 result has more than 16 bits: exact data give none that has."""
+    return (y.contiguous().view(torch.int32) & 0xFF) != 0
+
+
+def _wandering() -> Wrap:
+    def wrap(fn: Function) -> Function:
+        calls = [0]
+
+        def silu_and_mul(x: Tensor) -> Tensor:
+            """In each call another element of 33 rows is off by a unit in the last place."""
+            y: Tensor = fn(x)
+            calls[0] += 1
+            if y.dtype != torch.float32 or len(y) != 33 or y.numel() < 64:
+                return y
+            other = torch.zeros(y.shape, dtype=torch.bool)
+            other.view(-1)[7 * calls[0] % y.numel()] = True
+            return torch.where(other & _long(y), torch.nextafter(y, y + 1), y)
+
+        return silu_and_mul
+
+    return wrap
+
+
+def _blurred(fn: Function) -> Function:
+    def silu_and_mul(x: Tensor) -> Tensor:
+        """Of 33 rows, results with more than 16 bits are off by one in 4096."""
+        y: Tensor = fn(x)
+        if y.dtype != torch.float32 or len(y) != 33:
+            return y
+        return torch.where(_long(y), y * (1 + 2.0**-12), y)
+
+    return silu_and_mul
+
+
+def _route_by_batch(fn: Function) -> Function:
+    def moe_route(logits: Tensor, *rest: Any) -> Any:
+        """Weights of more than 16 rows are off by a unit in the last place."""
+        weights, ids = fn(logits, *rest)
+        return torch.where(_long(weights) & (len(logits) > 16), torch.nextafter(weights, weights + 1), weights), ids
+
+    return moe_route
+
+
+def _nan_in_weight(fn: Function) -> Function:
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Any:
+        """NaN in the weight becomes one."""
+        return fn(x, torch.where(weight.isnan(), 1.0, weight).to(weight.dtype), eps, residual)
+
+    return rms_norm
+
+
 def _masks_nan(fn: Function) -> Function:
     def silu_and_mul(x: Tensor) -> Tensor:
         """NaN becomes zero."""
@@ -137,10 +231,15 @@ def _moody(operator: str) -> Callable[[Backend], Backend]:
     return apply
 
 
+def _never_the_same(query: Query) -> list[str]:
+    return [f"at {time.monotonic_ns()} there was no room for a kernel"]
+
+
 def _lenient(fn: Function) -> Function:
     def linear(x: Tensor, weight: Weight) -> Tensor:
         """Of rows that are too wide the last columns are taken."""
-        y: Tensor = fn(x[..., max(x.shape[-1] - weight.spec.k, 0) :].contiguous(), weight)
+        wider = x.shape[-1] - weight.spec.k
+        y: Tensor = fn(x[..., wider:].contiguous() if wider > 0 else x, weight)
         return y
 
     return linear
@@ -149,7 +248,7 @@ def _lenient(fn: Function) -> Function:
 def _host_round_trip(fn: Function) -> Function:
     def silu_and_mul(x: Tensor) -> Tensor:
         """Asks the device for a value in the middle of a step."""
-        if x.numel() and float(x.reshape(-1)[0].item()) > 1e30:
+        if x.numel() and float(x[(0,) * x.dim()].item()) > 1e30:
             return torch.zeros_like(x)
         y: Tensor = fn(x)
         return y
@@ -185,6 +284,45 @@ CONDUCT: tuple[Mutant, ...] = (
         layer_norm=_new_memory,
     ),
     mutant("gelu.ignores_strides", "Rows are taken to be dense.", "layout.arguments", gelu=_reads_gap),
+    mutant(
+        "gelu.zero_from_before",
+        "Zeros are taken from before the operand.",
+        "memory.unwritten",
+        gelu=_before_the_operand,
+    ),
+    mutant(
+        "gelu.adds_what_follows",
+        "What lies behind the operand is added, times zero.",
+        "memory.reads",
+        gelu=_behind_the_operand,
+    ),
+    mutant(
+        "gelu.copies_uncounted", "A copy for the layout is not counted.", "layout.arguments", gelu=_copies_rows_apart
+    ),
+    mutant(
+        "dense_attention.keys_are_values",
+        "Values that are the keys' memory are halved.",
+        "alias.allowed",
+        dense_attention=_one_memory,
+    ),
+    mutant(
+        "silu.wandering_bit",
+        "In each call another element of 33 rows is off by a bit.",
+        "invariance.run_to_run",
+        silu_and_mul=_wandering(),
+    ),
+    mutant(
+        "silu.blurred_33", "Of 33 rows, long results are off by one in 4096.", "values.bound", silu_and_mul=_blurred
+    ),
+    mutant(
+        "moe_route.batch",
+        "Weights of more than 16 rows have other last bits.",
+        "invariance.batch",
+        moe_route=_route_by_batch,
+    ),
+    mutant(
+        "rms_norm.hides_nan_in_weight", "NaN in the weight becomes one.", "nonfinite.rules", rms_norm=_nan_in_weight
+    ),
     mutant("rms_norm.alias", "A residual that is x itself is ignored.", "alias.allowed", rms_norm=_aliased),
     mutant(
         "silu.third_call",
@@ -201,6 +339,13 @@ CONDUCT: tuple[Mutant, ...] = (
         operators=("linear",),
         check="support.pure",
         apply=_moody("linear"),
+    ),
+    Mutant(
+        name="silu.refuses_by_the_clock",
+        what="Everything is refused, each time with another reason.",
+        operators=("silu_and_mul",),
+        check="support.pure",
+        apply=redeclared("silu_and_mul", supports=_never_the_same),
     ),
     mutant(
         "linear.lenient",

@@ -18,16 +18,16 @@ from polyaccel.backend import (
     PolyaccelError,
     Step,
     StepInput,
-    Weight,
 )
 from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant
 from polyaccel_conformance.simulated import Runtime, SimulatedBackend, SimulatedDevice
 from polyaccel_conformance.simulated.device import SimulatedEvent
 from polyaccel_conformance.simulated.factories import device_of
 from polyaccel_conformance.simulated.stream import Stream, Task
+from polyaccel_conformance.simulated.tensor import empty_on
 
 Tensor = torch.Tensor
-SOME = ("linear", "embedding", "silu_and_mul")
+SOME = ("silu_and_mul", "select_rows")
 """Operators whose cases are run where all of them are wrong alike."""
 
 
@@ -91,31 +91,31 @@ def _not_restored(inner: SimulatedBackend) -> Backend:
 
 
 def _first_device_scratch(fn: Function, backend: SimulatedBackend) -> Function:
-    def linear(x: Tensor, weight: Weight) -> Tensor:
+    def silu_and_mul(x: Tensor) -> Tensor:
         backend.devices()[0].empty((max(x.numel(), 1),), torch.float32)
-        y: Tensor = fn(x, weight)
+        y: Tensor = fn(x)
         return y
 
-    return linear
+    return silu_and_mul
 
 
 def _fetches(fn: Function, backend: SimulatedBackend) -> Function:
-    def linear(x: Tensor, weight: Any) -> Tensor:
-        y: Tensor = fn(x.to(weight.tensor.device) if weight.quantised is None else x, weight)
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y: Tensor = fn(x, weight if weight.device == x.device else weight.to(x.device), bias, eps)
         return y
 
-    return linear
+    return layer_norm
 
 
 def _leaks(fn: Function, backend: SimulatedBackend) -> Function:
     kept: list[Tensor] = []
 
-    def linear(x: Tensor, weight: Weight) -> Tensor:
-        kept.append(x.new_empty(64))
-        y: Tensor = fn(x, weight)
+    def silu_and_mul(x: Any) -> Tensor:
+        kept.append(backend.devices()[x.memory.device.index].empty((64,), torch.float32))
+        y: Tensor = fn(x)
         return y
 
-    return linear
+    return silu_and_mul
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -211,12 +211,13 @@ def _on_the_host(fn: Function, backend: SimulatedBackend) -> Function:
     def silu_and_mul(x: Any) -> Tensor:
         """Through a mapping of the device's memory, which no dispatcher sees."""
         backend.runtime.wait_device(x.memory.device)
-        y: Any = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-        wide = x.host.float()
         n = x.shape[-1] // 2
+        y = empty_on(x.memory.device, (*x.shape[:-1], n), x.dtype)
+        # Something is dispatched, on the host.
+        wide = x.host.float()
         with torch.utils._python_dispatch._disable_current_modes():
             y.host.copy_(torch.nn.functional.silu(wide[..., :n]) * wide[..., n:])
-        return y  # type: ignore[no-any-return]
+        return y
 
     return silu_and_mul
 
@@ -246,21 +247,25 @@ DEVICES: tuple[Mutant, ...] = (
         "launch.not_restored", "After an exception another device is current.", "device.wrong_current", _not_restored
     ),
     simulated(
-        "linear.scratch_on_first_device",
+        "silu.scratch_on_first_device",
         "A workspace is always taken from device 0.",
         "device.wrong_current",
-        wrapped("linear", _first_device_scratch),
-        ("linear",),
+        wrapped("silu_and_mul", _first_device_scratch),
+        ("silu_and_mul",),
     ),
     simulated(
-        "linear.fetches_operands",
-        "Operands on other devices are copied silently.",
+        "layer_norm.fetches_operands",
+        "A weight on another device is copied silently.",
         "device.wrong_current",
-        wrapped("linear", _fetches),
-        ("linear",),
+        wrapped("layer_norm", _fetches),
+        ("layer_norm",),
     ),
     simulated(
-        "linear.leaks", "Every call keeps its workspace.", "memory.steady", wrapped("linear", _leaks), ("linear",)
+        "silu.leaks",
+        "Every call keeps its workspace.",
+        "memory.steady",
+        wrapped("silu_and_mul", _leaks),
+        ("silu_and_mul",),
     ),
     simulated(
         "launch.default_stream",

@@ -8,8 +8,10 @@ from polyaccel.backend import Backend
 from polyaccel_conformance.models.questions import QUESTIONS
 from polyaccel_conformance.mutants.mutant import Host, Mutant
 
-WHOLE_MODEL = (*(question.operator for question in QUESTIONS), "cache.identity")
-CAPTURED = ("model.tokens", "model.graphs")
+OF_RANKS = ("model.ranks", "model.adapters")
+WHOLE_MODEL = (*(q.operator for q in QUESTIONS if q.operator not in OF_RANKS[:1]), "cache.identity")
+"""Questions that one rank answers."""
+CAPTURED = ("model.tokens", "model.graphs", "model.float32")
 """Questions that are asked with graphs switched on."""
 
 
@@ -45,8 +47,9 @@ def _engine(
 
 
 ENGINE: tuple[Mutant, ...] = (
+    _engine("engine.uncached_first_row", "Prompts that are not cached go on from their first row.", "model.tokens"),
     _engine("engine.first_token_lost", "Without adapters a prompt begins with token 0.", "model.tokens"),
-    _engine("engine.first_row_of_logits", "Without adapters a prompt goes on from its first row.", "model.tokens"),
+    _engine("engine.fifth_load", "From the fifth on, adapters that are loaded do nothing.", "model.adapters"),
     _engine("engine.mix_sign_lost", "Negative weights of a mix count as positive.", "model.adapters"),
     _engine("engine.scaled_by_padded_rank", "The scale is alpha over a rank padded to 16.", "model.adapters"),
     _engine("engine.uniform_by_row", "Random numbers follow the row, not the request.", "model.crowd"),
@@ -64,7 +67,27 @@ ENGINE: tuple[Mutant, ...] = (
         operators=CAPTURED,
         host="simulated",
     ),
-    _engine("engine.rank_reads_other_adapter", "The last rank reads the first adapter for all.", "model.ranks"),
+    _engine(
+        "engine.graph_base_rows",
+        "Rows without adapters get those that as many rows had last.",
+        "model.graphs",
+        operators=CAPTURED,
+        host="simulated",
+    ),
+    _engine("engine.short_logits", "Logits keep 12 bits.", "model.float32"),
+    _engine(
+        "engine.layer_rope_shifted",
+        "In one layer every position is one ahead.",
+        "model.layers",
+        operators=("model.layers", *WHOLE_MODEL),
+    ),
+    _engine(
+        "engine.rank_reads_other_adapter",
+        "The last rank reads the first adapter for all.",
+        "model.ranks",
+        operators=OF_RANKS,
+        devices=4,
+    ),
     _engine("engine.merge_keeps_cache", "A merge leaves old keys and values in the prefix cache.", "cache.identity"),
     _engine("engine.prefix_by_name", "The prefix cache knows adapters by their names.", "cache.identity"),
     _engine(

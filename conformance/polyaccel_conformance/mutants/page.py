@@ -74,7 +74,7 @@ def problems(mutants: Mapping[str, Mutant], records: Records, checks: Sequence[s
 
 
 def uniform_share(record: Record) -> float | None:
-    """Failing cases among uniformly drawn ones; among all there are, for questions of few cases."""
+    """Failing cases among uniformly drawn ones; None where none was run."""
     return None if record.uniform is None else record.uniform.share
 
 
@@ -113,11 +113,10 @@ def _listed(mutants: Mapping[str, Mutant], known: Mapping[str, Record]) -> str:
     lines = [
         "## What kills each",
         "",
-        "*Failing*: cases of the quick list that fail any check. *Uniform*: the same of uniformly drawn cases; empty "
-        "for questions with a few fixed cases. Numbers in brackets are failing cases.",
+        "*Failing*: the share of the quick list's cases that fail some check. Numbers in brackets are failing cases.",
         "",
-        "| mutant | bug | host | failing | uniform | killed by |",
-        "|---|---|---|---|---|---|",
+        "| mutant | bug | host | failing | killed by |",
+        "|---|---|---|---|---|",
     ]
     for name, mutant in mutants.items():
         record = known[name]
@@ -125,10 +124,8 @@ def _listed(mutants: Mapping[str, Mutant], known: Mapping[str, Record]) -> str:
             continue
         kills = sorted(record.full.kills.items(), key=lambda item: (item[0] != mutant.check, -item[1]))
         shown = ", ".join(f"`{check}` ({count})" for check, count in kills) or "nothing"
-        share = uniform_share(record)
-        uniform = "" if share is None else f"{share:.1%}"
         host = mutant.host if mutant.devices == 1 else f"{mutant.host}, {mutant.devices} ranks"
-        lines.append(f"| `{name}` | {mutant.what} | {host} | {record.full.share:.1%} | {uniform} | {shown} |")
+        lines.append(f"| `{name}` | {mutant.what} | {host} | {record.full.share:.1%} | {shown} |")
     return "\n".join(lines) + "\n"
 
 

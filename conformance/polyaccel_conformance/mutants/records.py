@@ -69,11 +69,13 @@ class Records:
 
     def update(self, mutant: Mutant, **runs: Any) -> Record:
         """Set fields of the mutant's record."""
+        self._refresh()
         record = self.mutants[mutant.name] = replace(self.of(mutant), **runs)
         self.write()
         return record
 
     def host(self, name: str, score: Score) -> None:
+        self._refresh()
         self.hosts[name] = score
         self.write()
 
@@ -89,6 +91,11 @@ class Records:
             "hosts": {name: encode(score) for name, score in sorted(self.hosts.items())},
         }
         self._path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    def _refresh(self) -> None:
+        """What another series has written meanwhile stays."""
+        if self._path is not None and self._path.exists():
+            self._read(self._path)
 
     def _read(self, path: Path) -> None:
         try:

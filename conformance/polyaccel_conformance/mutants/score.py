@@ -13,8 +13,8 @@ from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
 from polyaccel_conformance.results import RunResult
 from polyaccel_conformance.run_options import Options
-from polyaccel_conformance.runner import HEAVY, run
-from polyaccel_conformance.schedule import OfRanks
+from polyaccel_conformance.runner import run
+from polyaccel_conformance.schedule import HEAVY, OfRanks
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer
 

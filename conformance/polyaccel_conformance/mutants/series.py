@@ -11,7 +11,7 @@ from pathlib import Path
 from polyaccel_conformance.mutants.catalogue import HEALTHY, MUTANTS
 from polyaccel_conformance.mutants.choice import by_date, portable_to
 from polyaccel_conformance.mutants.mutant import Mutant
-from polyaccel_conformance.mutants.page import page, problems
+from polyaccel_conformance.mutants.page import page, problems, sole_killers
 from polyaccel_conformance.mutants.records import Records
 from polyaccel_conformance.mutants.score import Score, examine, hunt, subject_of, uniform_share
 from polyaccel_conformance.subject import Subject
@@ -71,7 +71,9 @@ def matrix(mutants: Sequence[Mutant], path: Path, server: ForkServer, say: Say, 
 
     records = Records(path.with_suffix(".json"))
     records.keep(MUTANTS)
-    for mutant in mutants:
+    shown = sole_killers({mutant.name: records.of(mutant) for mutant in MUTANTS.values()})
+    # First those whose check has not been shown to find anything alone.
+    for mutant in sorted(mutants, key=lambda m: m.check in shown):
         record = records.of(mutant)
         if again or record.full is None:
             full = examine(subject_of(mutant), mutant.name, mutant.operators, server, devices=mutant.devices)
@@ -80,7 +82,7 @@ def matrix(mutants: Sequence[Mutant], path: Path, server: ForkServer, say: Say, 
             say(f"{mutant.name:36} {full.failing:4} of {full.cases:4} cases fail, {full.seconds:6.1f} s: {kills}")
         if again or record.hunt is None:
             record = records.update(mutant, hunt=hunt(mutant, server))
-        if record.full is not None and (again or record.uniform is None):
+        if mutant.narrow and record.full is not None and (again or record.uniform is None):
             records.update(mutant, uniform=uniform_share(mutant, tuple(record.full.kills), server))
     if not again:
         for name, healthy in HEALTHY.items():

@@ -12,12 +12,16 @@ from polyaccel.backend import (
     AdapterStore,
     Backend,
     Device,
+    Event,
     HostCopy,
     KVCache,
     KVSpec,
+    OperatorError,
+    PackedAdapter,
     SamplingRow,
     SamplingSpec,
     SamplingState,
+    SlotRange,
     TorchDevice,
     Weight,
     WeightSpec,
@@ -107,12 +111,23 @@ class _OpenWhenSealed(_Storage):
         return changed(made, write=write)  # type: ignore[no-any-return]
 
 
-class _StaysAfterClear(_Storage):
+class _StaysAfterRefusal(_Storage):
     def allocate_adapters(
         self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device
     ) -> AdapterStore:
         made = super().allocate_adapters(weights, rank_rows=rank_rows, slots=slots, device=device)
-        return changed(made, clear=lambda store, slot: None)  # type: ignore[no-any-return]
+        kind: Any = type(made)
+
+        def write(store: Any, where: SlotRange, packed: PackedAdapter) -> Event:
+            before = store._ranges[where.slot], store._ranks[where.slot]
+            try:
+                event: Event = kind.write(store, where, packed)
+            except OperatorError:
+                store._ranges[where.slot], store._ranks[where.slot] = before
+                raise
+            return event
+
+        return changed(made, write=write)  # type: ignore[no-any-return]
 
 
 class _FirstLayerCopied(_Storage):
@@ -135,14 +150,20 @@ class _StickyBias(_Storage):
         made = super().allocate_sampling(spec, device)
         kind: Any = type(made)
 
+        stepped: list[bool] = []
+
         def write_bias(state: Any, slot: int, row: SamplingRow) -> None:
-            if row.bias_ids is not None:
+            if row.bias_ids is not None or not stepped:
                 kind._write_bias(state, slot, row)
+
+        def advance(state: Any, *arguments: Any) -> None:
+            stepped.append(True)
+            kind.advance(state, *arguments)
 
         def needs(state: Any, slots: np.ndarray) -> Any:
             return kind.needs(state, slots)._replace(bias=state.bias is not None)
 
-        return changed(made, _write_bias=write_bias, needs=needs)  # type: ignore[no-any-return]
+        return changed(made, _write_bias=write_bias, advance=advance, needs=needs)  # type: ignore[no-any-return]
 
 
 STORAGE: tuple[Mutant, ...] = (
@@ -175,11 +196,11 @@ STORAGE: tuple[Mutant, ...] = (
         apply=_OpenWhenSealed,
     ),
     Mutant(
-        name="adapters.clear_does_nothing",
-        what="A cleared slot keeps its adapter.",
+        name="adapters.refused_stays",
+        what="After a write that is refused the slot keeps its former adapter.",
         operators=("storage.adapters", "sgmv"),
         check="storage.adapters",
-        apply=_StaysAfterClear,
+        apply=_StaysAfterRefusal,
     ),
     Mutant(
         name="kv_cache.first_layer_copied",
@@ -189,8 +210,8 @@ STORAGE: tuple[Mutant, ...] = (
         apply=_FirstLayerCopied,
     ),
     Mutant(
-        name="sampling.sticky_bias",
-        what="A request inherits the bias of the one before it in its slot.",
+        name="sampling.bias_outlives",
+        what="A request inherits the bias of one that was sampled in its slot.",
         operators=("storage.sampling", "sample"),
         check="storage.sampling",
         apply=_StickyBias,

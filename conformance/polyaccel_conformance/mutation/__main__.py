@@ -12,11 +12,11 @@ from pathlib import Path
 from polyaccel_conformance.errors import ConformanceError, ExitCode, UsageError
 from polyaccel_conformance.mutation import subject
 from polyaccel_conformance.mutation.campaign import Campaign, Outcome, State, run
-from polyaccel_conformance.mutation.coverage import digests, kept
+from polyaccel_conformance.mutation.coverage import kept
 from polyaccel_conformance.mutation.edit import Edit
-from polyaccel_conformance.mutation.install import all_edits
+from polyaccel_conformance.mutation.install import all_edits, digests
 from polyaccel_conformance.mutation.survivors import REQUIRED, Verdict, entry, judge, read_survivors
-from polyaccel_conformance.mutation.table import by, markdown
+from polyaccel_conformance.mutation.table import by, markdown, write
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer
 
@@ -69,17 +69,21 @@ def _run(options: argparse.Namespace, edits: Sequence[Edit], chosen: Sequence[Ed
         coverage = kept(options.folder / "coverage.json", healthy, server)
         with closing(Campaign(edits, healthy, coverage, server, limit=options.limit)) as campaign:
             whole = run(campaign, chosen, state, deadline, _show)
+            unsound = [*coverage.failing, *campaign.unsound]
     verdict = judge(chosen, state.outcomes, explained)
     print("\n".join(by(lambda edit: edit.file, chosen, state.outcomes, "file")))
     if options.table:
-        options.table.write_text(markdown(chosen, state.outcomes, explained), encoding="utf-8")
+        write(options.table, markdown(chosen, state.outcomes, explained))
     if not whole:
         print(f"{verdict.run} of {len(chosen)} mutants were run; the same command goes on")
         return ExitCode.INCONCLUSIVE
-    return _conclude(verdict)
+    for text in unsound:
+        print(f"fails without any change: {text}")
+    status = _conclude(verdict)
+    return ExitCode.INCONCLUSIVE if unsound and status == ExitCode.PASS else status
 
 
-def _conclude(verdict: Verdict) -> int:
+def _conclude(verdict: Verdict) -> ExitCode:
     for edit in verdict.unexplained:
         print(f"SURVIVED, not explained: {_line(edit)}\n{entry(edit)}")
     for explanation in verdict.stale:

@@ -7,16 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.checks.registry import CHECKS
 from polyaccel_conformance.errors import ConformanceError
 from polyaccel_conformance.multi.ranks import RankPool
-from polyaccel_conformance.multi.registry import RANKED_SETS
 from polyaccel_conformance.mutation.coverage import Coverage
 from polyaccel_conformance.mutation.edit import Edit, file_of
+from polyaccel_conformance.mutation.install import digests
+from polyaccel_conformance.mutation.subject import named
+from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
 from polyaccel_conformance.results import result_from_json
 from polyaccel_conformance.schedule import OfRanks, fixed
 from polyaccel_conformance.subject import Subject
@@ -52,12 +54,15 @@ class Outcome:
 
 
 class Campaign:
-    """Runs mutants in fresh processes, and each case that killed one again on the healthy package: it must pass there.
+    """Runs mutants in fresh processes. A case that fails is run without the change too; if it passes there, it kills.
+
+    Attributes:
+        unsound: cases that failed there too.
 
     Args:
         edits: all of the package; a worker knows a mutant by its index in its file.
         healthy: what opens the package as it is.
-        limit: cases of one rank that a mutant is asked at most, 0 for all that execute it.
+        limit: cases that a mutant is asked at most with each number of ranks, 0 for all that execute it.
     """
 
     def __init__(
@@ -65,13 +70,15 @@ class Campaign:
     ) -> None:
         counts: Counter[str] = Counter()
         self._names: dict[str, str] = {}
+        state = digests()
         for edit in edits:
-            self._names[edit.key] = f"{edit.file.removesuffix('.py')}_{counts[edit.file]}"
+            self._names[edit.key] = named(edit, counts[edit.file], state[edit.file])
             counts[edit.file] += 1
         self._healthy = healthy
         self._coverage = coverage
         self._server = server
         self._limit = limit
+        self.unsound: list[str] = []
         self._control = Pool(healthy, count=1, server=server)
         self._ranks = {world: RankPool(healthy, world, server=server, case_timeout=TIMEOUT) for world in WORLDS}
 
@@ -85,7 +92,7 @@ class Campaign:
         """The first kill: by numbers, then by any other check, then among ranks.
 
         Raises:
-            ConformanceError: the mutant cannot be made, or a case that fails on it fails without it too.
+            ConformanceError: the mutant cannot be made, or the sources are being edited.
         """
         began = time.monotonic()
         subject = replace(self._healthy, name=self._names[edit.key])
@@ -105,17 +112,18 @@ class Campaign:
             for answer in pool.run(jobs):
                 ran += 1
                 found = _failure(answer)
-                if found:
-                    again = _failure(self._control.ask(answer.job))
-                    if again:
-                        raise ConformanceError(f"{again} fails on the healthy package: {answer.job.request['case']}")
+                if not found:
+                    continue
+                again = _failure(self._control.ask(answer.job))
+                if not again:
                     return Outcome(killed=found, operator=str(answer.job.name), cases=ran)
+                self.unsound.append(f"{again}: {answer.job.request['case']}")
         return Outcome(killed="", cases=ran)
 
     def _ranked(self, subject: Subject, ran: int) -> Outcome:
         for world in WORLDS:
             with RankPool(subject, world, server=self._server, timeout=TIMEOUT, case_timeout=TIMEOUT) as pool:
-                for case in _ranked_cases(world):
+                for case in islice(_ranked_cases(world), self._limit or None):
                     ran += 1
                     try:
                         failures = pool.run(case).failures
@@ -124,10 +132,10 @@ class Campaign:
                         if "UsageError" in str(error):
                             raise
                         found = OPEN
-                    if found:
-                        if self._ranks[world].run(case).failures:
-                            raise ConformanceError(f"{found} fails on the healthy package: {case.to_json()}")
+                    if found and self._ranks[world].run(case).passed:
                         return Outcome(killed=found, operator=case.operator, cases=ran)
+                    if found:
+                        self.unsound.append(f"{found}: {case.to_json()}")
         return Outcome(killed="", cases=ran)
 
 
@@ -147,8 +155,8 @@ def _jobs(cases: Sequence[Case], *stages: Sequence[str]) -> Iterator[Job]:
 
 
 def _ranked_cases(world: int) -> Iterator[Case]:
-    """Operators take turns: each collective shows another part of a communicator."""
-    lists = [[item.case for item in fixed(OfRanks(s, world), ranks=world)] for s in RANKED_SETS.values()]
+    """Collectives take turns: each shows another part of a communicator. What calls them shows no more of it."""
+    lists = [[item.case for item in fixed(OfRanks(s, world), ranks=world)] for s in COLLECTIVE_SETS]
     return (case for case in chain.from_iterable(zip_longest(*lists)) if case is not None)
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.checks.registry import CHECKS
-from polyaccel_conformance.errors import ConformanceError
 from polyaccel_conformance.mutation.edit import Edit
-from polyaccel_conformance.mutation.install import sources
+from polyaccel_conformance.mutation.install import digests
 from polyaccel_conformance.mutation.trace import TARGET
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
 from polyaccel_conformance.profiles import profile_of
@@ -27,10 +26,12 @@ HEAVY = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """``cases``: fixed ones of every operator, then drawn ones. ``by_line``: indices of the cases that execute it."""
+    """``cases``: fixed ones of every operator, then drawn ones. ``by_line``: indices of the cases that execute it.
+    ``failing``: cases that fail on the unchanged package, with what fails; they say nothing of mutants."""
 
     cases: tuple[Case, ...]
     by_line: Mapping[tuple[str, int], frozenset[int]]
+    failing: tuple[str, ...] = ()
 
     def of(self, edit: Edit) -> list[Case]:
         """The cases that execute the edit's statement; operators take turns, each in the order of its list."""
@@ -46,11 +47,6 @@ class Coverage:
         return [self.cases[index] for index in sorted(found, key=rank.__getitem__)]
 
 
-def digests() -> dict[str, str]:
-    """Names the state of each source file."""
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sources().items()}
-
-
 def cases() -> Iterator[Case]:
     """What one run of the profile asks of one device, whole models aside."""
     sets = [problems for problems in PROBLEM_SETS.values() if problems.weight < HEAVY]
@@ -61,26 +57,25 @@ def cases() -> Iterator[Case]:
 
 
 def measure(subject: Subject, server: ForkServer, found: Sequence[Case]) -> Coverage:
-    """Run every case with every check on the healthy package.
-
-    Raises:
-        ConformanceError: a check fails there; nothing can be said of mutants then.
-    """
+    """Run every case with every check on the unchanged package."""
     arguments = {"subject": subject.to_json(), "checks": list(CHECKS)}
     process, connection = server.start(TARGET, arguments)
     by_line: dict[tuple[str, int], set[int]] = {}
+    failing: list[str] = []
     try:
         for index, case in enumerate(found):
             connection.send_bytes(json.dumps(case.to_json()).encode())
             answer = json.loads(connection.recv_bytes())
             if answer["failures"]:
-                raise ConformanceError(f"the healthy package fails {answer['failures']} in {case.to_json()}")
+                failing.append(f"{case.operator} {case.key}: {', '.join(answer['failures'])}")
+                continue
             for name, line in answer["lines"]:
                 by_line.setdefault((name, line), set()).add(index)
     finally:
         connection.close()
         process.wait(5.0)
-    return Coverage(cases=tuple(found), by_line={line: frozenset(indices) for line, indices in by_line.items()})
+    frozen = {line: frozenset(indices) for line, indices in by_line.items()}
+    return Coverage(cases=tuple(found), by_line=frozen, failing=tuple(failing))
 
 
 def kept(path: Path, subject: Subject, server: ForkServer) -> Coverage:
@@ -91,8 +86,8 @@ def kept(path: Path, subject: Subject, server: ForkServer) -> Coverage:
         value = json.loads(path.read_text())
         if value["state"] == state:
             lines = {(name, line): frozenset(indices) for name, line, indices in value["lines"]}
-            return Coverage(cases=tuple(found), by_line=lines)
+            return Coverage(cases=tuple(found), by_line=lines, failing=tuple(value["failing"]))
     coverage = measure(subject, server, found)
     rows = [[name, line, sorted(indices)] for (name, line), indices in sorted(coverage.by_line.items())]
-    path.write_text(json.dumps({"state": state, "lines": rows}))
+    path.write_text(json.dumps({"state": state, "lines": rows, "failing": coverage.failing}))
     return coverage

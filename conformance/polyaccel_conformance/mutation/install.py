@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ def sources(package: str = PACKAGE) -> dict[str, Path]:
     """The package's own files by name, in alphabetical order."""
     folder = Path(importlib.import_module(package).__path__[0])
     return {path.name: path for path in sorted(folder.glob("*.py"))}
+
+
+def digests(package: str = PACKAGE) -> dict[str, str]:
+    """Names the state of each source file."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sources(package).items()}
 
 
 def edits_in(file: str, package: str = PACKAGE) -> tuple[Edit, ...]:

@@ -1,6 +1,7 @@
-"""What workers open: the file of a table, whose attributes are mutants by file and by index in that file's list.
+"""What workers open: the file of a table, whose attributes are mutants by file, index in that file's list and digest.
 
-``moe_17`` is everything as composites on the CPU with mutant 17 of ``moe.py`` installed; ``healthy`` the same without.
+``moe_17_0f3c`` is everything as composites on the CPU with mutant 17 of ``moe.py`` installed, provided that the file
+still has this digest; ``healthy`` the same without.
 """
 
 from __future__ import annotations
@@ -9,20 +10,30 @@ import resource
 from collections.abc import Callable
 
 from polyaccel.backend import Backend, TableBackend
-from polyaccel_conformance.mutation.install import edits_in, install
+from polyaccel_conformance.errors import UsageError
+from polyaccel_conformance.mutation.edit import Edit
+from polyaccel_conformance.mutation.install import digests, edits_in, install
 
 HEALTHY = "healthy"
 MEMORY = 6 << 30
 """Bytes after which a mutant that asks for ever more memory ends."""
 
 
+def named(edit: Edit, index: int, digest: str) -> str:
+    """The attribute for a mutant: the ``index``-th of its file, which has this digest."""
+    return f"{edit.file.removesuffix('.py')}_{index}_{digest}"
+
+
 def __getattr__(name: str) -> Callable[[], Backend]:
-    stem, _, index = name.rpartition("_")
+    head, _, digest = name.rpartition("_")
+    stem, _, index = head.rpartition("_")
     if name != HEALTHY and not index.isdigit():
         raise AttributeError(name)
 
     def opened() -> Backend:
         if name != HEALTHY:
+            if digests()[f"{stem}.py"] != digest:
+                raise UsageError(f"{stem}.py has been edited since; begin again")
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             install(edits_in(f"{stem}.py")[int(index)])
         return TableBackend("cpu", {}, name="composite")

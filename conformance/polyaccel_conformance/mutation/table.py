@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from polyaccel_conformance.mutation.campaign import Outcome
 from polyaccel_conformance.mutation.edit import Edit
 from polyaccel_conformance.mutation.survivors import Explanation
+
+MARK = "<!-- result -->"
 
 Label = Callable[[Edit], str]
 
@@ -52,6 +55,12 @@ def markdown(edits: Sequence[Edit], outcomes: Mapping[str, Outcome], explained: 
         survivors(edits, outcomes, explained),
     ]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """The text as a file, or instead of what follows the line :data:`MARK` in one that has it."""
+    head, mark, _ = path.read_text(encoding="utf-8").partition(MARK) if path.exists() else ("", "", "")
+    path.write_text(f"{head}{mark}\n\n{text}" if mark else text, encoding="utf-8")
 
 
 def _code(text: str) -> str:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.harness.probes import Measured
-from polyaccel_conformance.probes import attention, experts, products, rows
+from polyaccel_conformance.probes import attention, collectives, experts, products, rows
 
 Probe = Callable[[Bench, str, int], tuple[Measured, ...]]
 """Measures an operator on operands of a dtype; products as long as the third argument says where it has a choice.
@@ -42,3 +42,8 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "row_parallel_add_norm": _all_of(products.station("row_parallel_add_norm"), rows.add_norm),
     }
 )
+
+RANKED_PROBES: Mapping[str, Probe] = MappingProxyType(
+    {"all_reduce": collectives.all_reduce, "reduce_scatter": collectives.reduce_scatter}
+)
+"""Of sums over ranks: every rank takes part."""

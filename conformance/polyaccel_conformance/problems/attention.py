@@ -18,6 +18,7 @@ from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.attention import attention
 from polyaccel_conformance.oracle.bounded import Bounded, Expected, concatenate, finish
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
+from polyaccel_conformance.problems.apart import token
 from polyaccel_conformance.problems.attention_data import EXACT, KINDS, AttentionData, Keys, with_prefix
 from polyaccel_conformance.problems.kv_cache import fill, kv_spec
 from polyaccel_conformance.problems.rows import coarsest
@@ -172,6 +173,19 @@ class PagedAttentionProblem(AttentionProblem):
             again=lambda: {"step": bench.begin_step(step, DeviceState(kv=kv))},
         )
 
+    @property
+    def apart(self) -> Sequence[int]:
+        """The first query of each sequence."""
+        ends = np.cumsum([0, *self.counts])
+        return [int(first) for first, count in zip(ends[:-1], self.counts, strict=True) if count]
+
+    def alone(self, row: int) -> Problem:
+        i = int(np.searchsorted(np.cumsum(self.counts), row, side="right"))
+        other = token(self, row, self.counts[i])
+        other.counts, other.contexts, other.padding = [self.counts[i]], [self.contexts[i]], 0
+        other.sequences, other.visible = [self.sequences[i]], [self.visible[i]]
+        return other
+
     def _placed(self, paging: Paging) -> tuple[Ints, Floats, Floats]:
         """The slots that some query reads, each once, with their keys and values; for ``stale`` also the sequences'
         older slots, outside of every window."""
@@ -233,6 +247,18 @@ class DenseAttentionProblem(AttentionProblem):
         arrays["q"] = self.poison_query(arrays["q"])
         self.operands = {name: Operand.rounded(x, case.dtype) for name, x in arrays.items()}
 
+    @property
+    def apart(self) -> Sequence[int]:
+        """The first token of each segment."""
+        return [begin for begin, end in itertools.pairwise(self.starts) if end > begin]
+
+    def alone(self, row: int) -> Problem:
+        i = next(i for i, (begin, end) in enumerate(itertools.pairwise(self.starts)) if begin == row < end)
+        other = token(self, row, self.starts[i + 1] - row)
+        other.starts = [0, self.starts[i + 1] - row]
+        other.sequences, other.visible = [self.sequences[i]], [self.visible[i]]
+        return other
+
     def _outside(self, name: str, before: int, after: int) -> tuple[Floats, Floats]:
         """Tokens of no segment: their keys and values are never read."""
         heads = self.data.heads if name == "q" else self.data.kv_heads
@@ -284,10 +310,10 @@ class PagedAttentionProblems(ProblemSet):
         return {
             "dtype": ("float32", "bfloat16", "float16"),
             "dims.sequences": (1, 0, 2, 3, 4),
-            "dims.context": (17, 1, 2, 15, 16, 31, 33, 64, 65, 127, 129, 300, 600),
+            "dims.context": (17, 1, 2, 16, 33, 64, 129, 300, 600),
             "dims.kv_heads": (1, 2, 3),
             "dims.group": (1, 2, 3, 4, 8),
-            "dims.head_dim": (64, 80, 96, 128, 256, 11, 33),
+            "dims.head_dim": (64, 80, 128, 256, 11, 33),
             "attributes.layer": (0, 1, LAYERS - 1),
             "attributes.scale": (0.125, 0.0883883461356163, 0.3, 1.0),
             "attributes.window": (None, 1, 2, 16, 31, 4096),
@@ -336,10 +362,10 @@ class DenseAttentionProblems(ProblemSet):
     def axes(self) -> Mapping[str, Sequence[Choice]]:
         return {
             "dtype": ("float32", "bfloat16", "float16"),
-            "dims.tokens": (17, 0, 1, 2, 15, 16, 33, 64, 65, 130),
+            "dims.tokens": (17, 0, 1, 2, 16, 33, 64, 130),
             "dims.kv_heads": (1, 2, 3),
             "dims.group": (1, 2, 4),
-            "dims.head_dim": (64, 80, 96, 128, 256, 11, 33),
+            "dims.head_dim": (64, 80, 128, 256, 11, 33),
             "attributes.starts": ("one", "several", "empty", "each", "inside"),
             "attributes.scale": (0.125, 0.0883883461356163, 0.3, 1.0),
             "attributes.causal": (True, False),

@@ -15,6 +15,7 @@ from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.oracle.lora import embedding, finish_touched
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
+from polyaccel_conformance.problems.apart import token, triples
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.sgmv import (
     MANY_ROWS,
@@ -31,9 +32,9 @@ from polyaccel_conformance.problems.steps import adapter_rows, build_step, row_s
 from polyaccel_conformance.problems.weights import HostWeight, tensor_of
 from polyaccel_conformance.words import Ints, Source
 
-IDS = ("inside", "mixed", "edges", "sampled")
+IDS = ("inside", "mixed", "edges", "sampled", "partly")
 """Token ids: of this rank's rows; of all ranks' rows; first and last rows and their neighbours outside; sampled tokens
-named by request slot."""
+named by request slot; every other one named so."""
 
 MARGIN = 9
 """Rows of other ranks behind this one's."""
@@ -77,15 +78,26 @@ class EmbeddingProblem(Problem):
             return np.maximum(edges, 0)[np.arange(self.count) % 4]
         return source.integers("ids", shape, 0, self.start + n + MARGIN)
 
+    @property
+    def apart(self) -> Sequence[int]:
+        return range(self.count)
+
+    def alone(self, row: int) -> Problem:
+        other = token(self, row)
+        other.count, other.rows, other.ids = 1, triples(self.rows, row), self.ids[row : row + 1]
+        return other
+
     def prepare(self, bench: Bench) -> Prepared:
         case, n = self.case, self.case.dim("n")
         weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
         store = self.adapters.place(bench, weight)
         decode = bool(case.structure["decode"])
         ids, sampling = self.ids, None
-        if case.structure["ids"] == "sampled" and self.count:
+        if case.structure["ids"] in ("sampled", "partly") and self.count:
             sampling = sampled(bench, self.source, self.ids, self.start + n + MARGIN + 1)
-            ids = -1 - np.arange(self.count)
+            slots = np.arange(self.count)
+            given = (slots % 2 == 0) & (case.structure["ids"] == "partly")
+            ids = np.where(given, self.ids, -1 - slots)
         others = None
         if case.structure["others"]:
             rows = self.count if decode else min(self.count, 1)

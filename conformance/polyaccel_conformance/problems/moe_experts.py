@@ -15,6 +15,7 @@ from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Expected, finish
 from polyaccel_conformance.oracle.moe import ExpertDelta, experts
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
+from polyaccel_conformance.problems.apart import token, triples
 from polyaccel_conformance.problems.expert_weights import Codes, ExpertModule, ExpertWeight, place_adapters
 from polyaccel_conformance.problems.steps import SEGMENTS, adapter_rows, row_step
 from polyaccel_conformance.problems.weights import tensor_of
@@ -119,6 +120,15 @@ class MoeExpertsProblem(Problem):
             out,
         )
         return {"y": finish(y, out, exact=self.exact)}
+
+    @property
+    def apart(self) -> Sequence[int]:
+        return range(self.case.dim("tokens"))
+
+    def alone(self, row: int) -> Problem:
+        other = token(self, row)
+        other.local, other.triples = self.local[row : row + 1], triples(self.triples, row)
+        return other
 
     def digests(self) -> dict[str, str]:
         return super().digests() | self.gate_up.digests() | self.down.digests()

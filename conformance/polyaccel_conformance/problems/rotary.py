@@ -21,6 +21,7 @@ from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Expected, finish
 from polyaccel_conformance.oracle.rotary import rotate
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
+from polyaccel_conformance.problems.apart import token
 from polyaccel_conformance.problems.rows import TOKENS, draw, poison_row
 from polyaccel_conformance.problems.steps import build_step
 from polyaccel_conformance.problems.weights import tensor_of
@@ -56,6 +57,15 @@ class RotaryProblem(Problem):
     @property
     def style(self) -> Literal["half", "interleaved"]:
         return "interleaved" if self.case.attributes["style"] == "interleaved" else "half"
+
+    @property
+    def apart(self) -> Sequence[int]:
+        return range(len(self.positions))
+
+    def alone(self, row: int) -> Problem:
+        other = token(self, row)
+        other.positions = self.positions[row : row + 1]
+        return other
 
     def _positions(self, tokens: int) -> tuple[Ints, int]:
         """Of the tokens, and how many the tables have."""

@@ -28,6 +28,7 @@ from polyaccel_conformance.problems.adapters import (
     draw_adapters,
     module_ranks,
 )
+from polyaccel_conformance.problems.apart import chosen, token, triples
 from polyaccel_conformance.problems.contraction import (
     EXACT_KINDS,
     integer_rows,
@@ -81,8 +82,12 @@ def mend_adapters(axes: dict[str, Choice], *, width: str = "dims.n") -> dict[str
     if axes["data"] == "nonfinite" and axes["structure.ranks"] == "per_slice":
         # Whether NaN reaches a slice of its row that the adapter does not touch is not specified.
         axes["structure.ranks"] = "equal"
-    rank = axes["dims.rank"]
+    rank, tokens = axes["dims.rank"], axes["dims.tokens"]
     assert isinstance(rank, int)
+    assert isinstance(tokens, int)
+    if axes["structure.segments"] in ("each", "mixes") and axes.get("structure.ranks") != "consecutive":
+        # Every row is a segment, or several.
+        axes["dims.tokens"] = min(tokens, 17)
     most = max(ROOM // max(rank, 1), 17)
     for name in ("dims.k", width):
         size = axes.get(name)
@@ -202,6 +207,17 @@ class LoraProblem(Problem):
         """What was written in place, and what was returned: the same."""
         return {"y": tensors["y"], "returned": tensor_of(result)}
 
+    @property
+    def apart(self) -> Sequence[int]:
+        return range(self.count)
+
+    def alone(self, row: int) -> Problem:
+        return self._with(token(self, row), triples(self.rows, row))
+
+    def _with(self, other: LoraProblem, rows: AdapterRows) -> LoraProblem:
+        other.count, other.rows, other.triples = 1, rows, triples_of(rows)
+        return other
+
     def y_values(self, shape: tuple[int, int]) -> Floats:
         """What the deltas are added to."""
         source, case = self.source, self.case
@@ -274,6 +290,14 @@ class ShrinkProblem(LoraProblem):
     def prepare(self, bench: Bench) -> Prepared:
         return self.begin(bench, {})
 
+    @property
+    def apart(self) -> Sequence[int]:
+        return range(len(self.rows))
+
+    def alone(self, row: int) -> Problem:
+        """A row of h is a triple."""
+        return self._with(token(self, int(self.rows.rows[row])), chosen(self.rows, np.array([row])))
+
     def collect(self, result: object, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         h = tensor_of(result)
         return {"h": h.float() if h.dtype == FORMATS[self.case.dtype].torch else h}
@@ -332,6 +356,13 @@ class ExpandProblem(LoraProblem):
 
     def prepare(self, bench: Bench) -> Prepared:
         return self.begin(bench, {})
+
+    def alone(self, row: int) -> Problem:
+        other = super().alone(row)
+        h = self.operands["h"]
+        mine = Operand(h.values[self.rows.rows == row], h.dtype)
+        other.operands = {**other.operands, "h": mine}
+        return other
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         y, touched = sgmv_expand(

@@ -89,6 +89,7 @@ class SgmvProblems(_ShardedSet):
             "structure.slices": ("one", "pair", "qkv", "narrow"),
             "structure.layer": ("row", "column"),
             "structure.module": MODULES,
+            "structure.even": (False, True),
             "layouts.y": ("contiguous", "row_padded", "offset"),
         }
 

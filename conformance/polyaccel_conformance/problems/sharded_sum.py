@@ -24,7 +24,7 @@ from polyaccel_conformance.oracle.moe import experts
 from polyaccel_conformance.problem import Exactly, Outputs, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.collectives import DIGITS, SKEWS
 from polyaccel_conformance.problems.expert_weights import ExpertWeight
-from polyaccel_conformance.problems.sharded_sets import PATTERNS, TOKENS
+from polyaccel_conformance.problems.sharded_sets import EVEN, PATTERNS, TOKENS
 from polyaccel_conformance.problems.shares import (
     EMPTY,
     FILLED,
@@ -203,6 +203,7 @@ class MoeExpertsProblem(SummedProblem):
         self.tokens, self.hidden = case.dim("tokens"), case.dim("hidden")
         self.inner, self.total, self.top_k = case.dim("intermediate"), case.dim("experts"), case.dim("top_k")
         self.by_expert = case.structure["cut"] == "expert"
+        self.evenly_cut = bool(case.structure["even"])
         order = np.argsort(self.source.uniform("ids", (self.tokens, self.total)), axis=1, kind="stable")
         self.ids: Ints = order[:, : self.top_k]
         self.operands = {
@@ -255,6 +256,16 @@ class MoeExpertsProblem(SummedProblem):
                 codes=None,
                 rank_rows=0,
             ),
+        )
+
+    def shares(self, bench: Bench) -> Shares:
+        """A bias is held by the first rank alone, or with its expert."""
+        size = 3 * self.total * self.inner * self.hidden
+        bias = self.total * self.hidden if self.case.structure["bias"] else 0
+        return Shares(
+            held=sum(weight.place(bench).nbytes for weight in self.weights_of(self.rank)),
+            whole=nbytes((size,), self.case.dtype),
+            replicated=nbytes((bias,), self.case.dtype),
         )
 
     # -- data ----------------------------------------------------------------------------------------------------------
@@ -391,6 +402,7 @@ class MoeExpertsProblems(ProblemSet):
             "dims.experts": (4, 5, 8),
             "dims.top_k": (1, 2, 3),
             "structure.cut": ("tensor", "expert"),
+            "structure.even": (False, True),
             "structure.bias": (False, True),
             "layouts.x": ("contiguous", "row_padded", "offset"),
             "data": (DIGITS, "normal"),
@@ -401,8 +413,15 @@ class MoeExpertsProblems(ProblemSet):
         return {"dims.tokens": (0, 40), "dims.hidden": (1, 64), "dims.intermediate": (8, 64)}
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        """Every rank holds an expert, and a part of every expert's intermediate dimension."""
+        """Every rank holds an expert, and a part of every expert's intermediate dimension; where it is even, sizes that
+        no backend needs to pad."""
         world = _integer(axes.get("ranks", 1))
+        if axes["structure.even"]:
+            axes |= {"dims.hidden": EVEN, "dims.intermediate": EVEN, "dims.experts": 2}
+            cut_axis = "dims.experts" if axes["structure.cut"] == "expert" else "dims.intermediate"
+            axes[cut_axis] = _integer(axes[cut_axis]) * world
+            axes["dims.top_k"] = min(_integer(axes["dims.top_k"]), 2)
+            return axes
         axes["dims.experts"] = max(_integer(axes["dims.experts"]), world)
         axes["dims.intermediate"] = max(_integer(axes["dims.intermediate"]), 2 * world)
         return axes

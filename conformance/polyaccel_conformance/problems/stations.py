@@ -20,6 +20,7 @@ from polyaccel_conformance.oracle.primitives import Order
 from polyaccel_conformance.oracle.stations import Projection, column_linear
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.adapters import MOST_RANK, HostAdapters
+from polyaccel_conformance.problems.apart import token, triples
 from polyaccel_conformance.problems.contraction import EXACT_KINDS, order_of
 from polyaccel_conformance.problems.linear import contraction
 from polyaccel_conformance.problems.sgmv import (
@@ -158,6 +159,15 @@ class StationProblem(Problem):
             adapters=inputs.has_adapters,
             again=lambda: {"step": bench.begin_step(inputs, state)},
         )
+
+    @property
+    def apart(self) -> Sequence[int]:
+        return range(self.count)
+
+    def alone(self, row: int) -> Problem:
+        other = token(self, row)
+        other.count, other.rows = 1, triples(self.rows, row)
+        return other
 
     def digests(self) -> dict[str, str]:
         return super().digests() | self.weight.digests() | self.adapters.digests() | digests_of(self.rows)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.multi.devices import described
-from polyaccel_conformance.report.model import Report
-from polyaccel_conformance.results import CheckState
+from polyaccel_conformance.report.model import Report, is_idle, why
+from polyaccel_conformance.results import RunResult
 
 
 def markdown(report: Report) -> str:
@@ -23,37 +23,41 @@ def markdown(report: Report) -> str:
     if report.levels:
         rows = [[level.title, level.verdict.value, "; ".join(level.reasons)] for level in report.levels]
         lines += ["## Levels", "", *table(["level", "verdict", "why"], rows), ""]
+    promised = ["not promised"] if report.has_promises else []
     lines += [
         "## Operators",
         "",
         *table(
-            ["operator", "cases", "failed", "runs as", "worst err/tol"],
+            ["operator", "verdict", "cases", "failed", *promised, "runs as"],
             [
                 [
                     f"`{state.operator}`",
+                    state.verdict,
                     str(state.cases),
                     str(state.failed),
+                    *([str(state.not_promised)] if promised else []),
                     ", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items()),
-                    ", ".join(f"{name} {value:.2f}" for name, value in state.headroom.items()),
                 ]
                 for state in result.operators
                 if state.cases
             ],
         ),
         "",
+        *_mappings(result),
+        "## Headroom",
+        "",
+        "The worst error of random data as a share of what the oracle allows; above 1 is wrong.",
+        "",
+        *headroom(result),
+        "",
         "## Checks",
         "",
         *table(
-            ["check", "verdict", "cases", "failures", "control"],
+            ["check", "verdict", "cases", "failures", "why"],
             [
-                [
-                    f"`{state.check}`",
-                    state.verdict,
-                    str(state.cases),
-                    str(state.failures),
-                    why(state),
-                ]
+                [f"`{state.check}`", state.verdict, str(state.cases), str(state.failures), why(state)]
                 for state in result.checks
+                if not is_idle(state)
             ],
         ),
         "",
@@ -62,6 +66,7 @@ def markdown(report: Report) -> str:
         lines += ["## Failures", ""]
         for group in result.failures:
             lines += ["```text", failure_block(group), "```", ""]
+    lines += _apart(result)
     lines += _list("Not exercised", report.not_exercised)
     waived = [f"`{w.test}` until {w.expires.isoformat()}: {w.reason} ({w.url})" for w in report.waivers]
     lines += _list("Waivers", (*waived, *report.applied.problems))
@@ -76,9 +81,45 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def why(state: CheckState) -> str:
-    """What a check's verdict rests on."""
-    return state.reason or state.control
+def headroom(result: RunResult) -> list[str]:
+    """Worst err / tol: a row for each output of each operator, a column for each dtype."""
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for state in result.operators:
+        for name, worst in state.headroom.items():
+            output, _, dtype = name.rpartition(" ")
+            cells.setdefault((state.operator, output), {})[dtype] = worst
+    dtypes = sorted({dtype for row in cells.values() for dtype in row}, key=lambda name: (name != "float32", name))
+    return table(
+        ["operator", "output", *dtypes],
+        [
+            [f"`{operator}`", output, *(f"{row[dtype]:.2f}" if dtype in row else "" for dtype in dtypes)]
+            for (operator, output), row in cells.items()
+        ],
+    )
+
+
+def _mappings(result: RunResult) -> list[str]:
+    found = result.header.mappings
+    if not found:
+        return []
+    rows = [[f"`{operator}`", mapping] for operator, mapping in sorted(found.items())]
+    return ["## How operators are called", "", *table(["operator", "as"], rows), ""]
+
+
+def _apart(result: RunResult) -> list[str]:
+    """What failed and was never offered."""
+    if not result.not_promised:
+        return []
+    text = "Cases that differ from the contract in what was never promised. They count neither as passed nor as failed."
+    return ["## Not promised", "", text, "", *table(["operator", "what differs", "cases", "why"], apart(result)), ""]
+
+
+def apart(result: RunResult) -> list[list[str]]:
+    """Rows of what failed and was never offered: operator, check and cause, cases, reason."""
+    return [
+        [f"`{g.operator}`", f"`{g.check}`: {g.cause}", str(g.cases), g.failure.not_promised]
+        for g in result.not_promised
+    ]
 
 
 def _list(title: str, items: Iterable[str]) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from polyaccel_conformance.levels.grant import LevelResult, Verdict
 from polyaccel_conformance.multi.identity import RankIdentity
-from polyaccel_conformance.results import CellCount, RunResult, encode
+from polyaccel_conformance.results import CellCount, CheckState, RunResult, encode
+from polyaccel_conformance.tally import NO_CASE
 from polyaccel_conformance.waivers import Applied, Waiver
 
 NO_WAIVERS = Applied(covered=frozenset(), problems=())
@@ -39,7 +41,8 @@ class Report:
     @property
     def subject(self) -> str:
         subject = self.result.header.subject
-        return subject.name if subject.kind == "backend" else f"{subject.path}:{subject.name}"
+        # Where the file lies is nobody's business but the machine's.
+        return subject.name if subject.kind == "backend" else f"{Path(subject.path).name}:{subject.name}"
 
     @property
     def title(self) -> str:
@@ -53,7 +56,9 @@ class Report:
             return f"device lost: {self.result.device_lost}"
         wrong = sum(state.failed for state in self.result.operators)
         if self.result.header.subject.kind != "backend":
-            return f"{wrong} failing cases" if wrong else "no failing case"
+            failing = f"{wrong} failing cases" if wrong else "no failing case"
+            apart = sum(state.not_promised for state in self.result.operators)
+            return f"{failing}; {apart} more differ in what was never promised" if apart else failing
         names = [level.name for level in self.levels if level.earned]
         earned = f"earned {'; '.join(names)}" if names else "earned no level"
         return earned + (f"; {wrong} failing cases" if wrong else "")
@@ -69,16 +74,25 @@ class Report:
         lines += [
             f"operator {state.operator}: {state.reason or 'no case'}"
             for state in self.result.operators
-            if state.verdict == "not exercised"
+            if state.verdict == "not exercised" and state.operator not in self.result.header.out_of_scope
         ]
-        lines += [f"operator {name}: not in the table" for name in self.result.header.out_of_scope]
+        if self.result.header.out_of_scope:
+            lines.append(f"not in the table: {', '.join(self.result.header.out_of_scope)}")
         lines += [
             f"check {state.check}: {state.reason or state.control or 'no case'}"
             for state in self.result.checks
-            if state.verdict in ("not exercised", "inconclusive")
+            if state.verdict in ("not exercised", "inconclusive") and not is_idle(state)
         ]
+        idle = [state.check for state in self.result.checks if is_idle(state)]
+        if idle:
+            lines.append(f"checks that no case asks: {', '.join(idle)}")
         lines += [f"{level.level.name}: {name}" for level in self.levels for name in level.not_exercised]
         return tuple(dict.fromkeys(lines))
+
+    @property
+    def has_promises(self) -> bool:
+        """Whether the subject says what it never promised."""
+        return bool(self.result.header.not_promised)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -93,12 +107,26 @@ class Report:
         }
 
 
+def is_idle(state: CheckState) -> bool:
+    """Whether a check has nothing to say because no case asked it."""
+    return state.verdict == "not exercised" and not state.cases and state.reason == NO_CASE
+
+
+def why(state: CheckState) -> str:
+    """What a check's verdict rests on."""
+    if state.verdict == "failed":
+        return f"{state.failures} of {state.cases} cases"
+    return state.reason or (f"control {state.control}" if state.control else "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Square:
-    """One square of the coverage grid: ``cases``, ``failed``, ``composite`` ones, and the worst err / tol."""
+    """One square of the coverage grid: ``cases``, those ``failed``, ``not_promised`` and ``composite``, and the worst
+    err / tol."""
 
     cases: int = 0
     failed: int = 0
+    not_promised: int = 0
     composite: int = 0
     headroom: float = 0.0
 
@@ -108,12 +136,15 @@ class Square:
             return "empty"
         if self.failed:
             return "failed"
+        if self.not_promised:
+            return "apart"
         return "composite" if self.composite == self.cases else "mixed" if self.composite else "native"
 
     def plus(self, count: CellCount) -> Square:
         return Square(
             cases=self.cases + count.cases,
             failed=self.failed + count.failed,
+            not_promised=self.not_promised + count.not_promised,
             composite=self.composite + count.kinds.get("composite", 0),
             headroom=max(self.headroom, count.headroom),
         )

@@ -7,7 +7,7 @@ from html import escape
 
 from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.multi.devices import described
-from polyaccel_conformance.report.model import Grid, Report, Square, dtypes, grids
+from polyaccel_conformance.report.model import Grid, Report, Square, dtypes, grids, is_idle, why
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --line: #d5dbe3; --soft: #f3f5f8; --good: #1f7a4d;
@@ -15,7 +15,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --paper: #14181e; --line: #39414c; --soft: #1e242c;
   --good: #6fd29f; --mid: #e3b95a; --bad: #f2938c; --good-soft: #173527; --mid-soft: #3a2f12; --bad-soft: #45201d; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink);
+body { margin: 0 auto; max-width: 82rem; padding: 1.5rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 0 0 .35rem; font-family: ui-monospace, monospace; }
@@ -27,18 +27,21 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .facts { color: color-mix(in srgb, var(--ink) 70%, transparent); }
 .good { color: var(--good); } .mid { color: var(--mid); } .bad { color: var(--bad); }
 .scroll { overflow-x: auto; }
-.grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1.25rem; }
-.grid td, .grid th { padding: .1rem .4rem; font-size: .82rem; } .grid { font-variant-numeric: tabular-nums; }
+.grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1.25rem; }
+.grid td, .grid th { padding: .1rem .4rem; font-size: .82rem; white-space: nowrap; }
+.grid { font-variant-numeric: tabular-nums; }
 .native { background: var(--good-soft); } .composite, .mixed { background: var(--mid-soft); }
-.failed { background: var(--bad-soft); font-weight: 700; } .empty { color: var(--line); }
+.failed { background: var(--bad-soft); font-weight: 700; }
+.apart { background: var(--soft); } .empty { color: var(--line); }
 .bar { position: relative; height: .9rem; min-width: 8rem; background: var(--soft); border: 1px solid var(--line); }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--good); } .bar i.over { background: var(--bad); }
+@media (max-width: 48rem) { table:not(.grid) { min-width: 48rem; } table:not(.grid) td:first-child { min-width: 0; } }
 pre { background: var(--soft); border: 1px solid var(--line); padding: .75rem; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: .82rem; }
 code { font-family: ui-monospace, monospace; font-size: .9em; } ul { padding-left: 1.2rem; }
 """
 TONES = {"granted": "good", "passed": "good", "restricted": "mid", "not granted": "bad", "failed": "bad"}
-SIGNS = {"native": "", "composite": "c", "mixed": "m", "failed": "&#10007;", "empty": ""}
+SIGNS = {"native": "", "composite": "c", "mixed": "m", "failed": "&#10007;", "apart": "~", "empty": ""}
 
 
 def page(report: Report) -> str:
@@ -54,7 +57,13 @@ def page(report: Report) -> str:
 def _parts(report: Report) -> Iterator[str]:
     result, head = report.result, report.result.header
     yield f"<h1>{escape(report.title)}</h1>"
-    tone = "bad" if result.failures or result.device_lost else "mid" if result.incomplete else "good"
+    tone = (
+        "bad"
+        if result.failures or result.device_lost
+        else "mid"
+        if result.incomplete or result.not_promised
+        else "good"
+    )
     yield f'<p class="verdict {tone}">{escape(report.verdict)}</p>'
     yield (
         f'<p class="facts">Profile {escape(head.profile)}, seed {head.seed}, {result.cases} cases in '
@@ -72,6 +81,8 @@ def _parts(report: Report) -> Iterator[str]:
         )
     if result.failures:
         yield "<h2>Failures</h2>" + "".join(f"<pre>{escape(failure_block(group))}</pre>" for group in result.failures)
+    yield _operators(report)
+    yield _apart(report)
     yield _coverage(report)
     yield _headroom(report)
     yield _checks(report)
@@ -83,15 +94,55 @@ def _parts(report: Report) -> Iterator[str]:
     yield "<h2>Environment</h2>" + _table(["what", "value"], rows)
 
 
+def _operators(report: Report) -> str:
+    mappings = report.result.header.mappings
+    rows = [
+        [
+            f"<code>{escape(state.operator)}</code>",
+            _toned(state.verdict),
+            str(state.cases),
+            str(state.failed),
+            *([str(state.not_promised)] if report.has_promises else []),
+            escape(", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items())),
+            *([escape(mappings.get(state.operator, ""))] if mappings else []),
+        ]
+        for state in report.result.operators
+        if state.cases
+    ]
+    apart = ["not promised"] if report.has_promises else []
+    head = ["operator", "verdict", "cases", "failed", *apart, "runs as", *(["called as"] if mappings else [])]
+    return "<h2>Operators</h2>" + _table(head, rows, numbers={2, 3, 4 if apart else 3}) if rows else ""
+
+
+def _apart(report: Report) -> str:
+    rows = [
+        [
+            f"<code>{escape(group.operator)}</code>",
+            f"<code>{escape(group.check)}</code>: {escape(group.cause)}",
+            str(group.cases),
+            escape(group.failure.not_promised),
+        ]
+        for group in report.result.not_promised
+    ]
+    note = (
+        '<p class="facts">Cases that differ from the contract in what was never promised. They count neither as passed '
+        "nor as failed.</p>"
+    )
+    table = _table(["operator", "what differs", "cases", "why"], rows, numbers={2})
+    return f"<h2>Not promised</h2>{note}{table}" if rows else ""
+
+
 def _coverage(report: Report) -> str:
     blocks = "".join(
         f"<section><h3>{escape(operator)}</h3>{_grid(grid)}</section>"
         for operator, grid in grids(report.result.cells).items()
     )
+    apart = ', <span class="apart">3/12 ~</span> not promised' if report.has_promises else ""
     legend = (
         '<p class="facts">Cases by range of a size and by layout of an argument. '
         '<span class="native">12</span> native, <span class="composite">12 c</span> composite, '
-        '<span class="mixed">12 m</span> both, <span class="failed">3/12 &#10007;</span> failed.</p>'
+        '<span class="mixed">12 m</span> both, <span class="failed">3/12 &#10007;</span> failed'
+        f"{apart}.</p>"
     )
     return f'<h2>Coverage</h2>{legend}<div class="grids">{blocks}</div>' if blocks else ""
 
@@ -107,7 +158,8 @@ def _grid(grid: Grid) -> str:
 
 
 def _square(square: Square) -> str:
-    count = f"{square.failed}/{square.cases}" if square.failed else str(square.cases or "-")
+    bad = square.failed or square.not_promised
+    count = f"{bad}/{square.cases}" if bad else str(square.cases or "-")
     sign = SIGNS[square.state]
     title = f"worst err/tol {square.headroom:.3f}"
     return f'<td class="n {square.state}" title="{title}">{count}{" " + sign if sign else ""}</td>'
@@ -134,11 +186,12 @@ def _checks(report: Report) -> str:
             _toned(state.verdict),
             str(state.cases),
             str(state.failures),
-            escape(state.reason or state.control),
+            escape(why(state)),
         ]
         for state in report.result.checks
+        if not is_idle(state)
     ]
-    return "<h2>Checks</h2>" + _table(["check", "verdict", "cases", "failures", "control"], rows, numbers={2, 3})
+    return "<h2>Checks</h2>" + _table(["check", "verdict", "cases", "failures", "why"], rows, numbers={2, 3})
 
 
 def _toned(verdict: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.levels.grant import LevelResult
-from polyaccel_conformance.report.model import Report
+from polyaccel_conformance.report.model import Report, why
+from polyaccel_conformance.results import RunResult
 
 WIDE = 100
 """Characters of one reason; the other forms of a report give all of them in full."""
@@ -23,33 +25,52 @@ def terminal(report: Report) -> str:
     ]
     if report.levels:
         lines += [*levels(report), ""]
+    promised = ["not promised"] if report.has_promises else []
     lines += table(
-        ["operator", "cases", "failed", "runs as", "worst err/tol"],
+        ["operator", "verdict", "cases", "failed", *promised, "worst err/tol", "runs as"],
         [
             [
                 state.operator,
+                state.verdict,
                 str(state.cases),
                 str(state.failed),
-                ", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items()),
+                *([str(state.not_promised)] if promised else []),
                 f"{max(state.headroom.values()):.2f}" if state.headroom else "",
+                ", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items()),
             ]
             for state in result.operators
             if state.cases
         ],
     )
-    quiet = [state for state in result.checks if state.verdict != "passed"]
-    if quiet:
-        rows = [[state.check, state.verdict, state.reason or state.control] for state in quiet]
+    loud = [state for state in result.checks if state.verdict not in ("passed", "not exercised")]
+    if loud:
+        rows = [[state.check, state.verdict, why(state)] for state in loud]
         lines += ["", *table(["check", "verdict", "why"], rows)]
     for group in result.failures:
         lines += ["", failure_block(group)]
+    if result.not_promised:
+        lines += ["", "not promised: neither passed nor failed", *apart(result)]
     if report.not_exercised:
-        lines += ["", "not exercised", *(f"  {line}" for line in report.not_exercised)]
+        lines += ["", "not exercised", *(line for item in report.not_exercised for line in _wrapped(item))]
     if report.applied.problems:
         lines += ["", "waivers", *(f"  {problem}" for problem in report.applied.problems)]
     if result.incomplete:
         lines += ["", f"partial: {result.incomplete}"]
     return "\n".join([*lines, "", report.verdict, ""])
+
+
+def apart(result: RunResult) -> list[str]:
+    """What failed and was never offered, by operator."""
+    lines = []
+    for group in result.not_promised:
+        cases = f"{group.cases} case{'s' if group.cases != 1 else ''}"
+        lines.append(f"  {group.operator}: {group.check}: {group.cause} ({cases})")
+        lines += textwrap.wrap(group.failure.not_promised, WIDE, initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDE, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def levels(report: Report) -> list[str]:

@@ -39,7 +39,14 @@ class VirtualTensor(torch.Tensor):
     host: torch.Tensor
     memory: Memory
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.where:
+            # As in __setitem__: torch would put the number where there is no storage.
+            args = tuple(torch.tensor(part) if isinstance(part, int | float) else part for part in args)
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, memory: Memory) -> VirtualTensor:

@@ -12,7 +12,7 @@ form takes block tables and lengths on the device in the layout of FlashAttentio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -20,11 +20,21 @@ from polyaccel.backend import Query
 from polyaccel.backend.composite.kv_cache import TensorKVCache
 from polyaccel.backend.rope import RopeTable
 from polyaccel.backend.step import Step
-from polyaccel_conformance.promises import Kernel
+from polyaccel.backend.support import Supports
+from polyaccel_conformance.promises import Kernel, NotPromised
 from polyaccel_conformance.tables.required import release, required
 from polyaccel_conformance.tables.routing import MOST_CHOICES, softmax_only
+from polyaccel_conformance.tables.usual import DENSE, ONE_ROW, TRITON_EXP, UNCHECKED
 
 DISTRIBUTION = "flag-gems"
+APART = tuple(
+    NotPromised(
+        checks=("values.exact", "memory.reads", "layout.arguments", "nonfinite.rules"),
+        axes=f"layouts.{name}=row_padded",
+        reason="heads that do not lie side by side: only the stride from token to token is read",
+    )
+    for name in ("k", "v")
+)
 
 
 def flaggems() -> Mapping[str, Kernel]:
@@ -87,39 +97,39 @@ def flaggems() -> Mapping[str, Kernel]:
         gems.topk_softmax(weights, ids, rows, logits.contiguous(), renormalise)
         return weights * scale, ids
 
+    def kernel(
+        fn: Callable[..., object], mapping: str, *not_promised: NotPromised, supports: Supports = _any
+    ) -> Kernel:
+        usual = (DENSE, UNCHECKED, ONE_ROW, *not_promised)
+        return Kernel(fn, supports=supports, distribution=version, mapping=mapping, not_promised=usual)
+
     return {
-        "rms_norm": Kernel(
+        "rms_norm": kernel(
             rms_norm,
-            distribution=version,
-            mapping="rms_norm(x, [hidden], weight, eps); with a residual fused_add_rms_norm on copies, since it works "
-            "in place; its statistics are of the sum before rounding, which the contract allows",
+            "rms_norm(x, [hidden], weight, eps); with a residual fused_add_rms_norm on copies, since it works in "
+            "place; its statistics are of the sum before rounding, which the contract allows",
         ),
-        "layer_norm": Kernel(
-            layer_norm,
-            distribution=version,
-            mapping="layer_norm(x, [hidden], weight, bias, eps)[0]; tuned anew for every shape",
+        "layer_norm": kernel(layer_norm, "layer_norm(x, [hidden], weight, bias, eps)[0]; tuned anew for every shape"),
+        "silu_and_mul": kernel(silu_and_mul, "silu_and_mul(x[:, :n], x[:, n:])", TRITON_EXP),
+        "gelu": kernel(gelu, "gelu(x, approximate=approximate)"),
+        "rotary_embedding": kernel(
+            rotary_embedding, "apply_rotary_pos_emb(q, k, cos, sin, positions, interleaved)", supports=_whole_heads
         ),
-        "silu_and_mul": Kernel(silu_and_mul, distribution=version, mapping="silu_and_mul(x[:, :n], x[:, n:])"),
-        "gelu": Kernel(gelu, distribution=version, mapping="gelu(x, approximate=approximate)"),
-        "rotary_embedding": Kernel(
-            rotary_embedding,
-            supports=_whole_heads,
-            distribution=version,
-            mapping="apply_rotary_pos_emb(q, k, cos, sin, positions, interleaved)",
-        ),
-        "write_kv_cache": Kernel(
+        "write_kv_cache": kernel(
             write_kv_cache,
-            distribution=version,
-            mapping="reshape_and_cache_flash(k, v, keys, values, slots, 'auto', None, None) on the blocks of a layer",
+            "reshape_and_cache_flash(k, v, keys, values, slots, 'auto', None, None) on the blocks of a layer",
+            *APART,
         ),
-        "moe_route": Kernel(
+        "moe_route": kernel(
             moe_route,
+            f"topk_softmax(weights, ids, rows, logits, renormalise), then times the scale; {MOST_CHOICES} at most",
             supports=softmax_only,
-            distribution=version,
-            mapping=f"topk_softmax(weights, ids, rows, logits, renormalise), then times the scale; "
-            f"at most {MOST_CHOICES} choices",
         ),
     }
+
+
+def _any(query: Query) -> list[str]:
+    return []
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:

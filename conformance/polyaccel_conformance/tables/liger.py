@@ -12,7 +12,7 @@ one tensor of all experts in the layout of transformers, and returns no partial 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ import torch
 from polyaccel.backend import Query
 from polyaccel.backend.rope import RopeTable
 from polyaccel.backend.step import Step
-from polyaccel_conformance.promises import Kernel
+from polyaccel.backend.support import Supports
+from polyaccel_conformance.promises import Kernel, NotPromised
 from polyaccel_conformance.tables.required import release, required
+from polyaccel_conformance.tables.usual import DENSE, ONE_ROW, TRITON_EXP, UNCHECKED
 
 DISTRIBUTION = "liger-kernel"
 WIDEST = 65536
@@ -71,38 +73,36 @@ def liger() -> Mapping[str, Kernel]:
         turned: tuple[Any, Any] = functional.liger_rope(q, k, cos, sin)
         return turned[0].transpose(1, 2).squeeze(0), turned[1].transpose(1, 2).squeeze(0)
 
+    def kernel(fn: Callable[..., object], supports: Supports, mapping: str, *not_promised: NotPromised) -> Kernel:
+        usual = (DENSE, UNCHECKED, ONE_ROW, *not_promised)
+        return Kernel(fn, supports=supports, distribution=version, mapping=mapping, not_promised=usual)
+
     return {
-        "rms_norm": Kernel(
+        "rms_norm": kernel(
             rms_norm,
-            supports=_narrow,
-            distribution=version,
-            mapping="liger_rms_norm(x, weight, eps), or liger_fused_add_rms_norm(x, residual, weight, eps); "
-            "casting_mode is the default, llama: statistics in float32, the product with the weight in the dtype of x",
+            _narrow,
+            "liger_rms_norm(x, weight, eps), or liger_fused_add_rms_norm(x, residual, weight, eps); casting_mode is "
+            "the default, llama: statistics in float32, the product with the weight in the dtype of x",
         ),
-        "layer_norm": Kernel(
+        "layer_norm": kernel(
             layer_norm,
-            supports=_narrow,
-            distribution=version,
-            mapping="liger_layer_norm(x, weight, bias, eps); it always adds a bias, so a missing one becomes zeros",
+            _narrow,
+            "liger_layer_norm(x, weight, bias, eps); it always adds a bias, so a missing one becomes zeros",
         ),
-        "silu_and_mul": Kernel(
+        "silu_and_mul": kernel(
             silu_and_mul,
-            supports=_narrow,
-            distribution=version,
-            mapping="liger_swiglu(x[:, :n], x[:, n:]), which copies both; silu(gate) is rounded to the dtype of x",
+            _narrow,
+            "liger_swiglu(x[:, :n], x[:, n:]), which copies both; silu(gate) is rounded to the dtype of x",
+            TRITON_EXP,
         ),
-        "gelu": Kernel(
-            gelu,
-            supports=_tanh_only,
-            distribution=version,
-            mapping="liger_geglu(x, 1): the gated form with ones, since there is no other; by tanh alone",
+        "gelu": kernel(
+            gelu, _tanh_only, "liger_geglu(x, 1): the gated form with ones, since there is no other; by tanh alone"
         ),
-        "rotary_embedding": Kernel(
+        "rotary_embedding": kernel(
             rotary_embedding,
-            supports=_whole_heads,
-            distribution=version,
-            mapping="liger_rope(q, k, cos, sin) on copies, since it works in place; each token's cos and sin, "
-            "repeated for both halves of a head",
+            _whole_heads,
+            "liger_rope(q, k, cos, sin) on copies, since it works in place; each token's cos and sin, repeated for "
+            "both halves of a head",
         ),
     }
 

@@ -2,17 +2,14 @@
 
     polyaccel conformance run --table conformance/polyaccel_conformance/tables/torch_eager.py:EAGER --device cuda
 
-How signatures map: a row-wise operator is the function of ``torch.nn.functional`` of the same meaning; ``linear`` is
-``F.linear`` on the weight as a plain tensor. What PyTorch never promised: one rounding of 16-bit results (activations
-in 16 bits round between their parts), float32 sums where ``allow_tf32`` or a reduced-precision reduction is switched
-on, the same bits whatever the number of rows. A failure there is a finding about the setting, not a bug of PyTorch.
+Each entry says how its signature maps and what PyTorch never promised.
 
 The functions open a backend under one setting of the BLAS library each; the settings belong to the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -20,6 +17,7 @@ from torch.nn import functional
 
 from polyaccel.backend import Backend, TableBackend
 from polyaccel.backend.composite.linear import dequantize, linear
+from polyaccel_conformance.promises import Kernel, NotPromised
 
 
 def rms_norm(
@@ -48,14 +46,55 @@ def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     return functional.gelu(x, approximate=approximate)
 
 
-EAGER: Mapping[str, Callable[..., object]] = MappingProxyType(
+NON_FINITE = NotPromised(
+    checks=("nonfinite.rules",),
+    reason="PyTorch says of non-finite operands only that results may be so too (its notes on numerical accuracy)",
+)
+INFINITE = NotPromised(
+    checks=("values.bound",),
+    causes=("not a number",),
+    axes="data=infinite",
+    reason="the limit of GELU at infinity is not stated; some kernels give NaN",
+)
+ERF = NotPromised(
+    checks=("values.bound",),
+    causes=("wrong value",),
+    axes="dtype=float32,attributes.approximate=none",
+    # The polynomial 7.1.26 of Abramowitz and Stegun has an error of 1.5e-7, which is 2.6 x 2^-24.
+    at_most=2.6,
+    reason="no accuracy of erf is stated: the CPU's vector form has fewer correct bits than the scalar one",
+)
+SLICES = NotPromised(
+    checks=("layout.arguments", "invariance.*"),
+    causes=("result depends on the layout", "depends on the batch"),
+    reason="a slice or a part of a batch need not have the bits of the whole (its notes on numerical accuracy)",
+)
+REDUCED = NotPromised(
+    checks=("values.bound", "values.exact", "numerics.measured"),
+    axes="dtype=*float16",
+    reason="by default sums of 16-bit products may be kept in 16 bits: allow_fp16_reduced_precision_reduction",
+)
+
+EAGER: Mapping[str, Kernel] = MappingProxyType(
     {
-        "linear": linear,
-        "dequantize": dequantize,
-        "rms_norm": rms_norm,
-        "layer_norm": layer_norm,
-        "silu_and_mul": silu_and_mul,
-        "gelu": gelu,
+        "linear": Kernel(linear, mapping="F.linear(x, the weight as a plain tensor)", not_promised=(REDUCED, SLICES)),
+        "dequantize": Kernel(dequantize, mapping="plain tensor operations"),
+        "rms_norm": Kernel(
+            rms_norm,
+            mapping="F.rms_norm(x, [hidden], weight, eps), with a residual of x + residual",
+            not_promised=(NON_FINITE, SLICES),
+        ),
+        "layer_norm": Kernel(
+            layer_norm, mapping="F.layer_norm(x, [hidden], weight, bias, eps)", not_promised=(NON_FINITE, SLICES)
+        ),
+        "silu_and_mul": Kernel(
+            silu_and_mul,
+            mapping="F.silu(x[:, :n]) * x[:, n:], rounded to the dtype of x in between",
+            not_promised=(NON_FINITE, SLICES),
+        ),
+        "gelu": Kernel(
+            gelu, mapping="F.gelu(x, approximate=approximate)", not_promised=(NON_FINITE, INFINITE, ERF, SLICES)
+        ),
     }
 )
 

@@ -21,9 +21,11 @@ from polyaccel.backend import Query
 from polyaccel.backend.composite.kv_cache import TensorKVCache
 from polyaccel.backend.rope import RopeTable
 from polyaccel.backend.step import Step
+from polyaccel.backend.support import Supports
 from polyaccel_conformance.promises import Kernel, NotPromised
 from polyaccel_conformance.tables.required import release, required
 from polyaccel_conformance.tables.routing import softmax_only
+from polyaccel_conformance.tables.usual import DENSE, UNCHECKED
 
 DISTRIBUTION = "vllm"
 SIXTEEN_BITS = NotPromised(
@@ -108,9 +110,10 @@ def vllm() -> Mapping[str, Kernel]:
         fn: Callable[..., object],
         mapping: str,
         *not_promised: NotPromised,
-        supports: Callable[[Query], list[str]] = _any,
+        supports: Supports = _any,
     ) -> Kernel:
-        return Kernel(fn, supports=supports, distribution=version, mapping=mapping, not_promised=not_promised)
+        usual = (DENSE, UNCHECKED, *not_promised)
+        return Kernel(fn, supports=supports, distribution=version, mapping=mapping, not_promised=usual)
 
     return {
         "rms_norm": kernel(

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyaccel.backend import Backend, TableBackend
+from polyaccel.backend import Backend
 from polyaccel.backend.errors import BackendUnavailable
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, run_case
 from polyaccel_conformance.problem import Problem
-from polyaccel_conformance.promises import rules, sources
+from polyaccel_conformance.promises import mappings, rules, sources
 from polyaccel_conformance.results import encode
 from polyaccel_conformance.subject import OperatorTable, Subject
 from polyaccel_conformance.workers.oracle_cache import OracleCache
@@ -122,7 +122,8 @@ def open_bench(subject: Subject, device: int) -> tuple[Bench, dict[str, Any]]:
         "devices": len(devices),
         "device_type": bench.device.torch_device.type,
         "scope": sorted(backend.given) if isinstance(backend, OperatorTable) else None,
-        "not_promised": encode(rules(backend.operators())) if isinstance(backend, TableBackend) else [],
+        "mappings": mappings(backend.operators()) if subject.kind == "table" else {},
+        "not_promised": encode(rules(backend.operators())) if subject.kind == "table" else [],
         "graphs": "; ".join(backend.graph_refusals()),
         "environment": {**_environment(backend, bench, subject), **_sources(backend, subject)},
     }
@@ -151,7 +152,10 @@ def _environment(backend: Backend, bench: Bench, subject: Subject) -> dict[str, 
         for entry in metadata.entry_points(group="polyaccel.backends", name=subject.name):
             if entry.dist is not None:
                 found["distribution"] = f"{entry.dist.name} {entry.dist.version}"
-    if isinstance(backend, TableBackend):
+    module = getattr(torch, bench.torch_device.type, None)
+    if module is not None and hasattr(module, "get_device_name"):
+        found["hardware"] = str(module.get_device_name(bench.torch_device))
+    if subject.kind == "table":
         kernels = sources(backend.operators())
         if kernels:
             found["kernels"] = ", ".join(kernels)

@@ -59,7 +59,7 @@ class TensorAdapterStore(AdapterStore):
         with device.scope():
             for site, spec in self._specs.items():
                 if spec.rank_rows > 0:
-                    self.sites[site] = _allocate(spec, rank_rows, device)
+                    self.sites[site] = self._allocate(spec)
 
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
         self.clear(where.slot)
@@ -94,6 +94,10 @@ class TensorAdapterStore(AdapterStore):
     @property
     def nbytes(self) -> int:
         return sum(buffers.nbytes for buffers in self.sites.values())
+
+    def _allocate(self, spec: WeightSpec) -> SiteBuffers:
+        """Zeroed room at one site; subclasses may place it elsewhere."""
+        return _allocate(spec, self.rank_rows, self._device)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ class TensorWeight(Weight):
             if tied is not None:
                 self._share(tied)
             elif spec.quantisation is None:
-                self._tensor = device.zeros((*lead, spec.n, spec.k), spec.dtype)
+                self._tensor = self._storage((*lead, spec.n, spec.k))
             else:
                 self.quantised = _allocate_quantised(spec, spec.quantisation, lead, device)
 
@@ -78,6 +78,10 @@ class TensorWeight(Weight):
         if self._tensor is None:
             self._refuse("is quantised and has no plain tensor; use dequantize")
         return self._tensor
+
+    def _storage(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Zeros for a plain weight; subclasses may place them inside a larger tensor."""
+        return self._device.zeros(shape, self.spec.dtype)
 
     def part(self, slice_index: int) -> torch.Tensor:
         """The rows of one slice: a view ``[n of the slice, k]`` (``[experts, ...]``)."""

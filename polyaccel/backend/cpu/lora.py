@@ -60,7 +60,7 @@ def _add_rows(y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
 
 
 def _add_by_chunk(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, batch: Batch) -> None:
-    """The same for rows with gaps between them, whose chunks are no batch: one product a chunk instead of a copy of y."""
+    """The same for rows with gaps between them, whose chunks are no batch: a product each instead of a copy of y."""
     matrices, segments = batch.matrices, batch.segments
     chunks = y.view(segments, matrices.chunks, matrices.width)
     h, b = h.view(segments, matrices.chunks, 1, -1), b.view(segments, matrices.chunks, -1, matrices.width)

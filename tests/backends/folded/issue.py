@@ -60,6 +60,23 @@ def same_width(operator: str, operands: Mapping[str, torch.Tensor | None]) -> No
         raise OperatorError.describe(operator, f"{' and '.join(given)} are not of one width", given)
 
 
+def norms_for(operator: str, width: int, dtype: torch.dtype, **weights: torch.Tensor | None) -> None:
+    """Refuse norm weights that are not one of each of ``width`` elements, in ``dtype``."""
+    for name, weight in weights.items():
+        if weight is not None and (weight.shape != (width,) or weight.dtype != dtype):
+            raise OperatorError.describe(operator, f"{name} is not {width} elements of {dtype}", {name: weight})
+
+
+def choices_for(operator: str, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    """Refuse choices of experts that are not ``ids, weights: [tokens, top_k]`` in the contract's dtypes."""
+    given = {"ids": ids, "weights": weights}
+    if ids.dim() != 2 or ids.shape != weights.shape or ids.shape[0] != x.shape[0]:
+        raise OperatorError.describe(operator, "ids and weights are not [tokens, top_k]", {"x": x, **given})
+    for name, dtype in (("ids", torch.int32), ("weights", torch.float32)):
+        if given[name].dtype != dtype:
+            raise OperatorError.describe(operator, f"{name} is not in {dtype}", {name: given[name]})
+
+
 def heads_for(operator: str, kv: FoldedKVCache, **operands: torch.Tensor) -> None:
     """Refuse heads that do not fit the cache."""
     for name, x in operands.items():

@@ -22,6 +22,7 @@ from polyaccel.backend.composite import dense, moe, sampling
 from . import kernels
 from .issue import (
     Issuer,
+    choices_for,
     expanded,
     folded_cache,
     heads_for,
@@ -35,6 +36,8 @@ from .issue import (
 from .sampling_state import FoldedSamplingState
 from .step import FoldedStep, RunningStep
 from .weight import folded
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class FoldedOperators(Issuer):
@@ -136,6 +139,8 @@ class FoldedOperators(Issuer):
     def moe_route(
         self, logits: torch.Tensor, top_k: int, *options: object, **named: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if logits.dim() != 2 or logits.dtype not in FLOATS:
+            raise OperatorError.describe("moe_route", "logits are not [tokens, experts] floats", {"logits": logits})
         weights = self._device.empty((logits.shape[0], top_k), torch.float32)
         ids = self._device.empty((logits.shape[0], top_k), torch.int32)
 
@@ -161,6 +166,7 @@ class FoldedOperators(Issuer):
         first, second, issued = folded("moe_experts", gate_up), folded("moe_experts", down), issued_step(step)
         y = self._device.empty((x.shape[0], second.spec.n), x.dtype)
         rows_for("moe_experts", x, first)
+        choices_for("moe_experts", x, ids, weights)
         store, mix = store_of(issued), issued.buffers.mix["tokens"][: x.shape[0]]
 
         def run() -> None:

@@ -8,7 +8,18 @@ from polyaccel.backend import Communicator, KVCache, RopeTable, RowSet, Step, We
 from polyaccel.backend.composite import dense
 
 from . import kernels
-from .issue import Issuer, adapted, folded_cache, issued_step, landed, queued, rank_rows_of, rows_for, same_width
+from .issue import (
+    Issuer,
+    adapted,
+    folded_cache,
+    issued_step,
+    landed,
+    norms_for,
+    queued,
+    rank_rows_of,
+    rows_for,
+    same_width,
+)
 from .step import FoldedStep, RunningStep
 from .weight import FoldedWeight, folded
 
@@ -38,6 +49,7 @@ class FoldedStations(Issuer):
     ) -> torch.Tensor:
         own, issued, cache = folded("qkv_rope_cache", weight), issued_step(step), folded_cache(kv)
         rows_for("qkv_rope_cache", x, own)
+        norms_for("qkv_rope_cache", head_dim, x.dtype, q_norm=q_norm, k_norm=k_norm)
         widths = [part.n for part in own.spec.slices]
         out = self._device.empty((x.shape[0], widths[0] // head_dim, head_dim), x.dtype)
 

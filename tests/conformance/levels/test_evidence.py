@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from polyaccel_conformance.case import Case
-from polyaccel_conformance.check import CaseResult, Failure
+from polyaccel_conformance.check import RESTRICTION, CaseResult, Failure
 from polyaccel_conformance.levels.cell import Cell
 from polyaccel_conformance.levels.evidence import Machine, empty_cells, gather
 from polyaccel_conformance.levels.facts import facts
@@ -65,7 +67,7 @@ def test_the_facts_of_a_lora_case_follow_from_its_ranks_and_widths() -> None:
     axes = {"dims.tokens": 4, "dims.k": 8, "dims.n": 9, "dims.rank": 5, "structure.ranks": "consecutive"}
     case = Case.of("sgmv", {**axes, "structure.slices": "thin", "structure.segments": "gaps"})
     found = facts(case)
-    assert found["facts.rank"] == tuple(range(5, 21))
+    assert found["facts.rank"] == tuple(range(5, 69))
     assert found["facts.mixed_ranks"] is True
     assert found["facts.slice_narrower_than_rank"] is True
     assert found["facts.rows_without_adapter"] is True
@@ -73,3 +75,13 @@ def test_the_facts_of_a_lora_case_follow_from_its_ranks_and_widths() -> None:
     assert wide["facts.slice_narrower_than_rank"] is False
     assert wide["facts.rows_without_adapter"] is False
     assert wide["facts.mixed_ranks"] is False
+
+
+def test_a_declaration_below_the_floor_is_named_and_its_case_counts() -> None:
+    lower = Failure(check="numerics.measured", cause=f"{RESTRICTION}accumulator bfloat16", message="declared")
+    declared = replace(result("native"), failures=(lower,))
+    found = gather([declared, replace(declared, case=declared.case.with_seed(1))], [], Machine())
+    assert found.restrictions == {"gelu": ("accumulator bfloat16",)}
+    assert (found.failures, found.tallies[ANY]) == ({}, Tally(passed=2))
+    both = gather([replace(declared, failures=(lower, FAILURE))], [], Machine())
+    assert (both.failures, both.tallies[ANY]) == ({"gelu": 1}, Tally(failed=1))

@@ -38,6 +38,7 @@ CAUGHT: list[tuple[str, str, Case]] = [
         ranked_case("row_parallel_linear", 2, structure__operand="x", **LINEAR),
     ),
     ("full_weights", "comm.memory", ranked_case("row_parallel_linear", 2, structure__even=True)),
+    ("full_weights", "comm.memory", ranked_case("sgmv", 2, structure__even=True)),
 ]
 # Found by this check and by none of the others that were asked.
 ALONE = {

@@ -18,7 +18,7 @@ QUICK = (
     "dequantize.sign_bit",
     "rms_norm.alias",
     "kv_cache.last_slot_lost",
-    "sampling.sticky_bias",
+    "sampling.bias_outlives",
     "graph.ledger_frozen",
     "launch.no_guard",
     "all_reduce.skips_last_rank",

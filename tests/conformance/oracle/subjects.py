@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from polyaccel_conformance.case import Choice
 from polyaccel_conformance.formats import FORMATS
+from polyaccel_conformance.multi.registry import ranked_set
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
 from polyaccel_conformance.problems.sample import SampleProblem
@@ -20,6 +21,7 @@ from tests.conformance.drawn import Emulation, problems, remembered, worst
 from tests.conformance.emulated import LEGITIMATE, Form
 from tests.conformance.emulated_activation import GELU, SILU, emulated_gelu, emulated_silu
 from tests.conformance.emulated_attention import ACCUMULATIONS, FORMS, Emulated
+from tests.conformance.emulated_collectives import REDUCTIONS, Reduction, chain, four_bits
 from tests.conformance.emulated_moe import EXPERTS, ROUTES, emulated_experts, emulated_route
 from tests.conformance.emulated_norm import (
     LAYER_LEGITIMATE,
@@ -85,9 +87,10 @@ class Subject:
 
     def drawn(self, count: int, seed: int, **axes: tuple[Choice, ...]) -> Iterator[Problem]:
         """Problems of the axes of the survey, those named from ``axes``; names that the operator lacks are dropped."""
-        known = PROBLEM_SETS[self.operator].axes()
+        problem_set = PROBLEM_SETS.get(self.operator) or ranked_set(self.operator)
+        known = {*problem_set.axes(), *(("ranks",) if self.operator not in PROBLEM_SETS else ())}
         named = {path: values for path, values in {**self.sizes, **axes}.items() if path.replace("__", ".") in known}
-        return problems(PROBLEM_SETS[self.operator], count, seed, **named)
+        return problems(problem_set, count, seed, **named)
 
     def worst(self, emulations: Mapping[str, Emulation], found: Iterator[Problem]) -> dict[str, float]:
         """The worst err / tol of each implementation."""
@@ -320,7 +323,7 @@ def _attention(operator: str) -> Subject:
         },
         random={**one, "data": ("normal",)},
         where={
-            **dict.fromkeys(PEAKED, {"data": ("peaked",)}),
+            **{name: {"data": ("peaked",)} for name in PEAKED},
             "16-bit sum of weights": {"data": ("positive",), longest: (130,), "structure__phase": ("chunked",)},
         },
         exact={**one, "data": ("selection",)},
@@ -394,6 +397,24 @@ def _sample() -> Subject:
     )
 
 
+def _reduction(operator: str) -> Subject:
+    return Subject(
+        operator=operator,
+        legitimate=REDUCTIONS,
+        lower={
+            "float32": {
+                "partial sums in float16": Reduction(chain, F16.round),
+                "partial sums in bfloat16": Reduction(chain, BF16.round),
+            },
+            "float16": {"partial sums in bfloat16": Reduction(chain, BF16.round)},
+            "bfloat16": {"partial sums of four bits": Reduction(chain, four_bits)},
+        },
+        sizes={"ranks": (2, 3, 4, 8), "dims__rows": (1, 2, 7), "structure__scenario": ("plain",)},
+        random={"ranks": (4,), "dims__rows": (7,), "dims__width": (64,), "data": ("normal",)},
+        exact={"ranks": (4,), "dims__rows": (7,), "dims__width": (64,), "data": ("digits",)},
+    )
+
+
 SUBJECTS: Mapping[str, Subject] = MappingProxyType(
     {
         subject.operator: subject
@@ -409,6 +430,8 @@ SUBJECTS: Mapping[str, Subject] = MappingProxyType(
             _route(),
             _experts(),
             _sample(),
+            _reduction("all_reduce"),
+            _reduction("reduce_scatter"),
         )
     }
 )

@@ -17,7 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from polyaccel.backend import TableBackend
+from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.formats import FORMATS
+from polyaccel_conformance.harness.probes import Measured
+from polyaccel_conformance.probes.planted import LENGTH
+from polyaccel_conformance.probes.registry import PROBES
 from tests.conformance.drawn import remembered
 from tests.conformance.oracle.subjects import SUBJECTS, Subject
 
@@ -123,19 +128,22 @@ def summary(figures: Mapping[str, Figures]) -> Iterator[str]:
 
 
 def implementations(figures: Mapping[str, Figures]) -> Iterator[str]:
-    head = ("operator", "implementation", "cases", "worst err / tol")
+    head = ("operator", "cases of each", "implementations and their worst err / tol")
     return table(
         head,
         (
-            (f"`{operator}`", name, f"{row['cases']:,}", ratio(row["worst"]))
+            (
+                f"`{operator}`",
+                f"{min(row['cases'] for row in found['soundness'].values()):,}",
+                "; ".join(f"{name} {ratio(row['worst'])}" for name, row in found["soundness"].items()),
+            )
             for operator, found in figures.items()
-            for name, row in found["soundness"].items()
         ),
     )
 
 
 def lower(figures: Mapping[str, Figures]) -> Iterator[str]:
-    head = ("operator", "dtype", "healthy", "one class lower", "tier 2", "tier 1", "found by")
+    head = ("operator", "dtype", "healthy", "one class lower")
     return table(
         head,
         (
@@ -143,14 +151,12 @@ def lower(figures: Mapping[str, Figures]) -> Iterator[str]:
                 f"`{operator}`",
                 dtype,
                 ratio(of_dtype["healthy"]),
-                name,
-                ratio(tiers["tier 2"]),
-                "wrong" if tiers["tier 1"] else "right",
-                finder(tiers),
+                "; ".join(
+                    f"{name} {ratio(tiers['tier 2'])} ({finder(tiers)})" for name, tiers in of_dtype["lower"].items()
+                ),
             )
             for operator, found in figures.items()
             for dtype, of_dtype in found["tightness"].items()
-            for name, tiers in of_dtype["lower"].items()
         ),
     )
 
@@ -158,11 +164,35 @@ def lower(figures: Mapping[str, Figures]) -> Iterator[str]:
 def finder(tiers: Mapping[str, Any]) -> str:
     """The tiers that find a lower implementation."""
     bounded = isinstance(tiers["tier 2"], str) or tiers["tier 2"] > 1
-    names = [name for name, hit in (("2", bounded), ("1", tiers["tier 1"])) if hit]
-    return " and ".join(names) or "3"
+    names = [name for name, hit in (("1", tiers["tier 1"]), ("2", bounded)) if hit]
+    return ", ".join(names) or "3"
 
 
-TABLES = {"summary": summary, "implementations": implementations, "lower": lower}
+def probes(figures: Mapping[str, Figures]) -> Iterator[str]:
+    """How far each probe of one rank reaches, as the composites show."""
+    found = {
+        (operator, dtype): probe(Bench(TableBackend("cpu", {})), dtype, LENGTH)
+        for operator, probe in PROBES.items()
+        for dtype in FORMATS
+    }
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for operator in PROBES:
+        # 16-bit results show less: their probes are the first ones of float32.
+        for place, first in enumerate(found[operator, "float32"]):
+            shown = [found[operator, dtype][place : place + 1] for dtype in FORMATS]
+            cells = ("".join(map(bits, one)) for one in shown)
+            rows.setdefault((f"`{operator}`", *cells), []).append(first.name)
+    lines = ((operator, ", ".join(names), *cells) for (operator, *cells), names in rows.items())
+    return table(("operator", "of", *FORMATS), lines)
+
+
+def bits(found: Measured) -> str:
+    """In few words."""
+    parts = [] if found.input_bits is None else [f"input {found.input_bits}"]
+    return ", ".join([*parts, *([] if found.bits is None else [f"{found.quantity} {found.bits}"])])
+
+
+TABLES = {"summary": summary, "implementations": implementations, "lower": lower, "probes": probes}
 
 
 def rendered(page: str, figures: Mapping[str, Figures]) -> str:

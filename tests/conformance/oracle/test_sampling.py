@@ -14,24 +14,9 @@ from polyaccel_conformance.problems.sample import SampleProblem, SampleProblems
 from tests.conformance.drawn import problems
 from tests.conformance.emulated_sampling import FORMS, Round, emulated_id
 from tests.conformance.emulation import BF16, F16
+from tests.conformance.oracle.golden import row_of
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "sampling.json").read_text())
-
-
-def row_of(golden: Mapping[str, object]) -> Row:
-    n = len(golden["logits"])  # type: ignore[arg-type]
-    counts = np.array(golden.get("counts", [0] * n))
-    seen = counts > 0
-    seen[np.array(golden.get("seen", []), dtype=np.int64)] = True
-    numbers = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    return Row(
-        logits=np.array(golden["logits"]),
-        seen=seen,
-        counts=counts,
-        bias=np.array(golden.get("bias", [0.0] * n)),
-        allowed=np.array(golden.get("allowed", [True] * n)),
-        **{name: golden[name] for name in numbers if name in golden},  # type: ignore[arg-type]
-    )
 
 
 @pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden["name"])

@@ -102,10 +102,10 @@ def test_aten_operators_that_the_device_lacks_are_listed_by_operator_and_level(t
 def test_all_that_is_lacking_is_one_table_in_the_order_of_the_levels(table: Path) -> None:
     subject = Subject(kind="table", name="Plain", path=str(table))
     sets = {name: PROBLEM_SETS[name] for name in ("gelu", "moe_route", "sgmv_shrink")}
-    everything = {f"aten.{name}" for name in ("gelu", "erf", "tanh", "softmax", "_softmax", "mm", "addmm", "topk", "sort")}
+    absent = {"gelu", "erf", "tanh", "softmax", "_softmax", "mm", "addmm", "topk", "sort"}
 
     def execute(sample: Sample, device: Device) -> None:
-        if sample.name.split(".")[1] in {name.split(".")[1] for name in everything}:
+        if sample.name.split(".")[1] in absent:
             raise NotImplementedError("not on this device")
         execute_on(sample, device)
 

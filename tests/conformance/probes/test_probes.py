@@ -87,7 +87,7 @@ LOWER: tuple[tuple[str, str, str, Mapping[str, lower.Function]], ...] = (
     ("moe_route", "bfloat16", "arithmetic bits", {"moe_route": lower.rounding_first("moe_route", torch.float8_e5m2)}),
     ("moe_experts", "bfloat16", "accumulator bits of gate_up", {"moe_experts": lower.moe_experts(up=BF16)}),
     ("moe_experts", "float16", "accumulator bits of down", {"moe_experts": lower.moe_experts(down=F16)}),
-    ("moe_experts", "float32", "input bits of down", {"moe_experts": lower.moe_experts(inner=BF16)}),
+    ("moe_experts", "float32", "input bits of gate_up", {"moe_experts": lower.moe_experts(inner=BF16)}),
     ("sample", "float32", "arithmetic bits", {"sample": lower.sample(F16)}),
     ("sgmv", "bfloat16", "accumulator bits of x A", {"sgmv": lower.sgmv(shrink=BF16)}),
     ("sgmv", "float16", "accumulator bits of h B", {"sgmv": lower.sgmv(expand=F16)}),
@@ -124,6 +124,7 @@ def test_every_operator_but_lookups_is_found_with_fewer_bits() -> None:
         ("dense_attention", Numerics(intermediates=MappingProxyType({"p": ("float16",)})), "restriction: p float16"),
         ("linear", Numerics(accumulator=torch.float64), "accumulator bits"),
         ("sgmv", Numerics(intermediates=MappingProxyType({"h": ("float32",)})), ""),
+        ("rms_norm", Numerics(intermediates=MappingProxyType({"normed": ("x",)})), ""),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -142,3 +143,13 @@ def test_what_was_measured_is_noted() -> None:
         "numerics: x A: input 8 bits, accumulator at least 24 bits",
         "numerics: h B: input 8 bits, accumulator at least 24 bits",
     )
+
+
+def test_a_station_is_held_to_the_floor_of_each_of_its_parts() -> None:
+    normed = Numerics(intermediates=MappingProxyType({"normed": ("x",)}))
+    parts = {
+        "linear": lower.linear(),
+        "sgmv": lower.sgmv(),
+        "rms_norm": Entry(lower.rms_norm(torch.float32), numerics=normed),
+    }
+    assert found(Bench(TableBackend("cpu", parts)), "row_parallel_add_norm", "bfloat16") == ""

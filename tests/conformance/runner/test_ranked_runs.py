@@ -14,7 +14,6 @@ from polyaccel_conformance.log import read_log
 from polyaccel_conformance.results import FailureGroup, RunResult
 from polyaccel_conformance.runner import RESULTS, Options, Watch
 from polyaccel_conformance.runner import run as run_suite
-from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer
 from tests.conformance.multi.subjects import subject
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polyaccel.backend import load
+from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.casefile import CaseFile, Outcome, Replay
+from polyaccel_conformance.dump import arrays
 from polyaccel_conformance.errors import ExitCode, UsageError
 from polyaccel_conformance.log import read_log
 from polyaccel_conformance.replay import Archive
@@ -182,6 +185,29 @@ def test_a_standalone_script_needs_neither_the_suite_nor_the_project(
         assert "polyaccel" not in [line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()]
         codes[arguments] = done.returncode
     assert codes == {(): 1, ("kernel.py:right",): 0, ("kernel.py:wrong",): 1}
+
+
+def test_an_archive_holds_all_that_a_kernel_with_a_step_needs() -> None:
+    from polyaccel_conformance.problems.registry import PROBLEM_SETS
+    from polyaccel_conformance.schedule import fixed
+
+    problems = PROBLEM_SETS["sgmv"]
+    case = next(i.case for i in fixed(problems) if i.case.dtype == "float32" and i.case.structure["segments"] == "each")
+    found = arrays(Bench(load("cpu")), problems.problem(case))
+    rows, slots, mixes = (
+        found[f"input.step.{case.attributes['row_set']}.{p}"].tolist() for p in ("rows", "slots", "weights")
+    )
+    floats = {name: values.astype(np.float64) for name, values in found.items() if values.dtype.kind in "fiu"}
+    y = floats["input.y"].copy()
+    ends = np.cumsum(json.loads(str(found["attributes"]))["weight"]["slices"])
+    for row, slot, mix in zip(rows, slots, mixes, strict=True):
+        for piece, end in enumerate(ends):
+            a, b = (floats.get(f"input.adapters.adapters.{int(slot)}.{piece}.{m}") for m in "ab")
+            if a is not None and b is not None:
+                start = 0 if piece == 0 else ends[piece - 1]
+                y[int(row), start:end] += mix * (b @ (a @ floats["input.x"][int(row)]))
+    assert len(rows) > 0
+    assert np.all(np.abs(y - floats["expected.y"]) <= floats["tolerance.y"])
 
 
 def test_a_worker_that_dies_fails_its_cases_and_the_run_goes_on(tmp_path: Path) -> None:

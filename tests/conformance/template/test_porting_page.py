@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def with_native_operator(module: Path) -> None:
     text = module.read_text(encoding="utf-8")
     head, _, rest = text.partition("class AcmeBackend(Backend):")
     body = rest[: rest.index("    def operators")]
+    methods = textwrap.indent(textwrap.dedent(methods), "    ")
     module.write_text(f"{head}{kernel}\n\nclass AcmeBackend(Backend):{body}{methods}", encoding="utf-8")
 
 

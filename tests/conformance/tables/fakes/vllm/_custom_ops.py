@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 _LIBRARY = torch.library.Library("_C", "FRAGMENT")
-_LIBRARY.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
-_LIBRARY.define("gelu_new(Tensor! out, Tensor input) -> ()")
+_LIBRARY.define("silu_and_mul(Tensor! out, Tensor input) -> ()")  # type: ignore[no-untyped-call]
+_LIBRARY.define("gelu_new(Tensor! out, Tensor input) -> ()")  # type: ignore[no-untyped-call]
 
 
 def _silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:
@@ -21,8 +21,8 @@ def _gelu_new(out: torch.Tensor, input: torch.Tensor) -> None:
     out.copy_(0.5 * input * (1.0 + t))
 
 
-_LIBRARY.impl("silu_and_mul", _silu_and_mul, "CPU")
-_LIBRARY.impl("gelu_new", _gelu_new, "CPU")
+_LIBRARY.impl("silu_and_mul", _silu_and_mul, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("gelu_new", _gelu_new, "CPU")  # type: ignore[no-untyped-call]
 
 
 def rms_norm(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> None:

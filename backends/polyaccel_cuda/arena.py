@@ -1,0 +1,85 @@
+"""A step's metadata as one block of bytes: filled on the host, moved to the device by one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from polyaccel.backend import Device
+
+ALIGNMENT = 16
+_TORCH = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}
+# Copies that may be under way while the next step is prepared.
+STAGES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """An array of at most ``room`` elements."""
+
+    name: str
+    dtype: np.dtype
+    room: int
+
+
+class Arena:
+    """Fixed device addresses for a list of fields, which are copied in their order: long, seldom full ones go last.
+
+    Attributes:
+        rooms: elements a field may have.
+    """
+
+    def __init__(self, fields: Sequence[Field], device: Device) -> None:
+        self.rooms = {field.name: field.room for field in fields}
+        self._device = device
+        self._places: dict[str, tuple[int, np.dtype, int]] = {}
+        size = 0
+        for field in fields:
+            self._places[field.name] = (size, field.dtype, field.room)
+            size += -(-field.room * field.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self._bytes = device.empty((max(size, 1),), torch.uint8)
+        pinned = device.torch_device.type == "cuda"
+        self._stages = [torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=pinned) for _ in range(STAGES)]
+        self._hosts = [
+            {
+                name: stage.numpy()[at : at + room * dtype.itemsize].view(dtype)
+                for name, (at, dtype, room) in self._places.items()
+            }
+            for stage in self._stages
+        ]
+        self._busy: list[torch.cuda.Event | None] = [None] * STAGES
+        self._next = 0
+        self._views = {
+            name: self._bytes[at : at + room * dtype.itemsize].view(_TORCH[dtype])
+            for name, (at, dtype, room) in self._places.items()
+        }
+
+    def fits(self, lengths: Mapping[str, int]) -> bool:
+        return all(length <= self.rooms[name] for name, length in lengths.items())
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Copy the arrays, flat, to their places; asynchronous, in the order of the device's current stream."""
+        stage = self._next
+        self._next = (stage + 1) % STAGES
+        event = self._busy[stage]
+        if event is not None:
+            event.synchronize()
+        host, end = self._hosts[stage], 0
+        for name, array in arrays.items():
+            host[name][: array.size] = array.reshape(-1)
+            at, dtype, _ = self._places[name]
+            end = max(end, at + array.size * dtype.itemsize)
+        if not end:
+            return
+        with self._device.scope():
+            self._bytes[:end].copy_(self._stages[stage][:end], non_blocking=True)
+            if self._device.torch_device.type == "cuda":
+                self._busy[stage] = event or torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._busy[stage].record()  # type: ignore[union-attr]
+
+    def view(self, name: str, length: int) -> torch.Tensor:
+        """The first ``length`` elements of a field, on the device."""
+        return self._views[name][:length]

@@ -1,0 +1,71 @@
+"""What each native operator may execute: Triton kernels by their names, and torch operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from polyaccel.backend.composite.linear import EVIDENCE as PLAIN
+
+_PRODUCT = ("aten::linear", "aten::addmm", "aten::mm")
+_EXPAND = ("expand_kernel",)
+_SAMPLE = (
+    "aten::add",
+    "aten::amax",
+    "aten::argmax",
+    "aten::bitwise_and",
+    "aten::bitwise_not",
+    "aten::bitwise_or",
+    "aten::clamp",
+    "aten::constant_pad_nd",
+    "aten::cumsum",
+    "aten::div",
+    "aten::eq",
+    "aten::exp",
+    "aten::gather",
+    "aten::ge",
+    "aten::gt",
+    "aten::index_add_",
+    "aten::index_copy_",
+    "aten::index_select",
+    "aten::le",
+    "aten::log",
+    "aten::lt",
+    "aten::minimum",
+    "aten::mul",
+    "aten::nan_to_num",
+    "aten::ne",
+    "aten::scatter_",
+    "aten::sort",
+    "aten::sub",
+    "aten::sum",
+    "aten::where",
+)
+_EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "embedding": ("embedding_kernel",),
+        "linear": _PRODUCT,
+        "dequantize": PLAIN["dequantize"],
+        "rms_norm": ("rms_norm_kernel",),
+        "layer_norm": ("layer_norm_kernel",),
+        "rotary_embedding": ("rotate_kernel",),
+        "silu_and_mul": ("silu_and_mul_kernel",),
+        "gelu": ("gelu_kernel", "direct_copy_kernel_cuda"),
+        "select_rows": ("aten::index_select",),
+        "write_kv_cache": ("write_kv_kernel",),
+        "paged_attention": ("decode_kernel", "combine_kernel", "prefill_kernel"),
+        "sgmv": (*_PRODUCT, *_EXPAND),
+        "sgmv_shrink": (*_PRODUCT, "take_rank_rows_kernel"),
+        "sgmv_expand": ("expand_triples_kernel",),
+        "sample": _SAMPLE,
+        "column_linear": (*_PRODUCT, *_EXPAND),
+        "qkv_rope_cache": (*_PRODUCT, "rope_cache_kernel"),
+        "gate_up_act": (*_PRODUCT, "silu_and_mul_kernel"),
+        "row_parallel_linear": (*_PRODUCT, *_EXPAND),
+        "row_parallel_add_norm": (*_PRODUCT, *_EXPAND, "rms_norm_kernel"),
+    }
+)
+
+
+def evidence(operator: str) -> tuple[str, ...]:
+    return _EVIDENCE.get(operator, ())

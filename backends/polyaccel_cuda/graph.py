@@ -1,0 +1,103 @@
+"""Captured decode steps. A graph is right for every step of its key: what differs between them is in device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from polyaccel.backend import (
+    Graph,
+    GraphKey,
+    Ledger,
+    OperatorError,
+    SampleOutput,
+    Step,
+    StepFunction,
+    UnsupportedError,
+)
+from polyaccel_cuda.arena import Arena
+from polyaccel_cuda.sampling_state import CudaSamplingState
+from polyaccel_cuda.step import CudaStep
+
+
+@dataclass(slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    arena: Arena
+    output: SampleOutput
+    launches: Mapping[str, int]
+
+
+class CudaGraph(Graph):
+    """One or more captures of a key: one for each kind of sampling that its steps asked for.
+
+    Captures are made when a step first needs them. Adapters never cause one.
+    """
+
+    def __init__(
+        self,
+        key: GraphKey,
+        fn: StepFunction,
+        ledger: Ledger,
+        pool: Any,
+    ) -> None:
+        self.key = key
+        self._fn, self._ledger, self._pool = fn, ledger, pool
+        self._captured: dict[object, _Captured] = {}
+
+    def capture(self, step: CudaStep) -> None:
+        """Add the capture that ``step`` needs, unless there is one."""
+        state, needs = _sampling(step)
+        found = self._captured.get(needs)
+        if found is not None and found.arena is step.arena:
+            return
+        store = step.store()
+        rank_rows = step.rank_rows
+        if step.input.tokens != self.key.rows or rank_rows > self.key.rank_rows:
+            raise OperatorError(
+                "capture", f"a step of {step.input.tokens} rows and {rank_rows} rank rows for {self.key}"
+            )
+        step.rank_rows = min(self.key.rank_rows, 0 if store is None else store.rank_rows)
+        device = step.tensor("positions").device
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with state.rehearsal(), torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), self._ledger.capture():
+                # Kernels are compiled and libraries set up outside the capture.
+                self._fn(step)
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with self._ledger.capture() as launches, torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                output = self._fn(step)
+            torch.cuda.current_stream().wait_stream(stream)
+        self._captured[needs] = _Captured(graph, step.arena, output, dict(launches))
+
+    def replay(self, step: Step) -> SampleOutput:
+        own = CudaStep.of("replay", step)
+        if own.input.tokens != self.key.rows:
+            raise OperatorError("replay", f"a step of {own.input.tokens} rows for {self.key}")
+        self.capture(own)
+        state, needs = _sampling(own)
+        captured = self._captured[needs]
+        self._ledger.add(captured.launches)
+        with torch.cuda.device(own.tensor("positions").device):
+            captured.graph.replay()
+        state.count_outputs(own.input.sample_slots)
+        return captured.output
+
+    def close(self) -> None:
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
+
+
+def _sampling(step: CudaStep) -> tuple[CudaSamplingState, object]:
+    state = step.state.sampling
+    if not isinstance(state, CudaSamplingState):
+        raise UnsupportedError("a graph is captured for decode steps, which sample")
+    # Wide tables appear when a request first needs them; a capture made before does not read them.
+    tables = (state.output_counts is None, state.bias is None, state.allowed is None)
+    return state, (state.needs(step.input.sample_slots), tables)

@@ -1,0 +1,105 @@
+"""silu_and_mul of both halves of a row, with adapters added first where there are any; gelu."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, exp
+from polyaccel_cuda.kernels.rows import TileAdapters, pointers
+
+
+@triton.jit
+def silu_and_mul_kernel(x, out, x_stride, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
+    x += row * x_stride
+    gate = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + n + columns, mask=inside, other=0.0).to(tl.float32)
+    y = gate / (1.0 + exp(-gate)) * up
+    tl.store(out + row * n + columns, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def adapted_silu_and_mul_kernel(
+    x,
+    out,
+    x_stride,
+    count,
+    n,
+    h,
+    h_stride,
+    b,
+    starts,
+    first,
+    rank,
+    mix,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
+    mask = (rows < count)[:, None] & inside[None, :]
+    where = x + rows[:, None] * x_stride + columns[None, :]
+    gate = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(where + n, mask=mask, other=0.0).to(tl.float32)
+    h += rows * h_stride
+    gate = add_delta(gate, h, 2, b, 2 * n, columns, inside, tile, starts, first, rank, mix, ROWS, BLOCK_R)
+    up = add_delta(up, h + 1, 2, b, 2 * n, n + columns, inside, tile, starts, first, rank, mix, ROWS, BLOCK_R)
+    y = gate / (1.0 + exp(-gate)) * up
+    tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+def silu_and_mul(
+    x: torch.Tensor, n: int, h: torch.Tensor | None = None, adapters: TileAdapters | None = None
+) -> torch.Tensor:
+    """``[T, n]`` from ``x: [T, at least 2 n]``; ``h: [T, rank rows * 2]``, slices innermost."""
+    tokens = x.shape[0]
+    out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    if h is None or adapters is None:
+        block = min(1024, max(128, triton.next_power_of_2(n)))
+        silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, x.stride(0), n, BLOCK=block, num_warps=4)
+        return out
+    block = 64
+    adapted_silu_and_mul_kernel[(triton.cdiv(tokens, adapters.rows), triton.cdiv(n, block))](
+        x,
+        out,
+        x.stride(0),
+        tokens,
+        n,
+        *pointers(h, adapters),
+        ROWS=adapters.rows,
+        BLOCK=block,
+        BLOCK_R=RANK_BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def gelu_kernel(x, out, total, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    wide = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
+    if TANH:
+        inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
+        # 1 + tanh(z) = 2 / (1 + exp(-2 z)), without cancellation for negative z.
+        y = wide / (1.0 + exp(-2.0 * inner))
+    else:
+        y = 0.5 * wide * (1.0 + tl.erf(wide * 0.7071067811865476))
+    tl.store(out + index, y.to(out.dtype.element_ty), mask=inside)
+
+
+def gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """Of a dense x; a new tensor."""
+    out = torch.empty_like(x)
+    if out.numel():
+        gelu_kernel[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), TANH=approximate == "tanh", BLOCK=1024)
+    return out

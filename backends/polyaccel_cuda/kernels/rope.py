@@ -1,0 +1,292 @@
+"""From the rows of a qkv product to queries and the cache: adapters, per-head norm, rotation and the KV write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from polyaccel.backend import RopeTable
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta
+from polyaccel_cuda.kernels.rows import TileAdapters, pointers
+
+
+@triton.jit
+def rope_cache_kernel(
+    y,
+    q_out,
+    keys,
+    values,
+    kv_slots,
+    positions,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    y_stride,
+    tokens,
+    n,
+    q_heads,
+    kv_heads,
+    head_dim,
+    half,
+    block_size,
+    eps,
+    h,
+    h_stride,
+    b,
+    starts,
+    first,
+    rank,
+    mix,
+    ADAPTED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    is_q = head < q_heads
+    is_v = head >= q_heads + kv_heads
+    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    present = rows < tokens
+    i = tl.arange(0, BLOCK)
+    turned = i < half
+    if INTERLEAVED:
+        one, two = 2 * i, 2 * i + 1
+    else:
+        one, two = i, i + half
+    base = head * head_dim
+    here = y + rows[:, None] * y_stride + base
+    mask = present[:, None] & turned[None, :]
+    x1 = tl.load(here + one[None, :], mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(here + two[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ADAPTED:
+        hp = h + rows * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
+        x1 = add_delta(x1, hp, 3, b, n, base + one, turned, tile, starts, first, rank, mix, ROWS, BLOCK_R)
+        x2 = add_delta(x2, hp, 3, b, n, base + two, turned, tile, starts, first, rank, mix, ROWS, BLOCK_R)
+    square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+    rest = 2 * half + tl.arange(0, BLOCK_REST)
+    over = rest < head_dim
+    mask_rest = present[:, None] & over[None, :]
+    if HAS_REST:
+        x3 = tl.load(here + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
+        if ADAPTED:
+            x3 = add_delta(x3, hp, 3, b, n, base + rest, over, tile, starts, first, rank, mix, ROWS, BLOCK_R)
+        square += tl.sum(x3 * x3, 1)
+    scale = (1.0 / tl.sqrt_rn(square / head_dim + eps))[:, None]
+    if Q_NORM:
+        if is_q:
+            x1 *= scale * tl.load(q_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+            x2 *= scale * tl.load(q_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+            if HAS_REST:
+                x3 *= scale * tl.load(q_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+    if K_NORM:
+        if (head >= q_heads) & (head < q_heads + kv_heads):
+            x1 *= scale * tl.load(k_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+            x2 *= scale * tl.load(k_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+            if HAS_REST:
+                x3 *= scale * tl.load(k_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+    position = tl.load(positions + rows, mask=present, other=0)
+    c = tl.load(cos + position[:, None] * half + i[None, :], mask=mask, other=1.0)
+    s = tl.load(sin + position[:, None] * half + i[None, :], mask=mask, other=0.0)
+    o1 = tl.where(is_v, x1, x1 * c - x2 * s)
+    o2 = tl.where(is_v, x2, x2 * c + x1 * s)
+    slot = tl.load(kv_slots + rows, mask=present, other=-1)
+    if is_q:
+        out = q_out + (rows * q_heads + head) * head_dim
+        kept = present
+    else:
+        kept = slot >= 0
+        kv_head = tl.where(is_v, head - q_heads - kv_heads, head - q_heads)
+        offset = ((slot // block_size * kv_heads + kv_head) * block_size + slot % block_size) * head_dim
+        offset = tl.where(kept, offset, 0)
+        if is_v:
+            out = values + offset
+        else:
+            out = keys + offset
+    kind = q_out.dtype.element_ty
+    mask = kept[:, None] & turned[None, :]
+    tl.store(out[:, None] + one[None, :], o1.to(kind), mask=mask)
+    tl.store(out[:, None] + two[None, :], o2.to(kind), mask=mask)
+    if HAS_REST:
+        tl.store(out[:, None] + rest[None, :], x3.to(kind), mask=kept[:, None] & over[None, :])
+
+
+def rope_cache(
+    y: torch.Tensor,
+    heads: tuple[int, int, int],
+    rope: RopeTable,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None, float],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    kv_slots: torch.Tensor,
+    positions: torch.Tensor,
+    h: torch.Tensor | None = None,
+    adapters: TileAdapters | None = None,
+) -> torch.Tensor:
+    """Queries ``[T, q_heads, head_dim]`` from ``y: [T, at least n]``; keys and values go to the cache.
+
+    ``heads``: query heads, key heads, head_dim. ``norms``: weights ``[head_dim]`` of q and k, eps. ``cache``: keys and
+    values of one layer, ``[blocks, kv_heads, block_size, head_dim]`` dense, of y's dtype.
+    """
+    q_heads, kv_heads, head_dim = heads
+    tokens = y.shape[0]
+    out = torch.empty((tokens, q_heads, head_dim), dtype=y.dtype, device=y.device)
+    if not tokens:
+        return out
+    half = rope.rotary_dim // 2
+    q_norm, k_norm, eps = norms
+    rows = 1 if adapters is None else adapters.rows
+    adapted = (y, 0, y, y, y, y, y) if h is None or adapters is None else pointers(h, adapters)
+    least = 2 if adapters is None else 16
+    rope_cache_kernel[(triton.cdiv(tokens, rows), q_heads + 2 * kv_heads)](
+        y,
+        out,
+        *cache,
+        kv_slots,
+        positions,
+        rope.cos,
+        rope.sin,
+        y if q_norm is None else q_norm,
+        y if k_norm is None else k_norm,
+        y.stride(0),
+        tokens,
+        (q_heads + 2 * kv_heads) * head_dim,
+        q_heads,
+        kv_heads,
+        head_dim,
+        half,
+        cache[0].shape[2],
+        eps,
+        *adapted,
+        ADAPTED=adapters is not None,
+        INTERLEAVED=rope.style == "interleaved",
+        Q_NORM=q_norm is not None,
+        K_NORM=k_norm is not None,
+        HAS_REST=head_dim > 2 * half,
+        ROWS=rows,
+        BLOCK=max(least, triton.next_power_of_2(max(1, half))),
+        BLOCK_REST=max(least, triton.next_power_of_2(max(1, head_dim - 2 * half))),
+        BLOCK_R=RANK_BLOCK,
+        num_warps=2 if adapters is None else 4,
+    )
+    return out
+
+
+@triton.jit
+def rotate_kernel(
+    x,
+    out,
+    positions,
+    cos,
+    sin,
+    x_row,
+    x_head,
+    head_dim,
+    half,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1)
+    i = tl.arange(0, BLOCK)
+    turned = i < half
+    if INTERLEAVED:
+        one, two = 2 * i, 2 * i + 1
+    else:
+        one, two = i, i + half
+    rest = 2 * half + tl.arange(0, BLOCK_REST)
+    over = rest < head_dim
+    x += row * x_row + head * x_head
+    out += (row * heads + head) * head_dim
+    position = tl.load(positions + row)
+    c = tl.load(cos + position * half + i, mask=turned, other=1.0)
+    s = tl.load(sin + position * half + i, mask=turned, other=0.0)
+    x1 = tl.load(x + one, mask=turned, other=0.0).to(tl.float32)
+    x2 = tl.load(x + two, mask=turned, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    tl.store(out + one, (x1 * c - x2 * s).to(kind), mask=turned)
+    tl.store(out + two, (x2 * c + x1 * s).to(kind), mask=turned)
+    tl.store(out + rest, tl.load(x + rest, mask=over, other=0.0), mask=over)
+
+
+def rotate(x: torch.Tensor, rope: RopeTable, positions: torch.Tensor) -> torch.Tensor:
+    """``x: [T, heads, head_dim]``, last dimension dense, rotated; a new dense tensor."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        half, head_dim = rope.rotary_dim // 2, x.shape[2]
+        rotate_kernel[(x.shape[0], x.shape[1])](
+            x,
+            out,
+            positions,
+            rope.cos,
+            rope.sin,
+            x.stride(0),
+            x.stride(1),
+            head_dim,
+            half,
+            INTERLEAVED=rope.style == "interleaved",
+            BLOCK=max(2, triton.next_power_of_2(max(1, half))),
+            BLOCK_REST=max(2, triton.next_power_of_2(max(1, head_dim - 2 * half))),
+            num_warps=1,
+        )
+    return out
+
+
+@triton.jit
+def write_kv_kernel(
+    k,
+    v,
+    keys,
+    values,
+    slots,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    kv_heads,
+    head_dim,
+    block_size,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots + row)
+    if slot >= 0:
+        columns = tl.arange(0, BLOCK)
+        inside = columns < head_dim
+        offset = ((slot // block_size * kv_heads + head) * block_size + slot % block_size) * head_dim
+        found = tl.load(k + row * k_row + head * k_head + columns, mask=inside)
+        tl.store(keys + offset + columns, found, mask=inside)
+        found = tl.load(v + row * v_row + head * v_head + columns, mask=inside)
+        tl.store(values + offset + columns, found, mask=inside)
+
+
+def write_kv(k: torch.Tensor, v: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor) -> None:
+    """Store ``k, v: [T, kv_heads, head_dim]``, last dimension dense, at ``slots: [T]`` int64; -1 stores nothing."""
+    keys, values = cache
+    if not k.numel():
+        return
+    write_kv_kernel[(k.shape[0], k.shape[1])](
+        k,
+        v,
+        keys,
+        values,
+        slots,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        keys.shape[1],
+        keys.shape[3],
+        keys.shape[2],
+        BLOCK=triton.next_power_of_2(keys.shape[3]),
+        num_warps=1,
+    )

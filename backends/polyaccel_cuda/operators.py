@@ -1,0 +1,291 @@
+"""The operators that are no stations. Operands are checked, brought into layout and launched through the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from polyaccel.backend import (
+    KVCache,
+    Launcher,
+    OperatorError,
+    RopeTable,
+    RowSet,
+    SampleOutput,
+    SamplingState,
+    Step,
+    Weight,
+)
+from polyaccel.backend.composite import sampling
+from polyaccel.backend.ledger import COPY_PREFIX
+from polyaccel_cuda import check
+from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rope
+from polyaccel_cuda.product import product
+from polyaccel_cuda.step import CudaStep
+from polyaccel_cuda.weight import FoldedWeight
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What graphs must ever serve is not known when they are captured; shorter contexts need no more shares than this.
+LONG_CONTEXT = 4096
+
+
+class Issuer:
+    """Layout and launches of one backend instance."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    def launch(
+        self,
+        kernel: str,
+        operands: Mapping[str, torch.Tensor | None],
+        fn: Callable[P, R],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        return self._launcher.launch(f"cuda.{kernel}", operands, fn, *args, **kwargs)
+
+    def dense_rows(self, operator: str, argument: str, x: torch.Tensor) -> torch.Tensor:
+        """``x`` itself if its last dimension is dense, else a copy, which the ledger counts."""
+        if x.stride(-1) == 1 or x.shape[-1] <= 1 or x.numel() == 0:
+            return x if x.stride(-1) == 1 else x.contiguous()
+        self._launcher.ledger.record(f"{COPY_PREFIX}{operator}.{argument}")
+        return x.contiguous()
+
+    def contiguous(self, operator: str, argument: str, x: torch.Tensor) -> torch.Tensor:
+        if x.is_contiguous():
+            return x
+        self._launcher.ledger.record(f"{COPY_PREFIX}{operator}.{argument}")
+        return x.contiguous()
+
+
+class CudaOperators(Issuer):
+    """Operators of one backend instance."""
+
+    def table(self) -> Mapping[str, Callable[..., object]]:
+        return {
+            "embedding": self.embedding,
+            "linear": self.linear,
+            "rms_norm": self.rms_norm,
+            "layer_norm": self.layer_norm,
+            "rotary_embedding": self.rotary_embedding,
+            "silu_and_mul": self.silu_and_mul,
+            "gelu": self.gelu,
+            "select_rows": self.select_rows,
+            "write_kv_cache": self.write_kv_cache,
+            "paged_attention": self.paged_attention,
+            "sgmv": self.sgmv,
+            "sgmv_shrink": self.sgmv_shrink,
+            "sgmv_expand": self.sgmv_expand,
+            "sample": self.sample,
+        }
+
+    # -- dense -------------------------------------------------------------------------------------------------------
+
+    def embedding(self, weight: Weight, step: Step, vocabulary_start: int) -> torch.Tensor:
+        stored, own = check.table("embedding", weight), CudaStep.of("embedding", step)
+        store, adapters = own.store(), own.adapters(weight.spec.site, "tokens")
+        h = None if store is None or adapters is None else store.lookup[weight.spec.site]
+        ids = own.tensor("token_ids")
+        return self.launch(
+            "embedding", {"weight": stored, "ids": ids}, gather.embedding, stored, ids, vocabulary_start, h, adapters
+        )
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        own = check.folded("linear", weight)
+        check.rows("linear", "x", x, own, own.spec.k)
+        return self.multiply(self.dense_rows("linear", "x", x), own)
+
+    def multiply(self, x: torch.Tensor, weight: FoldedWeight) -> torch.Tensor:
+        return self.launch("linear", {"x": x, "weight": weight.tensor}, product, x, weight.tensor, weight.bias)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        check.same_width("rms_norm", {"x": x, "weight": weight, "residual": residual})
+        if residual is not None and residual.shape != x.shape:
+            raise OperatorError.describe("rms_norm", "x and residual differ in shape", {"x": x, "residual": residual})
+        x = self.dense_rows("rms_norm", "x", x)
+        if residual is not None:
+            residual = self.dense_rows("rms_norm", "residual", residual)
+        weight = self.contiguous("rms_norm", "weight", weight)
+        operands = {"x": x, "weight": weight, "residual": residual}
+        normed, total = self.launch("rms_norm", operands, norm.rms_norm, x, weight, eps, residual)
+        return normed if total is None else (normed, total)
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        check.same_width("layer_norm", {"x": x, "weight": weight, "bias": bias})
+        x, weight = self.dense_rows("layer_norm", "x", x), self.contiguous("layer_norm", "weight", weight)
+        if bias is not None:
+            bias = self.contiguous("layer_norm", "bias", bias)
+        operands = {"x": x, "weight": weight, "bias": bias}
+        return self.launch("layer_norm", operands, norm.layer_norm, x, weight, bias, eps)
+
+    def rotary_embedding(
+        self, q: torch.Tensor, k: torch.Tensor, rope_table: RopeTable, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own = CudaStep.of("rotary_embedding", step)
+        positions = own.tensor("positions")
+        return (
+            self._rotate("q", q, rope_table, positions),
+            self._rotate("k", k, rope_table, positions),
+        )
+
+    def _rotate(self, name: str, x: torch.Tensor, table: RopeTable, positions: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3 or x.shape[0] != len(positions) or x.shape[2] < table.rotary_dim:
+            reason = f"{name} must be [{len(positions)}, heads, at least {table.rotary_dim}]"
+            raise OperatorError.describe("rotary_embedding", reason, {name: x})
+        check.floats("rotary_embedding", **{name: x})
+        x = self.dense_rows("rotary_embedding", name, x)
+        operands = {name: x, "cos": table.cos, "sin": table.sin, "positions": positions}
+        return self.launch("rotary_embedding", operands, rope.rotate, x, table, positions)
+
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2 or x.shape[1] % 2:
+            raise OperatorError.describe("silu_and_mul", "x must be rows of an even width", {"x": x})
+        check.floats("silu_and_mul", x=x)
+        x = self.dense_rows("silu_and_mul", "x", x)
+        return self.launch("silu_and_mul", {"x": x}, activation.silu_and_mul, x, x.shape[1] // 2)
+
+    def gelu(self, x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+        if approximate not in ("none", "tanh"):
+            raise OperatorError("gelu", f"approximate is 'none' or 'tanh', not {approximate!r}")
+        check.floats("gelu", x=x)
+        x = self.contiguous("gelu", "x", x)
+        return self.launch("gelu", {"x": x}, activation.gelu, x, approximate)
+
+    def select_rows(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        own = CudaStep.of("select_rows", step)
+        rows = own.tensor("logits_rows")
+        if len(rows) == x.shape[0]:
+            return x
+        return self.launch("select_rows", {"x": x, "rows": rows}, x.index_select, 0, rows)
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+
+    def write_kv_cache(self, k: torch.Tensor, v: torch.Tensor, kv: KVCache, layer: int, step: Step) -> None:
+        own, cache = CudaStep.of("write_kv_cache", step), check.cache("write_kv_cache", kv, k=k, v=v)
+        k, v = self.dense_rows("write_kv_cache", "k", k), self.dense_rows("write_kv_cache", "v", v)
+        slots = own.tensor("kv_slots")
+        if k.shape != v.shape or k.shape[:2] != (len(slots), cache.spec.kv_heads):
+            reason = f"k and v must be [{len(slots)}, {cache.spec.kv_heads}, {cache.spec.head_dim}]"
+            raise OperatorError.describe("write_kv_cache", reason, {"k": k, "v": v})
+        stored = cache.layer(layer)
+        operands = {"k": k, "v": v, "kv": stored[0], "slots": slots}
+        self.launch("write_kv_cache", operands, rope.write_kv, k, v, stored, slots)
+
+    def paged_attention(
+        self, q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        own, cache = CudaStep.of("paged_attention", step), check.cache("paged_attention", kv, q=q)
+        if q.shape[0] != own.input.tokens or q.shape[1] % cache.spec.kv_heads:
+            reason = f"q must be [{own.input.tokens}, a multiple of {cache.spec.kv_heads}, {cache.spec.head_dim}]"
+            raise OperatorError.describe("paged_attention", reason, {"q": q})
+        q = self.dense_rows("paged_attention", "q", q)
+        stored = cache.layer(layer)
+        make = torch.empty if own.covered else torch.zeros
+        out = make(q.shape, dtype=q.dtype, device=q.device)
+        operands = {"q": q, "kv": stored[0], "step": own.tables}
+        contexts = own.tensor("context_lengths")
+        decodes = own.decodes
+        if decodes:
+            splits = decode.splits_for(decodes, cache.spec.kv_heads, max(own.longest, LONG_CONTEXT))
+            self.launch(
+                "decode_attention",
+                operands,
+                decode.decode,
+                q[:decodes],
+                stored,
+                own.tables,
+                own.table_starts[:decodes],
+                contexts[:decodes],
+                scale,
+                window,
+                splits,
+                out[:decodes],
+            )
+        tiles = own.tiles
+        if len(tiles[0]):
+            self.launch(
+                "prefill_attention",
+                operands,
+                prefill.prefill,
+                q,
+                stored,
+                own.tables,
+                own.table_starts,
+                own.tensor("query_starts"),
+                contexts,
+                tiles,
+                scale,
+                window,
+                out,
+            )
+        return out
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def sgmv(
+        self, y: torch.Tensor, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens"
+    ) -> torch.Tensor:
+        own, issued = check.folded("sgmv", weight), CudaStep.of("sgmv", step)
+        check.rows("sgmv", "x", x, own, own.spec.k)
+        check.rows("sgmv", "y", y, own, own.spec.n)
+        adapters = issued.adapters(own.spec.site, row_set)
+        if adapters is None:
+            return y
+        x = self.dense_rows("sgmv", "x", x)
+        matrix = own.rank_matrix(issued.rank_rows)
+        operands = {"y": y, "x": x, "weight": matrix}
+        h = self.launch("sgmv_shrink", operands, product, x, matrix)
+        if y.stride(-1) == 1:
+            return self.launch("sgmv_expand", operands, expand.expand, y, h, own.spec.starts, adapters, None, y)
+        dense = self.dense_rows("sgmv", "y", y)
+        self.launch("sgmv_expand", operands, expand.expand, dense, h, own.spec.starts, adapters, None, dense)
+        return y.copy_(dense)
+
+    def sgmv_shrink(self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
+        own, issued = check.folded("sgmv_shrink", weight), CudaStep.of("sgmv_shrink", step)
+        check.rows("sgmv_shrink", "x", x, own, own.spec.k)
+        slices, store = len(own.spec.slices), issued.store()
+        slots = issued.input.rows(row_set).slots.tolist()
+        if store is None or not slots:
+            return x.new_zeros((len(slots), slices, 0))
+        filled = [where.slot for where in store.ranges() if where is not None]
+        width = max((store.true_rank(own.spec.site, i, s) for i in range(slices) for s in filled), default=0)
+        if not width:
+            return x.new_zeros((len(slots), slices, 0))
+        x = self.dense_rows("sgmv_shrink", "x", x)
+        matrix = own.rank_matrix(issued.rank_rows)
+        u = self.launch("sgmv_shrink", {"x": x, "weight": matrix}, product, x, matrix)
+        rows, places, _ = issued.adapter_tensors(row_set)
+        operands = {"u": u, "rows": rows}
+        return self.launch(
+            "take_rank_rows", operands, gather.take_rank_rows, u, rows, places, store.spans, slices, width
+        )
+
+    def sgmv_expand(
+        self, y: torch.Tensor, h: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens"
+    ) -> torch.Tensor:
+        own, issued = check.folded("sgmv_expand", weight), CudaStep.of("sgmv_expand", step)
+        check.rows("sgmv_expand", "y", y, own, own.spec.n)
+        adapters = issued.adapters(own.spec.site, row_set)
+        if adapters is None or not h.numel():
+            return y
+        store = issued.store()
+        assert store is not None
+        h, triples = self.contiguous("sgmv_expand", "h", h), issued.triples(own.spec.site, row_set, store)
+        dense = self.dense_rows("sgmv_expand", "y", y)
+        operands = {"y": dense, "h": h, "b": adapters.b}
+        self.launch("sgmv_expand", operands, gather.expand_triples, dense, h, own.spec.starts, adapters.b, triples)
+        return y if dense is y else y.copy_(dense)
+
+    # -- sampling ----------------------------------------------------------------------------------------------------
+
+    def sample(self, logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutput:
+        return self.launch("sample", {"logits": logits}, sampling.sample, logits, state, step)

@@ -1,0 +1,46 @@
+"""Products by cuBLAS with float32 sums, whatever the process has allowed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import linear
+
+# No reduced precision, and no split of k whose parts would be rounded.
+NEITHER = (False, False)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32, no sums of 16-bit partial results, and a bias added before the only rounding (cuBLASLt).
+
+    torch allows the second by default, and cuBLAS rounds before it adds. Restores what was set.
+    """
+    matmul, cuda = torch.backends.cuda.matmul, torch.backends.cuda
+    before = (
+        matmul.allow_tf32,
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+        cuda.preferred_blas_library(),
+    )
+    cuda.preferred_blas_library("cublaslt")
+    matmul.allow_tf32 = False
+    matmul.allow_fp16_reduced_precision_reduction = NEITHER
+    matmul.allow_bf16_reduced_precision_reduction = NEITHER
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before[0]
+        matmul.allow_fp16_reduced_precision_reduction = before[1]
+        matmul.allow_bf16_reduced_precision_reduction = before[2]
+        cuda.preferred_blas_library(before[3])
+
+
+def product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ matrix.T + bias``; no rows, columns or k are fine."""
+    if x.device.type != "cuda":
+        return linear(x, matrix, bias)
+    with full_precision():
+        return linear(x, matrix, bias)

@@ -1,0 +1,146 @@
+"""The stations: one product over base and rank rows, and one kernel after it that expands as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from polyaccel.backend import Communicator, KVCache, Launcher, OperatorError, RopeTable, RowSet, Step, Weight
+from polyaccel_cuda import check
+from polyaccel_cuda.kernels import activation, expand, norm, rope
+from polyaccel_cuda.kernels.rows import TileAdapters
+from polyaccel_cuda.operators import Issuer
+from polyaccel_cuda.product import product
+from polyaccel_cuda.step import CudaStep
+from polyaccel_cuda.weight import FoldedWeight
+
+Adapted = tuple[torch.Tensor, torch.Tensor | None, TileAdapters | None]
+"""Rows of at least n columns, the rank rows of each, and its adapters; None without any."""
+
+
+class CudaStations(Issuer):
+    """Stations of one backend instance. In a row-parallel layer the rank rows ride on the sum over ranks."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        super().__init__(launcher)
+
+    def table(self) -> Mapping[str, Callable[..., object]]:
+        return {
+            "column_linear": self.column_linear,
+            "qkv_rope_cache": self.qkv_rope_cache,
+            "gate_up_act": self.gate_up_act,
+            "row_parallel_linear": self.row_parallel_linear,
+            "row_parallel_add_norm": self.row_parallel_add_norm,
+        }
+
+    def column_linear(self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
+        own, issued = check.folded("column_linear", weight), CudaStep.of("column_linear", step)
+        return self._landed(self._product("column_linear", x, own, issued, row_set), own)
+
+    def qkv_rope_cache(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        step: Step,
+        table: RopeTable,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        kv: KVCache,
+        layer: int,
+        head_dim: int,
+    ) -> torch.Tensor:
+        own, issued = check.folded("qkv_rope_cache", weight), CudaStep.of("qkv_rope_cache", step)
+        cache = check.cache("qkv_rope_cache", kv)
+        for name, norm_weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+            if norm_weight is not None and tuple(norm_weight.shape) != (head_dim,):
+                raise OperatorError.describe("qkv_rope_cache", f"{name} must be [{head_dim}]", {name: norm_weight})
+        widths = [part.n for part in own.spec.slices]
+        heads = (widths[0] // head_dim, cache.spec.kv_heads, head_dim)
+        if widths[1:] != [heads[1] * head_dim] * 2 or cache.spec.head_dim != head_dim or cache.spec.dtype != x.dtype:
+            raise OperatorError("qkv_rope_cache", f"slices {widths} and heads of {head_dim} do not fit {cache.spec}")
+        y, h, adapters = self._product("qkv_rope_cache", x, own, issued, "tokens")
+        stored, slots, positions = cache.layer(layer), issued.tensor("kv_slots"), issued.tensor("positions")
+        operands = {"x": y, "q_norm": q_norm, "k_norm": k_norm, "rope": table.cos, "kv": stored[0], "step": slots}
+        norms = (
+            None if q_norm is None else self.contiguous("qkv_rope_cache", "q_norm", q_norm),
+            None if k_norm is None else self.contiguous("qkv_rope_cache", "k_norm", k_norm),
+            eps,
+        )
+        return self.launch(
+            "rope_cache", operands, rope.rope_cache, y, heads, table, norms, stored, slots, positions, h, adapters
+        )
+
+    def gate_up_act(self, x: torch.Tensor, weight: Weight, step: Step, act: str = "silu") -> torch.Tensor:
+        own, issued = check.folded("gate_up_act", weight), CudaStep.of("gate_up_act", step)
+        y, h, adapters = self._product("gate_up_act", x, own, issued, "tokens")
+        return self.launch("silu_and_mul", {"x": y}, activation.silu_and_mul, y, own.spec.n // 2, h, adapters)
+
+    def row_parallel_linear(
+        self, x: torch.Tensor, weight: Weight, step: Step, comm: Communicator, reduce: bool = True
+    ) -> torch.Tensor:
+        own, issued = check.folded("row_parallel_linear", weight), CudaStep.of("row_parallel_linear", step)
+        adapted = self._product("row_parallel_linear", x, own, issued, "tokens")
+        if reduce:
+            self._sum(adapted, comm)
+        return self._landed(adapted, own)
+
+    def row_parallel_add_norm(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        step: Step,
+        comm: Communicator,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own, issued = check.folded("row_parallel_add_norm", weight), CudaStep.of("row_parallel_add_norm", step)
+        check.rows("row_parallel_add_norm", "residual", residual, own, own.spec.n)
+        check.same_width("row_parallel_add_norm", {"residual": residual, "norm_weight": norm_weight})
+        if residual.shape[0] != x.shape[0]:
+            raise OperatorError.describe(
+                "row_parallel_add_norm", "one row of residual a row of x", {"x": x, "residual": residual}
+            )
+        residual = self.dense_rows("row_parallel_add_norm", "residual", residual)
+        norm_weight = self.contiguous("row_parallel_add_norm", "norm_weight", norm_weight)
+        adapted = self._product("row_parallel_add_norm", x, own, issued, "tokens")
+        self._sum(adapted, comm)
+        y, h, adapters = adapted
+        operands = {"x": y, "residual": residual, "norm_weight": norm_weight}
+        if h is None or adapters is None:
+            rows = y if y.shape[1] == own.spec.n else y[:, : own.spec.n]
+            normed, total = self.launch("rms_norm", operands, norm.rms_norm, rows, norm_weight, eps, residual)
+            assert total is not None
+            return normed, total
+        total = self.launch("expand", operands, expand.expand, y, h, own.spec.starts, adapters, residual)
+        normed, _ = self.launch("rms_norm", operands, norm.rms_norm, total, norm_weight, eps)
+        return normed, total
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _product(self, station: str, x: torch.Tensor, weight: FoldedWeight, step: CudaStep, row_set: RowSet) -> Adapted:
+        check.rows(station, "x", x, weight, weight.spec.k)
+        x = self.dense_rows(station, "x", x)
+        adapters = step.adapters(weight.spec.site, row_set)
+        operands = {"x": x, "weight": weight.tensor}
+        if adapters is None:
+            return self.launch("linear", operands, product, x, weight.tensor, weight.bias), None, None
+        if not weight.folded:
+            y = self.launch("linear", operands, product, x, weight.tensor, weight.bias)
+            h = self.launch("sgmv_shrink", operands, product, x, weight.rank_matrix(step.rank_rows))
+            return y, h, adapters
+        y = self.launch("linear", operands, product, x, *weight.covering(step.rank_rows))
+        return y, y[:, weight.n_padded :], adapters
+
+    def _landed(self, adapted: Adapted, weight: FoldedWeight) -> torch.Tensor:
+        y, h, adapters = adapted
+        if h is None or adapters is None:
+            return y
+        return self.launch("expand", {"x": y}, expand.expand, y, h, weight.spec.starts, adapters)
+
+    def _sum(self, adapted: Adapted, comm: Communicator) -> None:
+        if comm.world_size > 1:
+            # The rank rows are columns of the same tensor: they ride along.
+            self.launch("all_reduce", {"x": adapted[0]}, comm.all_reduce, adapted[0])

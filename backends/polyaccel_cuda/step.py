@@ -1,0 +1,319 @@
+"""A step on the device: metadata at fixed addresses, adapters by row, tiles of queries; one copy a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from polyaccel.backend import Device, DeviceState, Launcher, OperatorError, RowSet, Step, StepInput, TokenClass
+from polyaccel.backend.step import DEVICE_ARRAYS, plan_key
+from polyaccel_cuda.adapter_store import CudaAdapterStore
+from polyaccel_cuda.arena import Arena, Field
+from polyaccel_cuda.kernels.gather import Triples
+from polyaccel_cuda.kernels.prefill import QUERY_TILE
+from polyaccel_cuda.kernels.rows import TileAdapters
+
+ROW_SETS: tuple[RowSet, ...] = ("tokens", "logits")
+_I32, _I64, _F32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
+# Rows of a tile of adapters: as few as tensor cores take at decode, enough to share what is read at prefill.
+TILE_ROWS = {TokenClass.DECODE: 16, TokenClass.MIXED: 64}
+
+
+@triton.jit
+def resolve_tokens_kernel(sources, last_tokens, ids, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    source = tl.load(sources + index, mask=inside, other=0)
+    sampled = tl.load(last_tokens + (-1 - source), mask=inside & (source < 0), other=0)
+    tl.store(ids + index, tl.where(source < 0, sampled, source), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class HostTriples:
+    """A row set's triples: by tile and slot (:class:`TileAdapters`), by row, and as given (:class:`Triples`)."""
+
+    arrays: Mapping[str, np.ndarray]
+    last_rank_row: int
+
+
+def triples_of(
+    inputs: StepInput, row_set: RowSet, rows: int, tile: int, store: CudaAdapterStore | None
+) -> HostTriples | None:
+    """None without any.
+
+    Raises:
+        OperatorError: the step names adapters but has no store.
+    """
+    given = inputs.rows(row_set)
+    if not len(given):
+        return None
+    if store is None:
+        raise OperatorError("begin_step", "the step names adapters but its state has no adapter store")
+    ranges = store.ranges()
+    spans = np.array([(0, 0) if r is None else (r.first_rank_row, r.rank_rows) for r in ranges], dtype=np.int32)
+    keys = (given.rows.astype(np.int64) // tile) * len(spans) + given.slots
+    segments, which = np.unique(keys, return_inverse=True)
+    mix = np.zeros((len(segments), tile), dtype=np.float32)
+    np.add.at(mix, (which, given.rows % tile), given.weights)
+    first, rank = spans[segments % len(spans)].T
+    order = np.argsort(given.rows, kind="stable")
+    arrays = {
+        "starts": np.searchsorted(segments // len(spans), np.arange(-(-rows // tile) + 1)).astype(np.int32),
+        "first": first,
+        "rank": rank,
+        "mix": mix,
+        "row_starts": np.searchsorted(given.rows[order], np.arange(rows + 1)).astype(np.int32),
+        "order": order.astype(np.int32),
+        "slot": given.slots.astype(np.int64),
+        "row": given.rows.astype(np.int64),
+        "weight": given.weights,
+    }
+    return HostTriples(arrays, int((first + rank).max()))
+
+
+class CudaStep(Step):
+    """A step as kernels take it.
+
+    Attributes:
+        rank_rows: rank rows that products cover; a graph's capture sets it to the graph's.
+        tables, table_starts: block tables of all sequences one after the other, int32.
+        tiles: sequence and first query of each tile of queries, int32, for sequences that are prefilled.
+        decodes: sequences from the first on that have one query each; ``covered``: every token belongs to a sequence.
+        longest: the longest context that these tables can hold.
+    """
+
+    def __init__(self, inputs: StepInput, state: DeviceState, arena: Arena, host: _Host, device: Device) -> None:
+        self.input, self.state = inputs, state
+        self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
+        self.rank_rows = host.rank_rows
+        self.arena = arena
+        self._host, self._device = host, device
+        self._lengths = {name: array.size for name, array in host.arrays.items()} | {"token_ids": inputs.tokens}
+        self._made: dict[str, torch.Tensor] = {}
+        self._sites: dict[tuple[str, RowSet], TileAdapters] = {}
+        self._tile = TILE_ROWS[inputs.token_class]
+
+    @classmethod
+    def of(cls, operator: str, step: Step) -> CudaStep:
+        """The step as this backend's own. Raises OperatorError for another's."""
+        if not isinstance(step, cls):
+            raise OperatorError(operator, f"takes a step of the cuda backend, not {type(step).__name__}")
+        return step
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in DEVICE_ARRAYS:
+            raise OperatorError("Step.tensor", f"no array {name!r}; a step has {', '.join(DEVICE_ARRAYS)}")
+        if name == "block_tables":
+            return self._block_tables()
+        return self.arena.view(name, self._lengths[name])
+
+    def adapter_tensors(self, row_set: RowSet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        count = len(self.input.rows(row_set))
+        if not count:
+            empty = self.arena.view("positions", 0)
+            return empty, empty, self.arena.view("uniforms", 0)
+        rows, slots = (self.arena.view(f"{row_set}.{name}", count) for name in ("row", "slot"))
+        return rows, slots, self.arena.view(f"{row_set}.weight", count)
+
+    # -- for kernels -------------------------------------------------------------------------------------------------
+
+    @property
+    def adapted(self) -> bool:
+        """Whether some row has an adapter, or might in a later step of the same graph."""
+        return self.rank_rows > 0
+
+    @property
+    def tables(self) -> torch.Tensor:
+        return self.arena.view("tables", self._lengths["tables"])
+
+    @property
+    def table_starts(self) -> torch.Tensor:
+        return self.arena.view("table_starts", self._lengths["table_starts"])
+
+    @property
+    def tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        count = self._lengths["tile_sequences"]
+        return self.arena.view("tile_sequences", count), self.arena.view("tile_begins", count)
+
+    @property
+    def decodes(self) -> int:
+        return self._host.decodes
+
+    @property
+    def covered(self) -> bool:
+        return int(self.input.query_starts[-1]) == self.input.tokens
+
+    @property
+    def longest(self) -> int:
+        return self._host.longest
+
+    def store(self) -> CudaAdapterStore | None:
+        found = self.state.adapters
+        return found if isinstance(found, CudaAdapterStore) else None
+
+    def adapters(self, site: str, row_set: RowSet) -> TileAdapters | None:
+        """The row set's adapters at a site; None where no product needs to cover rank rows."""
+        store = self.store()
+        if store is None or not self.rank_rows or not store.covers(site):
+            return None
+        key = (site, row_set)
+        found = self._sites.get(key)
+        if found is None:
+            view, rooms = self.arena.view, self.arena.rooms
+            segments = rooms[f"{row_set}.first"]
+            found = self._sites[key] = TileAdapters(
+                b=store.b[site],
+                rows=self._tile,
+                starts=view(f"{row_set}.starts", -(-self._rows(row_set) // self._tile) + 1),
+                first=view(f"{row_set}.first", segments),
+                rank=view(f"{row_set}.rank", segments),
+                mix=view(f"{row_set}.mix", rooms[f"{row_set}.mix"]),
+            )
+        return found
+
+    def triples(self, site: str, row_set: RowSet, store: CudaAdapterStore) -> Triples:
+        """The row set's triples one by one."""
+        view, count = self.arena.view, len(self.input.rows(row_set))
+        return Triples(
+            row_starts=view(f"{row_set}.row_starts", self._rows(row_set) + 1),
+            order=view(f"{row_set}.order", count),
+            slots=view(f"{row_set}.slot", count),
+            weights=view(f"{row_set}.weight", count),
+            spans=store.spans,
+            ranks=store.ranks[site],
+        )
+
+    def _rows(self, row_set: RowSet) -> int:
+        return self.input.tokens if row_set == "tokens" else len(self.input.logits_rows)
+
+    def _block_tables(self) -> torch.Tensor:
+        found = self._made.get("block_tables")
+        if found is None:
+            found = self._made["block_tables"] = self._device.upload(np.ascontiguousarray(self.input.block_tables))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What a step's arrays are, and what is known of them on the host."""
+
+    arrays: Mapping[str, np.ndarray]
+    rank_rows: int
+    decodes: int
+    longest: int
+
+
+class StepLoader:
+    """Places steps of one device: decode steps at addresses that stay, so that graphs can be replayed."""
+
+    def __init__(self, device: Device, launcher: Launcher) -> None:
+        self._device, self._launcher = device, launcher
+        self._arenas: dict[TokenClass, Arena] = {}
+
+    def begin(self, inputs: StepInput, state: DeviceState) -> CudaStep:
+        store = state.adapters
+        if store is not None and not isinstance(store, CudaAdapterStore):
+            raise OperatorError("begin_step", f"takes a CudaAdapterStore, not {type(store).__name__}")
+        host = self._arrays(inputs, state, store)
+        arena = self._arena(inputs, state, {name: array.size for name, array in host.arrays.items()})
+        arena.load(host.arrays)
+        self._resolve(inputs, state, arena)
+        return CudaStep(inputs, state, arena, host, self._device)
+
+    def _arrays(self, inputs: StepInput, state: DeviceState, store: CudaAdapterStore | None) -> _Host:
+        arrays = {name: np.asarray(getattr(inputs, name)) for name in DEVICE_ARRAYS if name != "block_tables"}
+        arrays["sources"] = arrays.pop("token_ids")
+        rank_rows = 0
+        for row_set, rows in (("tokens", inputs.tokens), ("logits", len(inputs.logits_rows))):
+            tile = TILE_ROWS[inputs.token_class]
+            triples = triples_of(inputs, row_set, rows, tile, store)  # type: ignore[arg-type]
+            if triples is None:
+                arrays[f"{row_set}.starts"] = np.zeros(-(-rows // tile) + 1, dtype=np.int32)
+                continue
+            rank_rows = max(rank_rows, triples.last_rank_row)
+            arrays |= {f"{row_set}.{name}": array for name, array in triples.arrays.items()}
+        decodes = _decodes(inputs)
+        sequences, begins = _tiles(inputs.query_starts, decodes)
+        arrays["tile_sequences"], arrays["tile_begins"] = sequences, begins
+        size = 1 if state.kv is None else state.kv.spec.block_size
+        counts = -(-inputs.context_lengths.astype(np.int64) // size)
+        starts = np.cumsum(counts) - counts
+        used = np.arange(inputs.block_tables.shape[1]) < counts[:, None]
+        arrays["table_starts"] = starts.astype(np.int32)
+        arrays["tables"] = inputs.block_tables[used]
+        longest = int(counts.max(initial=0)) * size
+        return _Host(arrays, rank_rows, decodes, longest)
+
+    def _arena(self, inputs: StepInput, state: DeviceState, lengths: dict[str, int]) -> Arena:
+        lengths["token_ids"] = inputs.tokens
+        arena = self._arenas.get(inputs.token_class)
+        if arena is not None and arena.fits(lengths):
+            return arena
+        rows = max(inputs.tokens, len(inputs.logits_rows), inputs.sequences, 1)
+        blocks = 0
+        if inputs.token_class is TokenClass.DECODE:
+            if state.sampling is not None:
+                rows = max(rows, state.sampling.spec.request_slots)
+            if state.kv is not None:
+                # A block may be shared by several sequences; beyond twice their number the tables move.
+                blocks = 2 * state.kv.spec.blocks
+        rows = 1 << (rows - 1).bit_length()
+        triples = max(4 * rows, *(lengths.get(f"{s}.order", 0) for s in ROW_SETS))
+        mix = max(rows, *(lengths.get(f"{s}.first", 0) for s in ROW_SETS)) * TILE_ROWS[inputs.token_class]
+        tables, tiles = max(blocks, 2 * lengths["tables"], 64), 2 * lengths["tile_begins"] + 16
+        fields = _fields(rows, triples, tables, tiles, mix)
+        arena = self._arenas[inputs.token_class] = Arena(fields, self._device)
+        return arena
+
+    def _resolve(self, inputs: StepInput, state: DeviceState, arena: Arena) -> None:
+        count = inputs.tokens
+        ids, sources = arena.view("token_ids", count), arena.view("sources", count)
+        if not count:
+            return
+        if state.sampling is None:
+            if (inputs.token_ids < 0).any():
+                raise OperatorError("begin_step", "token_ids name sampled tokens but the step has no sampling state")
+            last = ids
+        else:
+            last = state.sampling.last_tokens()
+        grid = (triton.cdiv(count, 256),)
+        self._launcher.launch(
+            "cuda.resolve_tokens",
+            (sources, ids),
+            lambda: resolve_tokens_kernel[grid](sources, last, ids, count, BLOCK=256),
+        )
+
+
+def _decodes(inputs: StepInput) -> int:
+    """How many sequences from the first on have one query each."""
+    lengths = np.diff(inputs.query_starts)
+    other = np.flatnonzero(lengths != 1)
+    return int(other[0]) if len(other) else len(lengths)
+
+
+def _tiles(query_starts: np.ndarray, decodes: int) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.diff(query_starts)[decodes:]
+    counts = -(-lengths // QUERY_TILE)
+    sequences = np.repeat(np.arange(len(counts)) + decodes, counts)
+    begins = (np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)) * QUERY_TILE
+    return sequences.astype(np.int32), begins.astype(np.int32)
+
+
+def _fields(rows: int, triples: int, tables: int, tiles: int, mix: int) -> list[Field]:
+    fields = [Field(name, _I64, rows) for name in ("sources", "token_ids", "positions", "kv_slots")]
+    fields += [Field(name, _I32, rows + 1) for name in ("query_starts", "context_lengths", "table_starts")]
+    fields += [Field(name, _I32, rows) for name in ("request_slots", "logits_rows", "sample_slots")]
+    fields += [Field("uniforms", _F32, rows)]
+    fields += [Field(name, _I32, tiles) for name in ("tile_sequences", "tile_begins")]
+    for row_set in ROW_SETS:
+        fields += [Field(f"{row_set}.{name}", _I32, rows + 1) for name in ("starts", "row_starts")]
+    for row_set in ROW_SETS:
+        fields += [Field(f"{row_set}.{name}", _I32, triples) for name in ("first", "rank", "order")]
+        fields += [Field(f"{row_set}.{name}", _I64, triples) for name in ("slot", "row")]
+        fields += [Field(f"{row_set}.weight", _F32, triples), Field(f"{row_set}.mix", _F32, mix)]
+    return [*fields, Field("tables", _I32, tables)]
