@@ -65,6 +65,13 @@ def suite_modules() -> list[Module]:
     return _modules_below(ROOT / "conformance", SUITE)
 
 
+def backend_modules() -> list[Module]:
+    """Every module of the backends that come with the project, sorted by name."""
+    return [
+        m for folder in sorted((ROOT / "backends").iterdir()) for m in _modules_below(ROOT / "backends", folder.name)
+    ]
+
+
 def _modules_below(root: Path, package: str) -> list[Module]:
     found = []
     for path in (root / package).rglob("*.py"):
@@ -76,7 +83,7 @@ def _modules_below(root: Path, package: str) -> list[Module]:
 
 @functools.cache
 def _module_names() -> frozenset[str]:
-    return frozenset(module.name for module in (*modules(), *suite_modules()))
+    return frozenset(module.name for module in (*modules(), *suite_modules(), *backend_modules()))
 
 
 def imports(module: Module) -> Iterator[Import]:

@@ -10,7 +10,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-from tests.project.source import ROOT, SUITE, Module, imports, modules, suite_modules
+from tests.project.source import ROOT, SUITE, Module, backend_modules, imports, modules, suite_modules
 
 # Package -> packages (or single modules) below polyaccel that it may import, besides itself.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -92,6 +92,18 @@ def _of_suite(target: str, module: Module) -> bool:
     if target == "polyaccel" or target == "polyaccel.backend" or target.startswith("polyaccel.backend."):
         return True
     return module.package == "models" and not target.startswith("polyaccel.cli")
+
+
+@pytest.mark.parametrize("module", backend_modules(), ids=lambda m: m.name)
+def test_a_backend_imports_the_contract_and_nothing_else_of_polyaccel(module: Module) -> None:
+    own = module.name.split(".")[0]
+    libraries = {"numpy", "torch", "triton", *sys.stdlib_module_names}
+    wrong = [
+        f"line {found.line}: {found.target}"
+        for found in imports(module)
+        if found.target.split(".")[0] not in {own, *libraries} and not found.target.startswith("polyaccel.backend")
+    ]
+    assert not wrong, f"{module.name} imports more than the contract: {wrong}"
 
 
 @pytest.mark.parametrize("module", SUITE_PARAMETERS)

@@ -56,8 +56,9 @@ def _last_slot(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | N
 
 
 def _rank_one(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | None:
-    ones = [slot for slot in set(rows.slots.tolist()) if _largest(weight, step, slot) == 1]
-    return _without(rows, np.isin(rows.slots, ones))
+    slots = set(rows.slots.tolist())
+    alone = bool(slots) and all(_largest(weight, step, slot) == 1 for slot in slots)
+    return _without(rows, np.ones(len(rows), dtype=np.bool_)) if alone else None
 
 
 def _boundary(rows: AdapterRows, weight: Weight, step: Step) -> AdapterRows | None:
@@ -141,7 +142,13 @@ ADAPTERS: tuple[Mutant, ...] = (
     ),
     mutant("sgmv.mix_ignored", "Mix weights are taken to be 1.", "values.exact", sgmv=_rows(_whole_mix)),
     mutant("sgmv.last_slot", "The last slot's rows get no delta.", "values.bound", sgmv=_rows(_last_slot)),
-    mutant("sgmv.rank_one", "Adapters of rank 1 are left out.", "values.bound", narrow=True, sgmv=_rows(_rank_one)),
+    mutant(
+        "sgmv.rank_one",
+        "A step whose adapters are all of rank 1 gets no delta.",
+        "values.bound",
+        narrow=True,
+        sgmv=_rows(_rank_one),
+    ),
     mutant(
         "sgmv.segment_boundary",
         "The last row of a segment uses the next segment's adapter.",

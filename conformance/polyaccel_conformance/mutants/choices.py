@@ -206,7 +206,6 @@ CHOICES: tuple[Mutant, ...] = (
         "dequantize.last_group",
         "A last group that is not full uses the one before.",
         "values.exact",
-        narrow=True,
         dequantize=_last_group,
     ),
 )

@@ -309,10 +309,15 @@ CONDUCT: tuple[Mutant, ...] = (
         "silu.wandering_bit",
         "In each call another element of 33 rows is off by a bit.",
         "invariance.run_to_run",
+        narrow=True,
         silu_and_mul=_wandering(),
     ),
     mutant(
-        "silu.blurred_33", "Of 33 rows, long results are off by one in 4096.", "values.bound", silu_and_mul=_blurred
+        "silu.blurred_33",
+        "Of 33 rows, long results are off by one in 4096.",
+        "values.bound",
+        narrow=True,
+        silu_and_mul=_blurred,
     ),
     mutant(
         "moe_route.batch",

@@ -187,6 +187,7 @@ STORAGE: tuple[Mutant, ...] = (
         operators=("storage.weight", "linear"),
         check="storage.weight",
         apply=_KeepsBias,
+        narrow=True,
     ),
     Mutant(
         name="weight.sealed_writes_ignored",

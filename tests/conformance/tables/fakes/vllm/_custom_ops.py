@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_LIBRARY = torch.library.Library("_C", "FRAGMENT")
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("silu_and_mul(Tensor! out, Tensor input) -> ()")  # type: ignore[no-untyped-call]
 _LIBRARY.define("gelu_new(Tensor! out, Tensor input) -> ()")  # type: ignore[no-untyped-call]
 
