@@ -28,6 +28,8 @@ class Exactly:
     values: object
     """int64 array, compared for equality after conversion; or a callable ``(observed array) -> str | None`` that
     returns what is wrong, for outputs of which several are right."""
+    dtype: torch.dtype | None = None
+    """That the output must have; None where the contract leaves it open."""
 
 
 Outputs = Mapping[str, torch.Tensor]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
@@ -33,7 +34,7 @@ class _Values(Check):
             if output is None:
                 return Failure(check=self.name, cause="no output", message=f"{name} was not returned", output=name)
             if isinstance(expected, Exactly):
-                found = _discrete(expected, output.values)
+                found = _discrete(expected, output.values, output.dtype)
             else:
                 found = compare(expected, output.values, output.dtype)
             if found is not None:
@@ -63,7 +64,9 @@ class BoundedValues(_Values):
     exact = False
 
 
-def _discrete(expected: Exactly, values: Array) -> Disagreement | None:
+def _discrete(expected: Exactly, values: Array, dtype: torch.dtype) -> Disagreement | None:
+    if expected.dtype not in (None, dtype):
+        return Disagreement(cause="dtype", message=f"dtype {dtype}, expected {expected.dtype}")
     if isinstance(expected.values, Callable):  # type: ignore[arg-type]
         reason = expected.values(values)  # type: ignore[operator]
         return None if reason is None else Disagreement(cause="wrong choice", message=str(reason))

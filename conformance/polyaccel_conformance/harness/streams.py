@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
+from polyaccel.backend import Step
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.harness.devices import Instruments, instruments
 from polyaccel_conformance.harness.layouts import EXPANDED
@@ -56,6 +60,7 @@ def late_call(trial: Trial, delay: float, *, misplaced: bool = False) -> dict[st
     setting = Setting(repeat=-1)
     real = trial.guarded(setting)
     late = {name: _stale_twin(trial, name, buffer.tensor) for name, buffer in real.items()}
+    _stale_steps(trial)
     bench.synchronize()
     prepared: Prepared | None = None
     try:
@@ -83,6 +88,26 @@ def late_call(trial: Trial, delay: float, *, misplaced: bool = False) -> dict[st
         if prepared is not None:
             prepared.release()
     return outputs
+
+
+def _stale_steps(trial: Trial) -> None:
+    """Where metadata have a place of their own, leave those of another step there, valid as indices."""
+    bench = trial.bench
+    prepared = trial.problem.prepare(bench)
+    try:
+        for step in [value for value in prepared.arguments.values() if isinstance(value, Step)]:
+            inputs = step.input
+            other = replace(
+                inputs,
+                **{name: np.zeros_like(getattr(inputs, name)) for name in ("token_ids", "positions", "logits_rows")},
+                kv_slots=np.full_like(inputs.kv_slots, -1),
+                uniforms=np.zeros_like(inputs.uniforms),
+                adapters={},
+            )
+            bench.begin_step(other, step.state)
+        bench.synchronize()
+    finally:
+        prepared.release()
 
 
 def _stale_twin(trial: Trial, name: str, tensor: torch.Tensor) -> Guarded:

@@ -278,7 +278,6 @@ DEVICES: tuple[Mutant, ...] = (
         "Metadata goes through a stream that only the default one waits for.",
         "stream.side",
         lambda inner: _OwnStreamForSteps(),
-        ("embedding",),
     ),
     simulated(
         "errors.names_no_operands",

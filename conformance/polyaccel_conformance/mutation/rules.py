@@ -23,21 +23,24 @@ CHOICES = ("minimum", "maximum", "max", "min")
 
 
 def comparison(node: ast.expr, text: Text) -> Iterator[Replacement]:
-    """``<`` for ``<=``, ``==`` for ``!=``, one operator of a chain at a time."""
+    """What differs at equality only, and the opposite; one operator of a chain at a time."""
     if not isinstance(node, ast.Compare):
         return
     operands = [node.left, *node.comparators]
     symbols = [_SYMBOLS[type(op)] for op in node.ops]
     for i, symbol in enumerate(symbols):
-        changed = [*symbols[:i], _OTHER[symbol], *symbols[i + 1 :]]
-        rest = "".join(f" {s} {text(o)}" for s, o in zip(changed, operands[1:], strict=True))
-        yield node, text(operands[0]) + rest
+        for other in _OTHERS[symbol]:
+            changed = [*symbols[:i], other, *symbols[i + 1 :]]
+            rest = "".join(f" {s} {text(o)}" for s, o in zip(changed, operands[1:], strict=True))
+            yield node, text(operands[0]) + rest
 
 
 def offset(node: ast.expr, text: Text) -> Iterator[Replacement]:
-    """A number one more; a slice that begins one later or ends one earlier, a range that ends one earlier."""
+    """A number one more or less; a slice that begins one later or ends one earlier, a range that ends one earlier."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         yield node, repr(node.value + 1)
+        if isinstance(node.value, int) and node.value > 0:
+            yield node, repr(node.value - 1)
     elif isinstance(node, ast.Slice):
         if node.lower is not None and not _is_number(node.lower):
             yield node.lower, f"{text(node.lower)} + 1"
@@ -49,10 +52,16 @@ def offset(node: ast.expr, text: Text) -> Iterator[Replacement]:
             yield last, f"{text(last)} - 1"
 
 
+def arithmetic(node: ast.expr, text: Text) -> Iterator[Replacement]:
+    """Another operator between the same operands."""
+    if isinstance(node, ast.BinOp) and type(node.op) in _OTHER_SIGN:
+        yield node, f"({text(node.left)} {_OTHER_SIGN[type(node.op)]} {text(node.right)})"
+
+
 def cast(node: ast.expr, text: Text) -> Iterator[Replacement]:
-    """No conversion to another dtype. Moving to another device is none."""
+    """No conversion to another dtype. Moving to another device is none; wider integers matter to nobody but torch."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CASTS:
-        if node.args and text(node.args[0]).endswith("device"):
+        if node.args and text(node.args[0]).endswith(("device", "int16", "int64")):
             return
         yield node, text(node.func.value)
 
@@ -103,15 +112,19 @@ def axes(node: ast.expr, text: Text) -> Iterator[Replacement]:
 
 
 def condition(node: ast.expr, text: Text) -> Iterator[Replacement]:
-    """One part of a condition left out, a negation dropped."""
+    """One part of a condition left out, a negation dropped. That something is there at all is no condition: it mostly
+    tells the type checker what another part says; no more is ``or 0``."""
     if isinstance(node, ast.BoolOp):
         word = " and " if isinstance(node.op, ast.And) else " or "
-        for i in range(len(node.values)):
-            rest = [text(v) for j, v in enumerate(node.values) if j != i]
-            yield node, rest[0] if len(rest) == 1 else f"({word.join(rest)})"
+        if any(isinstance(part, ast.Constant) for part in node.values):
+            return
+        for i, part in enumerate(node.values):
+            if not _is_presence(part):
+                rest = [text(v) for j, v in enumerate(node.values) if j != i]
+                yield node, rest[0] if len(rest) == 1 else f"({word.join(rest)})"
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
-        for part in (node.left, node.right):
-            yield node, text(part)
+        yield node, text(node.left)
+        yield node, text(node.right)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.Invert):
         yield node, text(node.operand)
 
@@ -126,6 +139,7 @@ RULES: Mapping[Kind, Rule] = MappingProxyType(
     {
         "comparison": comparison,
         "offset": offset,
+        "arithmetic": arithmetic,
         "cast": cast,
         "contiguous": contiguous,
         "mask": mask,
@@ -149,9 +163,23 @@ _SYMBOLS: Mapping[type[ast.cmpop], str] = MappingProxyType(
         ast.NotIn: "not in",
     }
 )
-_PAIRS = (("<", "<="), (">", ">="), ("==", "!="), ("is", "is not"), ("in", "not in"))
-_OTHER: Mapping[str, str] = MappingProxyType(dict(_PAIRS) | {second: first for first, second in _PAIRS})
-"""What differs at equality only, or the opposite."""
+_OTHER_SIGN: Mapping[type[ast.operator], str] = MappingProxyType(
+    {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "//"}
+)
+_OTHERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "<": ("<=", ">="),
+        "<=": ("<", ">"),
+        ">": (">=", "<="),
+        ">=": (">", "<"),
+        "==": ("!=",),
+        "!=": ("==",),
+        "is": ("is not",),
+        "is not": ("is",),
+        "in": ("not in",),
+        "not in": ("in",),
+    }
+)
 
 
 def _name(node: ast.Call) -> str:
@@ -159,6 +187,11 @@ def _name(node: ast.Call) -> str:
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else ""
+
+
+def _is_presence(node: ast.expr) -> bool:
+    """``x is None``, ``x is not None``."""
+    return isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot)
 
 
 def is_negative(node: ast.expr) -> bool:

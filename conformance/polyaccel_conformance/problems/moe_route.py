@@ -87,8 +87,9 @@ class MoeRouteProblem(Problem):
         routed = self._route(logits)
         if not np.isfinite(logits).all() and self.routing.scoring != "softmax_topk":
             # Where a NaN sorts is not defined, and the others' weights follow from what was chosen.
-            return {"ids": Exactly(values=_undefined), "weights": Exactly(values=_undefined)}
-        return {"ids": Exactly(values=routed.ids), "weights": finish(routed.weights, FORMATS["float32"])}
+            return {"ids": Exactly(values=_undefined, dtype=torch.int32), "weights": Exactly(values=_undefined)}
+        ids = Exactly(values=routed.ids, dtype=torch.int32)
+        return {"ids": ids, "weights": finish(routed.weights, FORMATS["float32"])}
 
     def _route(self, logits: Floats) -> Routed:
         return route(logits, self._bias, self.routing)

@@ -200,7 +200,7 @@ class SampleProblem(Problem):
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         found: dict[str, Expected | Exactly] = {
-            "ids": Exactly(values=self._judge_ids),
+            "ids": Exactly(values=self._judge_ids, dtype=torch.int64),
             "last_tokens": Exactly(values=_judge_same("the last token of a request slot is not the sampled one")),
         }
         if self.case.structure["alone"] and self.requests:

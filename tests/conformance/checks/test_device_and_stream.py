@@ -60,7 +60,7 @@ def test_healthy_code_passes_and_the_control_fails(name: str) -> None:
         ("stream.side", broken.default_stream, "stale data on a side stream"),
     ],
 )
-def test_each_planted_bug_is_caught(name: str, mutant: Callable[[], SimulatedBackend], cause: str) -> None:
+def test_each_planted_bug_is_caught(name: str, mutant: Callable[[], Backend], cause: str) -> None:
     found = _ask(CHECKS[name], mutant(), linear_problem())
     assert found is not None
     assert found.check == name

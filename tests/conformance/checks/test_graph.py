@@ -10,7 +10,6 @@ from polyaccel.backend import Backend, load
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.checks.graph import GRAPH_CHECKS, ModelCheck
 from polyaccel_conformance.checks.lora_cost import LORA_COST_CHECKS
-from polyaccel_conformance.simulated import SimulatedBackend
 from tests.backends.folded.backend import FoldedBackend
 from tests.conformance.simulated import broken
 
@@ -38,13 +37,14 @@ def test_another_backend_with_graphs_passes_and_its_control_fails(name: str) -> 
     [
         ("graph.replay", broken.metadata_baked_in, "stale or wrong in a graph"),
         ("graph.replay", broken.grid_sized_at_capture, "stale or wrong in a graph"),
+        ("graph.replay", broken.ledger_frozen, "launches not in the ledger"),
         ("graph.adapter_cost", broken.captures_after_each_load, "captured again"),
         ("graph.adapter_cost", broken.base_rows_work_for_adapters, "base rows cause adapter work"),
         ("graph.adapter_cost", broken.undeclared_launch, "adapters launch more than declared"),
         ("lora.load_cost", broken.one_copy_a_module, "copies grow with the modules"),
     ],
 )
-def test_each_planted_bug_is_caught(name: str, mutant: Callable[[], SimulatedBackend], cause: str) -> None:
+def test_each_planted_bug_is_caught(name: str, mutant: Callable[[], Backend], cause: str) -> None:
     found = CHECKS[name].ask(Bench(mutant()), SEED)
     assert found is not None
     assert (found.check, found.cause) == (name, cause)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import find, given
 from hypothesis import strategies as st
 
-from polyaccel_conformance.draw import TILES, boundary_integers, cases, examples
+from polyaccel_conformance.draw import TILES, boundary_integers, cases, examples, uniform
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
 
@@ -34,16 +34,32 @@ def test_as_many_cases_are_drawn_as_were_asked_for() -> None:
     assert examples(LINEAR, 0, 1) == ()
 
 
+def _within_reach(scale: int) -> list[int]:
+    """Sizes of k that were drawn, those of large cases left out."""
+    far = {partial["dims.k"] for partial in LINEAR.large()}
+    return [case.dim("k") for case in examples(LINEAR, 60, 1, scale=scale) if case.dim("k") not in far]
+
+
 def test_a_larger_scale_reaches_larger_sizes() -> None:
     _, high = LINEAR.ranges()["dims.k"]
     listed = max(value for value in LINEAR.axes()["dims.k"] if isinstance(value, int))
-    far = {sizes["dims.k"] for sizes in LINEAR.large()}
+    assert max(_within_reach(1)) <= max(high, listed)
+    assert max(_within_reach(4)) > max(high, listed)
 
-    def largest(scale: float) -> int:
-        return max(case.dim("k") for case in examples(LINEAR, 60, 1, scale=scale) if case.dim("k") not in far)
 
-    assert largest(1) <= max(high, listed) < largest(4)
-    assert largest(0.1) <= listed
+def test_a_few_drawn_cases_have_the_sizes_of_large_ones() -> None:
+    far = {partial["dims.k"] for partial in LINEAR.large() if partial["dims.k"] > 4096}
+    assert far
+    drawn = [case.dim("k") for case in examples(LINEAR, 200, 1)]
+    assert 1 <= sum(k in far for k in drawn) <= len(drawn) // 10
+
+
+def test_uniform_cases_are_the_same_for_the_same_seed_and_know_no_boundaries() -> None:
+    assert uniform(LINEAR, 20, 3) == uniform(LINEAR, 20, 3) != uniform(LINEAR, 20, 4)
+    drawn = [case.dim("k") for case in uniform(LINEAR, 300, 3)]
+    low, high = LINEAR.ranges()["dims.k"]
+    assert low <= min(drawn) <= max(drawn) <= high
+    assert len(set(drawn)) > 150
 
 
 def test_an_axis_is_drawn_within_its_limit() -> None:
