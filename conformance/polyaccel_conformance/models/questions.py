@@ -57,7 +57,8 @@ class EqualityProblem(ModelProblem):
 
         shop, chosen = workshop(bench), Settings.of(self.case)
         family = str(self.case.attributes["family"])
-        shop.rounding(family, MIXES[chosen.adapters])
+        for mixes in chosen.asked:
+            shop.rounding(family, MIXES[mixes])
         # The reference's answers are known by now and stay right.
         with PLANTED_LAYERS[LOGITS]() if self.sabotaged else nullcontext():
             return equality(shop, family, opener(bench), chosen)
@@ -78,7 +79,8 @@ class RanksProblem(ModelProblem):
         if bench.device.torch_device.type != "cpu" and len(bench.backend.devices()) < world:
             raise NotExercised(f"{len(bench.backend.devices())} devices for {world} ranks")
         shop, name = workshop(bench), subject.name
-        shop.rounding(family, MIXES[chosen.adapters])
+        for mixes in chosen.asked:
+            shop.rounding(family, MIXES[mixes])
         with wrong_adapter() if self.sabotaged else nullcontext():
             return equality(shop, family, lambda: name, chosen)
 
@@ -125,7 +127,7 @@ class RanksQuestion(EqualityQuestion):
     kind: type[ModelProblem] = RanksProblem
 
     def axes(self) -> Mapping[str, Sequence[Choice]]:
-        return {**super().axes(), "attributes.world": WORLDS}
+        return {**super().axes(), "attributes.adapters": ("loaded", "none"), "attributes.world": WORLDS}
 
 
 QUESTIONS: tuple[ModelQuestion, ...] = (

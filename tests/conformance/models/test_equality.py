@@ -42,7 +42,8 @@ def test_every_setting_is_an_axis_and_each_pair_of_settings_is_in_the_fixed_list
         "crowd",
         "prefix_cache",
     }
-    assert set(axes["attributes.adapters"]) == {"none", "one", "many"}
+    adapters = {"none", "loaded"} if name == "model.ranks" else {"none", "one", "many"}
+    assert set(axes["attributes.adapters"]) == adapters
     assert ("attributes.world" in axes) == (name == "model.ranks")
     found = covering(question)
     assert not found.unreachable

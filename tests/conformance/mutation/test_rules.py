@@ -21,11 +21,14 @@ def changes(body: str, head: str = "def f(x, y):") -> list[tuple[str, str, str]]
     ("body", "expected"),
     [
         ("return x < y", ("comparison", "x < y", "x <= y")),
+        ("return x < y", ("comparison", "x < y", "x >= y")),
         ("return x is None", ("comparison", "x is None", "x is not None")),
         ("return 0 <= x < y", ("comparison", "0 <= x < y", "0 <= x <= y")),
         ("return x[y:]", ("offset", "y", "y + 1")),
         ("return range(y)", ("offset", "y", "y - 1")),
         ("return x + 1", ("offset", "1", "2")),
+        ("return x + 1", ("offset", "1", "0")),
+        ("return x + y", ("arithmetic", "x + y", "(x - y)")),
         ("return x.sum(-1)", ("axes", "-1", "-2")),
         ("return (x + y).float()", ("cast", "(x + y).float()", "(x + y)")),
         ("return x.to(y.dtype)", ("cast", "x.to(y.dtype)", "x")),
@@ -52,6 +55,9 @@ def test_a_rule_makes_its_change(body: str, expected: tuple[str, str, str]) -> N
         "raise OperatorError('f', f'{x + 1} < {y}')",
         "z: tuple[int, 3] = x",
         "return x.to(y.device)",
+        "return x.to(torch.int64)",
+        "return x or 0",
+        "if x or y:\n    raise OperatorError('f', 'no')",
         "return zip(x, y, strict=True)",
         "import os",
     ],
@@ -100,7 +106,7 @@ def composites() -> list[Edit]:
 def test_the_composites_have_at_least_three_hundred_mutants_of_every_kind(composites: list[Edit]) -> None:
     assert len(composites) >= 300
     assert {e.kind for e in composites} == {
-        *("comparison", "offset", "cast", "contiguous", "mask", "axes", "condition", "flag"),
+        *("comparison", "offset", "arithmetic", "cast", "contiguous", "mask", "axes", "condition", "flag"),
     }
     assert {e.file for e in composites} == set(sources()) - {"__init__.py"}
 
