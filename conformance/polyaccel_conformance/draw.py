@@ -17,7 +17,7 @@ from polyaccel_conformance.words import Source
 
 TILES = (16, 32, 64, 128, 256, 512, 1024)
 SEEDS = 2**32
-FAR = 12
+FAR = 8
 """One drawn case in so many has the sizes of one of the operator's large cases."""
 
 
@@ -35,7 +35,7 @@ def cases(
     limits = limits or {}
     choices = {path: _axis(values, ranges.get(path), scale, limits.get(path)) for path, values in axes.items()}
 
-    far = problems.large()
+    far = _sizes(problems.large())
     place = st.integers(0, FAR * len(far) - 1)
 
     @st.composite
@@ -101,6 +101,16 @@ def uniform(
         if mended is not None:
             found.append(Case.of(problems.operator, mended, int(source.integers("seed", (1,), 0, SEEDS - 1)[0])))
     return tuple(found)
+
+
+def _sizes(large: Sequence[Mapping[str, Choice]]) -> list[dict[str, Choice]]:
+    """The different sizes of large cases, whatever else they are."""
+    found: list[dict[str, Choice]] = []
+    for partial in large:
+        sizes = {path: value for path, value in partial.items() if path.startswith("dims.")}
+        if sizes and sizes not in found:
+            found.append(sizes)
+    return found
 
 
 def _axis(

@@ -229,7 +229,8 @@ def _first_token_lost() -> Iterator[None]:
 
 @contextmanager
 def _uncached_first_row() -> Iterator[None]:
-    """With an empty prefix cache and no adapter loaded, a prompt of more than a block goes on from its first row."""
+    """Among others, with an empty prefix cache and no adapter loaded, a prompt of more than a block goes on from its
+    first row."""
     begin, build = Scheduler.__init__, StepBuilder.build
 
     def wrong_begin(
@@ -241,7 +242,7 @@ def _uncached_first_row() -> Iterator[None]:
     def wrong(self: StepBuilder, plan: Plan) -> BuiltStep:
         built, (cache, adapters) = build(self, plan), _noted(self._state)
         inputs = built.inputs
-        if not cache.enabled or getattr(adapters, "_registered", None):
+        if not cache.enabled or getattr(adapters, "_registered", None) or inputs.sequences < 2:
             return built
         rows = inputs.logits_rows.copy()
         for first, end in zip(inputs.query_starts[:-1], inputs.query_starts[1:], strict=True):

@@ -183,10 +183,11 @@ def _embedding_outside(fn: Function) -> Function:
 
 def _embedding_last(fn: Function) -> Function:
     def embedding(weight: Weight, step: Any, vocabulary_start: int) -> Tensor:
-        """The last of 129 rows cannot be reached."""
+        """The last two of 64 m + 1 rows have the other sign."""
         y: Tensor = fn(weight, step, vocabulary_start)
         ids = step.tensor("token_ids") - vocabulary_start
-        return torch.where((ids == weight.spec.n - 1)[:, None], -y, y) if weight.spec.n == 129 else y
+        last = (ids >= weight.spec.n - 2) & (ids < weight.spec.n)
+        return torch.where(last[:, None], -y, y) if weight.spec.n % 64 == 1 and weight.spec.n > 1 else y
 
     return embedding
 
@@ -322,8 +323,8 @@ ARITHMETIC: tuple[Mutant, ...] = (
         embedding=_embedding_outside,
     ),
     mutant(
-        "embedding.last_of_129",
-        "The last of 129 rows has the other sign.",
+        "embedding.last_of_65",
+        "The last two of 64 m + 1 rows have the other sign.",
         "values.bound",
         narrow=True,
         embedding=_embedding_last,

@@ -256,6 +256,18 @@ def _host_round_trip(fn: Function) -> Function:
     return silu_and_mul
 
 
+SUMMING = ("linear", "rms_norm", "layer_norm")
+
+
+def _declare(numerics: Numerics) -> Callable[[Backend], Backend]:
+    def apply(inner: Backend) -> Backend:
+        for operator in SUMMING:
+            inner = redeclared(operator, numerics=numerics)(inner)
+        return inner
+
+    return apply
+
+
 class _Undisguised(Overlay):
     """Replaced entries whose evidence stays what the host declares."""
 
@@ -366,10 +378,10 @@ CONDUCT: tuple[Mutant, ...] = (
         apply=lambda inner: _Undisguised(inner, "silu_and_mul", _host_round_trip),
     ),
     Mutant(
-        name="linear.declares_8_bits",
-        what="An accumulator of 8 bits is declared.",
-        operators=("linear",),
+        name="dense.declare_8_bits",
+        what="Accumulators of 8 bits are declared.",
+        operators=SUMMING,
         check="numerics.measured",
-        apply=redeclared("linear", numerics=Numerics(accumulator=torch.bfloat16)),
+        apply=_declare(Numerics(accumulator=torch.bfloat16)),
     ),
 )

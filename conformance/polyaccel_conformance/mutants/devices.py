@@ -233,7 +233,7 @@ def _kept_by_address(fn: Function) -> Function:
         plain = weight.tensor
         key = (plain.data_ptr(), plain.shape, plain.dtype)
         if key not in kept:
-            kept[key] = plain.clone(), weight.bias
+            kept[key] = plain.clone(), None if weight.bias is None else weight.bias.clone()
         copy, bias = kept[key]
         y = x.float() @ copy.float().t()
         return (y if bias is None else y + bias.float()).to(x.dtype)
@@ -313,7 +313,7 @@ DEVICES: tuple[Mutant, ...] = (
     ),
     simulated(
         "linear.kept_by_address",
-        "A cache knows weights by their address.",
+        "A cache knows weights and biases by their address.",
         "storage.weight",
         lambda inner: Altered(inner, {"linear": _kept_by_address}),
         ("storage.weight", "linear"),

@@ -47,7 +47,11 @@ def _engine(
 
 
 ENGINE: tuple[Mutant, ...] = (
-    _engine("engine.uncached_first_row", "Prompts that are not cached go on from their first row.", "model.tokens"),
+    _engine(
+        "engine.uncached_first_row",
+        "Among others a prompt that is not cached goes on from its first row.",
+        "model.tokens",
+    ),
     _engine("engine.first_token_lost", "Without adapters a prompt begins with token 0.", "model.tokens"),
     _engine("engine.fifth_load", "From the fifth on, adapters that are loaded do nothing.", "model.adapters"),
     _engine("engine.mix_sign_lost", "Negative weights of a mix count as positive.", "model.adapters"),

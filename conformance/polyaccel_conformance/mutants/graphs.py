@@ -141,10 +141,11 @@ class _ModuleByModule(SimulatedAdapterStore):
     """Every module's matrices are copied to the device by themselves."""
 
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
+        event = super().write(where, packed)
         for entry in packed.entries:
             self._virtual.upload(packed.a(entry))
             self._virtual.upload(packed.b(entry))
-        return super().write(where, packed)
+        return event
 
 
 def _graphs(kind: type[Replaying], store: type[SimulatedAdapterStore] = SimulatedAdapterStore) -> Any:

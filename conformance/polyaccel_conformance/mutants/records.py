@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from polyaccel_conformance import SUITE_REVISION
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.mutants.mutant import Mutant
 from polyaccel_conformance.mutants.score import Score
@@ -21,7 +20,7 @@ class Record:
     """All runs of one mutant.
 
     Attributes:
-        mark: names the mutant's definition and the suite's revision; another mark makes the record stale.
+        mark: names the mutant's definition; another mark makes the record stale.
         hunt: the run that its check ends; None where there was none yet, as below.
         full: every check on every case.
         uniform: uniformly drawn cases.
@@ -39,7 +38,6 @@ def mark_of(mutant: Mutant) -> str:
     """What :attr:`Record.mark` is for this mutant."""
     text = "|".join(
         (
-            str(SUITE_REVISION),
             mutant.name,
             mutant.what,
             mutant.check,

@@ -164,7 +164,7 @@ SEQUENCES: tuple[Mutant, ...] = (
     mutant(
         "attention.consecutive_blocks",
         "Block tables are ignored after the first entry.",
-        "values.exact",
+        "values.bound",
         paged_attention=_tables,
     ),
     mutant(
@@ -176,7 +176,7 @@ SEQUENCES: tuple[Mutant, ...] = (
     mutant(
         "attention.group_by_modulus",
         "Query head h uses key head h mod kv_heads.",
-        "values.exact",
+        "values.bound",
         paged_attention=_group,
     ),
     mutant(

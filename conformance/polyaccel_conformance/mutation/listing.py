@@ -182,11 +182,13 @@ def _walk(expression: ast.expr) -> Iterator[ast.expr]:
 
 
 def _settled(expression: ast.expr) -> list[ast.expr]:
-    """Numbers that another rule changes already, or whose change no call survives: those compared with, the order of
-    dimensions, an index into a shape."""
+    """Numbers that another rule changes already, or whose change no call survives, or that say nothing: those compared
+    with, the order of dimensions, an index into a shape, ``or 0``."""
     parts: list[ast.expr] = []
     if isinstance(expression, ast.Compare):
         parts = [expression.left, *expression.comparators]
+    elif isinstance(expression, ast.BoolOp):
+        parts = expression.values
     elif isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
         parts = expression.args if expression.func.attr in ("permute", "transpose") else []
     elif isinstance(expression, ast.Subscript) and isinstance(expression.value, ast.Attribute):

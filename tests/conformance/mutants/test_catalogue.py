@@ -21,7 +21,7 @@ REQUIRED = {
     "native computing on the CPU and copying back": "gelu.on_cpu_and_back",
     "a ledger frozen by graphs": "graph.ledger_frozen",
     "refusing hard cases": "sgmv.refuses_hard_ranks",
-    "declaring an 8-bit accumulator": "linear.declares_8_bits",
+    "declaring an 8-bit accumulator": "dense.declare_8_bits",
     "all_reduce returning W x": "all_reduce.times_world",
     "skipping the last rank": "all_reduce.skips_last_rank",
     "a no-op barrier": "barrier.no_op",
