@@ -298,9 +298,13 @@ class WeightProblem(DeviceProblem):
 
     def _least_bytes(self) -> int:
         spec = self.spec_of_weight
-        count = (spec.experts or 1) * spec.n * spec.k
-        bits = 8 * spec.dtype.itemsize if spec.quantisation is None else spec.quantisation.bits
-        return count * bits // 8
+        rows = (spec.experts or 1) * spec.n
+        bias = rows * spec.dtype.itemsize if spec.bias else 0
+        if spec.quantisation is None:
+            return bias + rows * spec.k * spec.dtype.itemsize
+        groups = rows * spec.quantisation.groups(spec.k)
+        scales = groups * spec.quantisation.scale_dtype.itemsize
+        return bias + scales + (rows * spec.k + groups) * spec.quantisation.bits // 8
 
 
 def _tied(spec: WeightSpec) -> WeightSpec:

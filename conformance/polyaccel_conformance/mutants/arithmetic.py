@@ -183,11 +183,11 @@ def _embedding_outside(fn: Function) -> Function:
 
 def _embedding_last(fn: Function) -> Function:
     def embedding(weight: Weight, step: Any, vocabulary_start: int) -> Tensor:
-        """The last two of 64 m + 1 rows have the other sign."""
+        """The upper half of 64 m + 1 rows has the other sign."""
         y: Tensor = fn(weight, step, vocabulary_start)
         ids = step.tensor("token_ids") - vocabulary_start
-        last = (ids >= weight.spec.n - 2) & (ids < weight.spec.n)
-        return torch.where(last[:, None], -y, y) if weight.spec.n % 64 == 1 and weight.spec.n > 1 else y
+        upper = (ids >= weight.spec.n // 2) & (ids < weight.spec.n)
+        return torch.where(upper[:, None], -y, y) if weight.spec.n % 64 == 1 and weight.spec.n > 1 else y
 
     return embedding
 
@@ -323,8 +323,8 @@ ARITHMETIC: tuple[Mutant, ...] = (
         embedding=_embedding_outside,
     ),
     mutant(
-        "embedding.last_of_65",
-        "The last two of 64 m + 1 rows have the other sign.",
+        "embedding.half_of_65",
+        "The upper half of 64 m + 1 rows has the other sign.",
         "values.bound",
         narrow=True,
         embedding=_embedding_last,

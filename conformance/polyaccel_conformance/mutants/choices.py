@@ -45,12 +45,12 @@ def _unscaled(fn: Function) -> Function:
 
 def _dropped_expert(fn: Function) -> Function:
     def moe_experts(x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-        """Rows of the last expert are dropped where it has one or two."""
+        """Rows of the last expert are dropped where it has few."""
         last = int(gate_up.spec.experts or 0) - 1
         hit = ids == last
         if last > 0:
             # Without asking the device how many there are.
-            weights = torch.where(hit & (hit.sum() < 3), torch.zeros_like(weights), weights)
+            weights = torch.where(hit & (hit.sum() < 6), torch.zeros_like(weights), weights)
         y: Tensor = fn(x, gate_up, down, ids, weights, *rest)
         return y
 
@@ -180,7 +180,7 @@ CHOICES: tuple[Mutant, ...] = (
     ),
     mutant(
         "moe_experts.few_rows_of_last",
-        "The last expert is skipped where it has one or two rows.",
+        "The last expert is skipped where it has up to five rows.",
         "values.exact",
         moe_experts=_dropped_expert,
     ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from polyaccel.backend import (
@@ -27,21 +28,25 @@ from polyaccel_conformance.mutants.storage import changed
 from polyaccel_conformance.simulated import SimulatedBackend
 from polyaccel_conformance.simulated.step import SimulatedStep
 
-DENSE = (
-    *("linear", "rms_norm", "layer_norm", "rotary_embedding", "silu_and_mul", "gelu", "select_rows", "embedding"),
-    *(
-        "write_kv_cache",
-        "paged_attention",
-        "dense_attention",
-        "moe_route",
-        "moe_experts",
-        "sample",
-        "sgmv",
-        "dequantize",
-    ),
-    *("device.copy_paths", "storage.weight", "storage.adapters", "storage.kv", "storage.sampling", "sample.generator"),
+PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "dense": ("linear", "rms_norm", "layer_norm", "silu_and_mul", "gelu"),
+        "sequences": ("rotary_embedding", "select_rows", "embedding", "write_kv_cache", "dense_attention"),
+        "attention": ("paged_attention",),
+        "experts": ("moe_route", "moe_experts", "dequantize"),
+        "adapters": ("sgmv",),
+        "sampling": ("sample", "sample.generator"),
+        "storage": ("device.copy_paths", "storage.weight", "storage.adapters", "storage.kv", "storage.sampling"),
+    }
 )
-OF_RANKS = ("all_reduce", "broadcast", "barrier", "row_parallel_linear", "moe_experts", "sgmv")
+"""Operators and questions that are asked of the CPU backend in wrappers, a few at a time."""
+RANKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "collectives": ("all_reduce", "broadcast", "barrier"),
+        "stations": ("row_parallel_linear",),
+        "shares": ("moe_experts", "sgmv"),
+    }
+)
 
 
 def _same(fn: Function) -> Function:
@@ -83,23 +88,17 @@ class _Graphs(SimulatedBackend):
         return Replaying(self, key, fn, _Step(step.input, step.state, step.buffers))
 
 
+def _host(name: str, operators: tuple[str, ...], apply: Callable[[Any], Backend], **fields: Any) -> Mutant:
+    return Mutant(
+        name=f"healthy.{name}", what="Nothing.", operators=operators, check="values.exact", apply=apply, **fields
+    )
+
+
 HOSTS: tuple[Mutant, ...] = (
-    Mutant(name="healthy.operators", what="Nothing.", operators=DENSE, check="values.exact", apply=_Operators),
-    Mutant(name="healthy.ranks", what="Nothing.", operators=OF_RANKS, check="comm.trace", apply=_Operators, devices=4),
-    Mutant(
-        name="healthy.engine",
-        what="Nothing.",
-        operators=WHOLE_MODEL,
-        check="model.tokens",
-        apply=lambda inner: inner,
-        engine=True,
-    ),
-    Mutant(
-        name="healthy.devices",
-        what="Nothing.",
-        operators=(*SOME, "sgmv", "gelu"),
-        check="graph.replay",
-        apply=lambda inner: _Graphs(),
-        host="simulated",
-    ),
+    *(_host(name, operators, _Operators) for name, operators in PARTS.items()),
+    *(_host(name, operators, _Operators, devices=2) for name, operators in RANKS.items()),
+    _host("engine", WHOLE_MODEL, lambda inner: inner, engine=True),
+    _host("devices", SOME, lambda inner: _Graphs(), host="simulated"),
+    _host("graphs", ("linear",), lambda inner: _Graphs(), host="simulated"),
+    _host("loads", ("sgmv",), lambda inner: _Graphs(), host="simulated"),
 )

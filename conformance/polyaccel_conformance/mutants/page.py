@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from polyaccel_conformance.mutants.mutant import Mutant
 from polyaccel_conformance.mutants.records import Record, Records
@@ -46,7 +46,9 @@ def sole_killers(records: Mapping[str, Record]) -> dict[str, list[str]]:
     return found
 
 
-def problems(mutants: Mapping[str, Mutant], records: Records, checks: Sequence[str]) -> list[str]:
+def problems(
+    mutants: Mapping[str, Mutant], records: Records, checks: Sequence[str], hosts: Iterable[str] = ()
+) -> list[str]:
     """What is not as it must be, a sentence each."""
     found: list[str] = []
     known = {name: records.of(mutant) for name, mutant in mutants.items()}
@@ -63,8 +65,7 @@ def problems(mutants: Mapping[str, Mutant], records: Records, checks: Sequence[s
     for name, score in records.hosts.items():
         if score.kills:
             found.append(f"healthy code ({name}) is killed by {', '.join(score.kills)}")
-    if not records.hosts:
-        found.append("healthy code was not run")
+    found += [f"healthy code ({name}) was not run" for name in hosts if name not in records.hosts]
     narrow = sum(mutant.narrow for mutant in mutants.values())
     if narrow < LEAST_NARROW:
         found.append(f"{narrow} mutants are narrow, at least {LEAST_NARROW} must be")
@@ -78,7 +79,7 @@ def uniform_share(record: Record) -> float | None:
     return None if record.uniform is None else record.uniform.share
 
 
-def page(mutants: Mapping[str, Mutant], records: Records, checks: Sequence[str]) -> str:
+def page(mutants: Mapping[str, Mutant], records: Records, checks: Sequence[str], hosts: Iterable[str] = ()) -> str:
     """The page as Markdown."""
     known = {name: records.of(mutant) for name, mutant in mutants.items()}
     parts = [
@@ -89,7 +90,7 @@ def page(mutants: Mapping[str, Mutant], records: Records, checks: Sequence[str])
         _sole(known, checks),
         _seeds(known),
         _matrix(known, records, checks),
-        _open(problems(mutants, records, checks)),
+        _open(problems(mutants, records, checks, hosts)),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -203,7 +204,7 @@ def _matrix(known: Mapping[str, Record], records: Records, checks: Sequence[str]
         "| mutant |" + "".join(f" {number} |" for number in numbers.values()),
         "|---|" + "---|" * len(numbers),
     ]
-    rows = {f"*healthy {name}*": score for name, score in records.hosts.items()}
+    rows = {f"*{name}*": score for name, score in records.hosts.items()}
     rows |= {f"`{name}`": record.full for name, record in known.items() if record.full is not None}
     for name, score in rows.items():
         cells = [str(score.kills[c]) if c in score.kills else "." if c in score.asked else "" for c in numbers]

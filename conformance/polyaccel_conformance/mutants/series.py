@@ -73,7 +73,7 @@ def matrix(mutants: Sequence[Mutant], path: Path, server: ForkServer, say: Say, 
     records.keep(MUTANTS)
     shown = sole_killers({mutant.name: records.of(mutant) for mutant in MUTANTS.values()})
     # First those whose check has not been shown to find anything alone.
-    for mutant in sorted(mutants, key=lambda m: m.check in shown):
+    for mutant in sorted((m for m in mutants if m.name in MUTANTS), key=lambda m: m.check in shown):
         record = records.of(mutant)
         if again or record.full is None:
             full = examine(subject_of(mutant), mutant.name, mutant.operators, server, devices=mutant.devices)
@@ -84,15 +84,14 @@ def matrix(mutants: Sequence[Mutant], path: Path, server: ForkServer, say: Say, 
             record = records.update(mutant, hunt=hunt(mutant, server))
         if mutant.narrow and record.full is not None and (again or record.uniform is None):
             records.update(mutant, uniform=uniform_share(mutant, tuple(record.full.kills), server))
-    if not again:
-        for name, healthy in HEALTHY.items():
-            if name not in records.hosts:
-                records.host(
-                    name, examine(subject_of(healthy), name, healthy.operators, server, devices=healthy.devices)
-                )
-                say(f"{name:36} {records.hosts[name].cases} cases, {records.hosts[name].seconds:.1f} s")
-    path.write_text(page(MUTANTS, records, tuple(CHECKS)), encoding="utf-8")
-    return problems(MUTANTS, records, tuple(CHECKS))
+    asked = [mutant.name for mutant in mutants]
+    for name, healthy in HEALTHY.items():
+        if name in asked if again else name not in records.hosts:
+            score = examine(subject_of(healthy), name, healthy.operators, server, devices=healthy.devices)
+            records.host(name, score)
+            say(f"{name:36} {score.failing:4} of {score.cases:4} cases fail, {score.seconds:6.1f} s")
+    path.write_text(page(MUTANTS, records, tuple(CHECKS), HEALTHY), encoding="utf-8")
+    return problems(MUTANTS, records, tuple(CHECKS), HEALTHY)
 
 
 def whole_of_quick(count: int, date: datetime.date, server: ForkServer, say: Say) -> Outcome:

@@ -21,18 +21,19 @@ from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer
 
 DESCRIPTION = "change the sources of the composites by rule, one expression at a time: does some case fail?"
-LIMIT = 400
+LIMIT = 40
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(prog="python -m polyaccel_conformance.mutation", description=DESCRIPTION)
     found.add_argument("--survivors", type=Path, metavar="FILE.toml", help="explained survivors")
+    found.add_argument("--tests", type=Path, metavar="FOLDER", help="unit tests to ask what no case kills")
     found.add_argument("--folder", type=Path, default=Path("mutation-results"), help="what was run is kept here")
     found.add_argument("--table", type=Path, metavar="FILE.md", help="write the result there")
     found.add_argument("--budget", type=float, metavar="SECONDS", help="stop then; the next run goes on")
     found.add_argument("--again", action="store_true", help="run survivors again")
-    found.add_argument("--limit", type=int, default=LIMIT, help="cases that one mutant is asked at most; 0: all")
+    found.add_argument("--limit", type=int, default=LIMIT, help="cases with further checks, for one mutant; 0: all")
     found.add_argument("-k", dest="word", default="", metavar="TEXT", help="only those with this in FILE:LINE or line")
     found.add_argument("--list", action="store_true", help="only list the mutants")
     return found
@@ -65,9 +66,10 @@ def _run(options: argparse.Namespace, edits: Sequence[Edit], chosen: Sequence[Ed
         state.forget_survivors()
     deadline = None if options.budget is None else time.monotonic() + options.budget
     healthy = Subject(kind="table", path=subject.__file__, name=subject.HEALTHY)
-    with closing(ForkServer()) as server:
+    with closing(ForkServer(preload=("pytest",) if options.tests else ())) as server:
         coverage = kept(options.folder / "coverage.json", healthy, server)
-        with closing(Campaign(edits, healthy, coverage, server, limit=options.limit)) as campaign:
+        campaign = Campaign(edits, healthy, coverage, server, limit=options.limit, tests=options.tests)
+        with closing(campaign):
             whole = run(campaign, chosen, state, deadline, _show)
             unsound = [*coverage.failing, *campaign.unsound]
     verdict = judge(chosen, state.outcomes, explained)

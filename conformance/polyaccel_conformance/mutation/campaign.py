@@ -18,6 +18,7 @@ from polyaccel_conformance.mutation.coverage import Coverage
 from polyaccel_conformance.mutation.edit import Edit, file_of
 from polyaccel_conformance.mutation.install import digests
 from polyaccel_conformance.mutation.subject import named
+from polyaccel_conformance.mutation.unit import first_failure, tests_of
 from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
 from polyaccel_conformance.results import result_from_json
 from polyaccel_conformance.schedule import OfRanks, fixed
@@ -62,11 +63,20 @@ class Campaign:
     Args:
         edits: all of the package; a worker knows a mutant by its index in its file.
         healthy: what opens the package as it is.
-        limit: cases that a mutant is asked at most with each number of ranks, 0 for all that execute it.
+        limit: cases that a mutant is asked at most with the checks beside :data:`FIRST`, and with each number of ranks;
+            0 for all that execute it.
+        tests: folder of the package's unit tests, asked last of all.
     """
 
     def __init__(
-        self, edits: Sequence[Edit], healthy: Subject, coverage: Coverage, server: ForkServer, *, limit: int = 0
+        self,
+        edits: Sequence[Edit],
+        healthy: Subject,
+        coverage: Coverage,
+        server: ForkServer,
+        *,
+        limit: int = 0,
+        tests: Path | None = None,
     ) -> None:
         counts: Counter[str] = Counter()
         self._names: dict[str, str] = {}
@@ -78,6 +88,8 @@ class Campaign:
         self._coverage = coverage
         self._server = server
         self._limit = limit
+        self._tests = tests
+        self._sound: dict[str, bool] = {}
         self.unsound: list[str] = []
         self._control = Pool(healthy, count=1, server=server)
         self._ranks = {world: RankPool(healthy, world, server=server, case_timeout=TIMEOUT) for world in WORLDS}
@@ -89,7 +101,7 @@ class Campaign:
             ranks.close()
 
     def run(self, edit: Edit) -> Outcome:
-        """The first kill: by numbers, then by any other check, then among ranks.
+        """The first kill: by numbers, then by any other check, then among ranks, then by unit tests.
 
         Raises:
             ConformanceError: the mutant cannot be made, or the sources are being edited.
@@ -97,13 +109,15 @@ class Campaign:
         began = time.monotonic()
         subject = replace(self._healthy, name=self._names[edit.key])
         found = Outcome(killed="")
-        cases = self._coverage.of(edit)[: self._limit or None]
+        cases = self._coverage.of(edit)
         first = [name for name in CHECKS if name.startswith(FIRST)]
         rest = [name for name in CHECKS if not name.startswith(FIRST)]
         if cases:
-            found = self._alone(subject, _jobs(cases, first, rest))
+            found = self._alone(subject, chain(_jobs(cases, first), _jobs(cases[: self._limit or None], rest)))
         if not found.killed and edit.file in RANKED_FILES:
             found = self._ranked(subject, found.cases)
+        if not found.killed and self._tests is not None:
+            found = replace(found, killed=self._unit(edit.file, subject.name))
         return replace(found, seconds=round(time.monotonic() - began, 2))
 
     def _alone(self, subject: Subject, jobs: Iterator[Job]) -> Outcome:
@@ -119,6 +133,16 @@ class Campaign:
                     return Outcome(killed=found, operator=str(answer.job.name), cases=ran)
                 self.unsound.append(f"{again}: {answer.job.request['case']}")
         return Outcome(killed="", cases=ran)
+
+    def _unit(self, file: str, name: str) -> str:
+        assert self._tests is not None
+        tests = tests_of(file, self._tests)
+        found = first_failure(name, tests, self._server)
+        if found and file not in self._sound:
+            self._sound[file] = not first_failure(self._healthy.name, tests, self._server)
+            if not self._sound[file]:
+                self.unsound.append(f"unit tests of {file}")
+        return found if self._sound.get(file, True) else ""
 
     def _ranked(self, subject: Subject, ran: int) -> Outcome:
         for world in WORLDS:
@@ -147,11 +171,10 @@ def _failure(answer: Answer) -> str:
     return failures[0].check if failures else ""
 
 
-def _jobs(cases: Sequence[Case], *stages: Sequence[str]) -> Iterator[Job]:
-    for checks in stages:
-        for case in cases:
-            request = {"do": "case", "case": case.to_json(), "checks": list(checks)}
-            yield Job(name=case.operator, request=request, seconds=TIMEOUT)
+def _jobs(cases: Sequence[Case], checks: Sequence[str]) -> Iterator[Job]:
+    for case in cases:
+        request = {"do": "case", "case": case.to_json(), "checks": list(checks)}
+        yield Job(name=case.operator, request=request, seconds=TIMEOUT)
 
 
 def _ranked_cases(world: int) -> Iterator[Case]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["comparison", "offset", "arithmetic", "cast", "contiguous", "mask", "axes", "condition", "flag"]
+Kind = Literal["comparison", "offset", "arithmetic", "cast", "contiguous", "mask", "axes", "flag"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

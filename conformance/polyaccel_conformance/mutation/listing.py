@@ -19,7 +19,8 @@ def edits_of(file: str, source: bytes) -> tuple[Edit, ...]:
     """Every mutant of ``source``, deterministic.
 
     Left out are what runs on import (constants, signatures with their defaults and annotations, decorators), what only
-    words an error (``raise`` and strings), conditions of what only refuses, and an edit that changes nothing.
+    words an error (``raise`` and strings), conditions of what only refuses but for their comparisons, a conversion
+    beside an operand that torch promotes it to, and an edit that changes nothing.
     """
     return tuple(_File(file, source).edits())
 
@@ -66,7 +67,7 @@ class _File:
 
     def _of(self, node: ast.expr, place: _Place) -> Iterator[Edit]:
         for kind, rule in RULES.items():
-            if kind == "condition" and place.guard:
+            if place.guard and kind != "comparison":
                 continue
             for target, after in rule(node, self._text):
                 yield self._edit(kind, target, after, place)
@@ -125,21 +126,21 @@ def _expressions(function: str, body: list[ast.stmt]) -> Iterator[tuple[_Place, 
         place = _Place(function, statement.lineno, last, _is_guard(statement))
         for expression in own:
             yield place, expression
-        for inner in bodies:
+        for inner in () if _is_guard(statement) else bodies:
             yield from _expressions(function, inner)
 
 
 def _is_guard(statement: ast.stmt) -> bool:
-    """``if ...: raise ...``, or the return of a sentence that says why not. With one condition less it refuses less,
-    which the unit tests ask: the contract says of few operands that they must be refused."""
-    if not isinstance(statement, ast.If) or statement.orelse or len(statement.body) != 1:
+    """``if ...: raise ...``, or the return of a sentence that says why not."""
+    if not isinstance(statement, ast.If) or statement.orelse:
         return False
-    (inner,) = statement.body
-    if isinstance(inner, ast.Return):
-        return isinstance(inner.value, ast.JoinedStr) or (
-            isinstance(inner.value, ast.Constant) and isinstance(inner.value.value, str)
-        )
-    return isinstance(inner, ast.Raise) or (isinstance(inner, ast.Expr) and _words_an_error(inner.value))
+    *before, last = statement.body
+    if not all(isinstance(inner, ast.Assign) for inner in before):
+        return False
+    if isinstance(last, ast.Return):
+        value = last.value
+        return isinstance(value, ast.JoinedStr) or (isinstance(value, ast.Constant) and isinstance(value.value, str))
+    return isinstance(last, ast.Raise) or (isinstance(last, ast.Expr) and _words_an_error(last.value))
 
 
 def _parts(statement: ast.stmt) -> tuple[list[ast.expr], list[list[ast.stmt]]]:
@@ -173,12 +174,21 @@ def _walk(expression: ast.expr) -> Iterator[ast.expr]:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.expr) and child not in settled:
-                yield from _walk(child)
+                # Of two operands torch takes the wider type for both.
+                promoted = isinstance(expression, ast.BinOp) and not isinstance(expression.op, ast.MatMult)
+                yield from _walk(_unconverted(child) if promoted else child)
             elif isinstance(child, ast.keyword) and child.arg not in SILENT_KEYWORDS:
                 yield from _walk(child.value)
             elif isinstance(child, ast.comprehension):
                 for part in (child.iter, *child.ifs):
                     yield from _walk(part)
+
+
+def _unconverted(expression: ast.expr) -> ast.expr:
+    """``x`` for ``x.float()``."""
+    if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
+        return expression.func.value if expression.func.attr == "float" else expression
+    return expression
 
 
 def _settled(expression: ast.expr) -> list[ast.expr]:

@@ -15,11 +15,11 @@ Text = Callable[[ast.AST], str]
 Replacement = tuple[ast.expr, str]
 Rule = Callable[[ast.expr, Text], Iterator[Replacement]]
 
-CASTS = ("float", "to", "astype")
+CASTS = ("float", "to")
 COPIES = ("contiguous", "clone", "ascontiguousarray")
 MASKS = ("masked_fill", "clamp", "nan_to_num")
 RANGES = ("range", "_range", "arange")
-CHOICES = ("minimum", "maximum", "max", "min")
+BOUNDS = ("minimum", "maximum")
 
 
 def comparison(node: ast.expr, text: Text) -> Iterator[Replacement]:
@@ -59,7 +59,8 @@ def arithmetic(node: ast.expr, text: Text) -> Iterator[Replacement]:
 
 
 def cast(node: ast.expr, text: Text) -> Iterator[Replacement]:
-    """No conversion to another dtype. Moving to another device is none; wider integers matter to nobody but torch."""
+    """No conversion to another dtype. Moving to another device is none; wider integers and arrays of numpy, which are
+    copied into a typed tensor, give the same."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CASTS:
         if node.args and text(node.args[0]).endswith(("device", "int16", "int64")):
             return
@@ -78,7 +79,12 @@ def contiguous(node: ast.expr, text: Text) -> Iterator[Replacement]:
 
 
 def mask(node: ast.expr, text: Text) -> Iterator[Replacement]:
-    """No mask: either side of a choice alone, values as they are, no bound."""
+    """No mask: one side of a choice everywhere, values as they are, no bound, one part of a mask alone, no negation."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
+        yield node, text(node.left)
+        yield node, text(node.right)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        yield node, text(node.operand)
     if not isinstance(node, ast.Call):
         return
     name = _name(node)
@@ -89,10 +95,9 @@ def mask(node: ast.expr, text: Text) -> Iterator[Replacement]:
         library = text(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         for first in (True, False):
             yield node.args[0], f"{library}.full_like({text(node.args[0])}, {first})"
-    elif name in CHOICES and len(node.args) == 2:
+    elif isinstance(node.func, ast.Attribute) and name in BOUNDS and len(node.args) == 2:
         for argument in node.args:
-            if not isinstance(argument, ast.Starred):
-                yield node, text(argument)
+            yield node, text(argument)
 
 
 def axes(node: ast.expr, text: Text) -> Iterator[Replacement]:
@@ -111,24 +116,6 @@ def axes(node: ast.expr, text: Text) -> Iterator[Replacement]:
         yield node, repr(ast.literal_eval(node) - 1)
 
 
-def condition(node: ast.expr, text: Text) -> Iterator[Replacement]:
-    """One part of a condition left out, a negation dropped. That something is there at all is no condition: it mostly
-    tells the type checker what another part says; no more is ``or 0``."""
-    if isinstance(node, ast.BoolOp):
-        word = " and " if isinstance(node.op, ast.And) else " or "
-        if any(isinstance(part, ast.Constant) for part in node.values):
-            return
-        for i, part in enumerate(node.values):
-            if not _is_presence(part):
-                rest = [text(v) for j, v in enumerate(node.values) if j != i]
-                yield node, rest[0] if len(rest) == 1 else f"({word.join(rest)})"
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
-        yield node, text(node.left)
-        yield node, text(node.right)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.Invert):
-        yield node, text(node.operand)
-
-
 def flag(node: ast.expr, text: Text) -> Iterator[Replacement]:
     """True for False."""
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
@@ -144,7 +131,6 @@ RULES: Mapping[Kind, Rule] = MappingProxyType(
         "contiguous": contiguous,
         "mask": mask,
         "axes": axes,
-        "condition": condition,
         "flag": flag,
     }
 )
@@ -187,11 +173,6 @@ def _name(node: ast.Call) -> str:
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else ""
-
-
-def _is_presence(node: ast.expr) -> bool:
-    """``x is None``, ``x is not None``."""
-    return isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot)
 
 
 def is_negative(node: ast.expr) -> bool:

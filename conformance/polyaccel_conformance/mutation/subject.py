@@ -24,18 +24,28 @@ def named(edit: Edit, index: int, digest: str) -> str:
     return f"{edit.file.removesuffix('.py')}_{index}_{digest}"
 
 
-def __getattr__(name: str) -> Callable[[], Backend]:
+def install_named(name: str) -> None:
+    """Install what :func:`named` names in this process; nothing for :data:`HEALTHY`.
+
+    Raises:
+        UsageError: the file has been edited since.
+    """
+    if name == HEALTHY:
+        return
     head, _, digest = name.rpartition("_")
     stem, _, index = head.rpartition("_")
-    if name != HEALTHY and not index.isdigit():
+    if digests()[f"{stem}.py"] != digest:
+        raise UsageError(f"{stem}.py has been edited since; begin again")
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    install(edits_in(f"{stem}.py")[int(index)])
+
+
+def __getattr__(name: str) -> Callable[[], Backend]:
+    if name != HEALTHY and name.count("_") < 2:
         raise AttributeError(name)
 
     def opened() -> Backend:
-        if name != HEALTHY:
-            if digests()[f"{stem}.py"] != digest:
-                raise UsageError(f"{stem}.py has been edited since; begin again")
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-            install(edits_in(f"{stem}.py")[int(index)])
+        install_named(name)
         return TableBackend("cpu", {}, name="composite")
 
     return opened

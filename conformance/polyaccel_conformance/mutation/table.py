@@ -9,6 +9,7 @@ from pathlib import Path
 from polyaccel_conformance.mutation.campaign import Outcome
 from polyaccel_conformance.mutation.edit import Edit
 from polyaccel_conformance.mutation.survivors import Explanation
+from polyaccel_conformance.mutation.unit import PREFIX
 
 MARK = "<!-- result -->"
 
@@ -16,20 +17,25 @@ Label = Callable[[Edit], str]
 
 
 def by(label: Label, edits: Sequence[Edit], outcomes: Mapping[str, Outcome], head: str) -> list[str]:
-    """Mutants, killed and survived, by file or by rule, with a last row for all."""
+    """Mutants, killed by cases and by unit tests, and survived, by file or by rule, with a last row for all."""
     run = [edit for edit in edits if edit.key in outcomes]
     mutants = Counter(label(edit) for edit in run)
     killed = Counter(label(edit) for edit in run if outcomes[edit.key].killed)
-    lines = [f"| {head} | mutants | killed | survived |", "|---|---|---|---|"]
-    lines += [f"| {name} | {n} | {killed[name]} | {n - killed[name]} |" for name, n in sorted(mutants.items())]
-    total, dead = mutants.total(), killed.total()
-    lines.append(f"| all | {total} | {dead} ({dead / max(total, 1):.1%}) | {total - dead} |")
+    unit = Counter(label(edit) for edit in run if outcomes[edit.key].killed.startswith(PREFIX))
+    lines = [f"| {head} | mutants | killed by cases | by unit tests | survived |", "|---|---|---|---|---|"]
+    for name, n in sorted(mutants.items()):
+        lines.append(f"| {name} | {n} | {killed[name] - unit[name]} | {unit[name]} | {n - killed[name]} |")
+    total, dead, late = mutants.total(), killed.total(), unit.total()
+    share = f"{(dead - late) / max(total, 1):.1%}", f"{dead / max(total, 1):.1%}"
+    lines.append(f"| all | {total} | {dead - late} ({share[0]}) | {late} ({share[1]} with these) | {total - dead} |")
     return lines
 
 
 def killers(edits: Sequence[Edit], outcomes: Mapping[str, Outcome]) -> list[str]:
     """Which checks were the first to fail."""
     counts = Counter(outcomes[edit.key].killed for edit in edits if edit.key in outcomes)
+    late = [name for name in counts if name.startswith(PREFIX)]
+    counts["unit tests"] = sum(counts.pop(name) for name in late)
     counts.pop("", None)
     lines = ["| first to fail | mutants |", "|---|---|"]
     return [*lines, *(f"| `{check}` | {n} |" for check, n in counts.most_common())]

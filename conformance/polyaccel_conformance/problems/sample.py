@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,24 @@ ATTEMPTS = 6
 FORCED = 30000.0
 """A logit that decides what is sampled whatever the filters are."""
 NONE = np.zeros(0, dtype=np.int64)
+
+ALONE: Mapping[str, Choice] = MappingProxyType(
+    {"dims.rows": 8, "dims.vocabulary": 33, "attributes.logprobs": 3, "structure.history": "both"}
+)
+ONE_EACH: tuple[Mapping[str, Choice], ...] = (
+    {"attributes.top_k": 3},
+    {"attributes.top_p": 0.5},
+    {"attributes.min_p": 0.125},
+    {"attributes.repetition_penalty": 1.25},
+    {"attributes.presence_penalty": 0.5},
+    {"attributes.frequency_penalty": 0.25},
+    {"structure.bias": "some"},
+    {"structure.mask": "half"},
+    {"structure.forbidden": "reached", "dims.steps": 1},
+    {"structure.forbidden": "later", "dims.steps": 2},
+    {"structure.forbidden": "past"},
+)
+"""What a step does only if a request asks for it, each asked for by nothing else in the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -321,7 +340,7 @@ class SampleProblem(Problem):
         biased = source.choose(f"biased {index}", vocabulary, max(vocabulary // 4, 1))
         values = source.integers(f"bias {index}", biased.shape, -8, 8) / 4.0
         output = tokens[1, : length // 2] if history in ("output", "both") else NONE
-        until = len(output) + 1 if forbidden == "reached" else len(output) + 100
+        until = len(output) + {"past": 0, "reached": 1, "later": 3}.get(forbidden, 100)
         return SamplingRow(
             temperature=attribute(2, "temperature", 1.0),
             top_k=int(attribute(3, "top_k", 0)),
@@ -433,7 +452,7 @@ class SampleProblems(ProblemSet):
             "attributes.logprobs": (-1, 0, 3, 20),
             "structure.bias": ("none", "some", "ban"),
             "structure.mask": ("none", "half", "few"),
-            "structure.forbidden": ("none", "until", "reached"),
+            "structure.forbidden": ("none", "until", "reached", "past", "later"),
             "structure.history": ("none", "prompt", "output", "both"),
             "structure.rows": ("same", "mixed"),
             "structure.slots": ("order", "permuted"),
@@ -450,7 +469,9 @@ class SampleProblems(ProblemSet):
 
     def large(self) -> Sequence[Mapping[str, Choice]]:
         # Sums of this length are only told apart where they are exact.
-        return ({"dims.rows": 8, "dims.vocabulary": 32_000, "data": "dyadic", "attributes.top_p": 0.5},)
+        sizes = {"dims.rows": 8, "dims.vocabulary": 32_000}
+        long: Mapping[str, Choice] = {**sizes, "data": "dyadic", "attributes.top_p": 0.5}
+        return (long, *({**ALONE, **changes} for changes in ONE_EACH))
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         """Equal masses stay equal without penalties and bias, and a power of two without top-k."""

@@ -52,8 +52,8 @@ def test_a_run_ends_soon_after_the_check_has_found_its_mutant(server: ForkServer
 @pytest.mark.parametrize(
     ("name", "operators", "devices"),
     [
-        ("healthy.operators", ("gelu", "select_rows", "storage.sampling"), 1),
-        ("healthy.ranks", ("all_reduce", "barrier"), 2),
+        ("healthy.dense", ("gelu", "select_rows", "storage.sampling"), 1),
+        ("healthy.collectives", ("all_reduce", "barrier"), 2),
         ("healthy.devices", ("silu_and_mul",), 1),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from polyaccel_conformance.checks.registry import CHECKS
 from polyaccel_conformance.errors import UsageError
-from polyaccel_conformance.mutants.catalogue import MUTANTS
+from polyaccel_conformance.mutants.catalogue import HEALTHY, MUTANTS
 from polyaccel_conformance.mutants.mutant import Mutant
 from polyaccel_conformance.mutants.page import page, problems, sole_killers
 from polyaccel_conformance.mutants.records import Records, mark_of
@@ -29,11 +29,11 @@ def _score(name: str, **kills: int) -> Score:
 
 def test_the_committed_page_is_what_its_records_give() -> None:
     records = Records(DOCS / "mutants.json")
-    assert page(MUTANTS, records, tuple(CHECKS)) == (DOCS / "mutants.md").read_text(encoding="utf-8")
+    assert page(MUTANTS, records, tuple(CHECKS), HEALTHY) == (DOCS / "mutants.md").read_text(encoding="utf-8")
 
 
 def test_every_mutant_is_found_and_every_check_is_the_only_killer_of_one() -> None:
-    assert problems(MUTANTS, Records(DOCS / "mutants.json"), tuple(CHECKS)) == []
+    assert problems(MUTANTS, Records(DOCS / "mutants.json"), tuple(CHECKS), HEALTHY) == []
 
 
 def test_every_mutant_was_found_on_three_fresh_seeds_without_the_fixed_list() -> None:
@@ -51,10 +51,11 @@ def test_what_is_not_as_it_must_be_is_said() -> None:
     records.update(mutants["x.alive"], full=_score("x.alive", b__check=1))
     records.update(mutants["x.wide"], full=_score("x.wide", a__check=1), uniform=_score("x.wide", a__check=1))
     records.host("healthy", _score("healthy", a__check=1))
-    assert problems(mutants, records, ("a.check", "b.check", "c.check")) == [
+    assert problems(mutants, records, ("a.check", "b.check", "c.check"), ("healthy", "other")) == [
         "x.alive survives a.check",
         "x.wide is called narrow, but 10.0% of uniformly drawn cases fail",
         "healthy code (healthy) is killed by a.check",
+        "healthy code (other) was not run",
         "1 mutants are narrow, at least 15 must be",
         "c.check is the only killer of no mutant",
     ]

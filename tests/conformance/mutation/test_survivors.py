@@ -12,6 +12,7 @@ from polyaccel_conformance.mutation.edit import Edit
 from polyaccel_conformance.mutation.listing import edits_of
 from polyaccel_conformance.mutation.survivors import entry, judge, read_survivors
 from polyaccel_conformance.mutation.table import MARK, markdown, write
+from polyaccel_conformance.mutation.unit import PREFIX
 
 SOURCE = (
     "def f(x):\n" + "".join(f"    x += {number}\n" for number in range(2, 42)) + "    return x[1:\n             x]\n"
@@ -57,7 +58,7 @@ def test_too_many_survivors_fail_even_if_all_are_explained(tmp_path: Path, edits
 
 
 def test_every_edit_can_be_written_to_toml_and_read_back(tmp_path: Path, edits: list[Edit]) -> None:
-    hard = edits_of("g.py", b"def g(x):\n    return not x['a \\\\'] or (x[\"it's\"] and\n        x)\n")
+    hard = edits_of("g.py", b"def g(x):\n    return ~x['a \\\\'] | (x[\"it's\"] &\n        x)\n")
     found = read_survivors(explained(tmp_path, *edits, *hard))
     assert [e.key for e in found] == [e.key for e in (*edits, *hard)]
 
@@ -97,11 +98,13 @@ def test_outcomes_outlive_the_process_but_not_an_edit_of_their_file(tmp_path: Pa
 
 
 def test_the_result_names_files_rules_killers_and_survivors(tmp_path: Path, edits: list[Edit]) -> None:
-    outcomes = {edit.key: KILLED for edit in edits} | {edits[3].key: ALIVE}
+    unit = Outcome(killed=f"{PREFIX}test_f.py::test_it")
+    outcomes = {edit.key: KILLED for edit in edits} | {edits[3].key: ALIVE, edits[4].key: unit}
     text = markdown(edits, outcomes, read_survivors(explained(tmp_path, edits[3])))
     count = len(edits)
-    assert f"| f.py | {count} | {count - 1} | 1 |" in text
-    assert f"| `values.bound` | {count - 1} |" in text
+    assert f"| f.py | {count} | {count - 2} | 1 | 1 |" in text
+    assert f"| `values.bound` | {count - 2} |" in text
+    assert "| `unit tests` | 1 |" in text
     assert f"| {edits[3].where} | `{edits[3].before}` | `{edits[3].after}` | equivalent: the same |" in text
 
 
