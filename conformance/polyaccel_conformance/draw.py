@@ -43,7 +43,7 @@ def cases(
         chosen = {path: draw(choice) for path, choice in choices.items()}
         data = draw(st.integers(0, SEEDS - 1))
         assert isinstance(data, int)
-        row = problems.mend(chosen | _far(far, chosen, data))
+        row = problems.mend({**chosen, **_far(far, chosen, data)})
         return None if row is None else Case.of(problems.operator, row, data)
 
     return drawn().filter(lambda case: case is not None)  # type: ignore[return-value]
