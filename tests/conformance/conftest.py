@@ -9,7 +9,7 @@ import pytest
 
 LONG = "POLYACCEL_LONG_TESTS"
 # They start workers, build wheels and run whole profiles.
-FOLDERS = ("runner", "template", "report", "certificate")
+FOLDERS = ("backends", "certificate", "cli", "models", "multi", "mutants", "mutation", "report", "runner", "template")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
