@@ -32,6 +32,7 @@ SUITE_PARAMETERS = [pytest.param(module, id=module.name) for module in suite_mod
 EXTRAS = {
     f"{SUITE}.certificate.signature": {"cryptography"},
     f"{SUITE}.suite": {"pytest"},
+    f"{SUITE}.mutation.unit": {"pytest"},
 }
 ENGINE = ("polyaccel.engine", "polyaccel.lora", "polyaccel.models", "polyaccel.weights", "polyaccel.cli")
 

@@ -84,11 +84,12 @@ class Records:
     def write(self) -> None:
         if self._path is None:
             return
-        value = {
-            "mutants": {name: encode(record) for name, record in sorted(self.mutants.items())},
-            "hosts": {name: encode(score) for name, score in sorted(self.hosts.items())},
-        }
-        self._path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        # A mutant a line, so that a change shows what it is of.
+        parts = [
+            f'"{kind}": {{\n' + ",\n".join(f'"{name}": {json.dumps(encode(item))}' for name, item in found) + "\n}"
+            for kind, found in (("mutants", sorted(self.mutants.items())), ("hosts", sorted(self.hosts.items())))
+        ]
+        self._path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
     def _refresh(self) -> None:
         """What another series has written meanwhile stays."""

@@ -18,7 +18,7 @@ from polyaccel_conformance.mutation.coverage import Coverage
 from polyaccel_conformance.mutation.edit import Edit, file_of
 from polyaccel_conformance.mutation.install import digests
 from polyaccel_conformance.mutation.subject import named
-from polyaccel_conformance.mutation.unit import first_failure, tests_of
+from polyaccel_conformance.mutation.unit import first_failure, unit_tests_of
 from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
 from polyaccel_conformance.results import result_from_json
 from polyaccel_conformance.schedule import OfRanks, fixed
@@ -136,7 +136,7 @@ class Campaign:
 
     def _unit(self, file: str, name: str) -> str:
         assert self._tests is not None
-        tests = tests_of(file, self._tests)
+        tests = unit_tests_of(file, self._tests)
         found = first_failure(name, tests, self._server)
         if found and file not in self._sound:
             self._sound[file] = not first_failure(self._healthy.name, tests, self._server)

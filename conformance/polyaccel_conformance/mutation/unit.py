@@ -20,7 +20,7 @@ TIMEOUT = 180.0
 PREFIX = "unit test "
 
 
-def tests_of(file: str, folder: Path) -> list[str]:
+def unit_tests_of(file: str, folder: Path) -> list[str]:
     """The test files of a source file: ``test_moe.py``, ``test_moe_blocks.py`` for ``moe.py``."""
     stem, names = file.removesuffix(".py"), {path.stem for path in folder.glob("test_*.py")}
     found = sorted(name for name in names if name == f"test_{stem}" or name.startswith(f"test_{stem}_"))

@@ -53,7 +53,8 @@ def every_collective(comm: TorchCommunicator) -> dict[str, object]:
     result["all_reduce of a view"] = wide
     result["all_gather last"] = comm.all_gather(torch.full((2, 3), rank))
     result["all_gather first"] = comm.all_gather(torch.full((2, 3), rank), 0)
-    result["reduce_scatter"] = comm.reduce_scatter(torch.arange(2.0 * world).view(-1, 1) + rank)
+    own = comm.reduce_scatter(torch.arange(2.0 * world).view(-1, 1) + rank)
+    result["reduce_scatter"], result["reduce_scatter held"] = own, own.untyped_storage().nbytes()
     # Rank r sends r + s rows to rank s.
     send, receive = [rank + s for s in range(world)], [r + rank for r in range(world)]
     rows = torch.cat([torch.full((n, 2), 10 * rank + s) for s, n in enumerate(send)])

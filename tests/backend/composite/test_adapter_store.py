@@ -157,3 +157,18 @@ def test_an_embedding_table_of_several_slices_is_refused() -> None:
     weight = TensorWeight(spec_of("embed", [2, 2], 2, lookup=True, rank_rows=1), CPU)
     with pytest.raises(ConfigurationError, match="slices"):
         TensorAdapterStore({"embed": weight}, rank_rows=1, slots=1, device=CPU)
+
+
+def test_a_store_may_have_no_rows_and_a_range_may_have_none() -> None:
+    assert TensorAdapterStore(WEIGHTS, rank_rows=0, slots=0, device=CPU).nbytes == 0
+    store = new_store()
+    nothing = SlotRange(slot=0, first_rank_row=3, rank_rows=0)
+    store.write(nothing, pack(WEIGHTS, [], Draw(1)))
+    assert store.ranges()[0] == nothing
+
+
+def test_an_expert_after_the_last_one_is_refused() -> None:
+    good = pack(WEIGHTS, [Module("experts", 1, 4, expert=1)], Draw(1))
+    wrong = replace(good, entries=(replace(good.entries[0], expert=2),))
+    with pytest.raises(OperatorError, match="2 experts"):
+        new_store().write(SlotRange(slot=0, first_rank_row=0, rank_rows=4), wrong)

@@ -225,3 +225,28 @@ def test_queries_of_another_head_width_than_the_cache_are_refused() -> None:
     step = step_of(step_input([(1, 3)], block_tables=paged.tables))
     with pytest.raises(OperatorError, match="q must be heads of 8"):
         attention.paged_attention(torch.zeros(1, 2, 16), paged.cache, 1, step, 1.0)
+
+
+def reads_of(lengths: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many slots each read of the cache asks for."""
+    paged, found = Paged([context for _, context in lengths], 1, 2, torch.float32, Draw(3)), list[int]()
+    read = TensorKVCache.read
+
+    def counted(cache: TensorKVCache, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found.append(slots.numel())
+        return read(cache, layer, slots)
+
+    monkeypatch.setattr(TensorKVCache, "read", counted)
+    q = torch.zeros(sum(queries for queries, _ in lengths), 1, 2)
+    attention.paged_attention(q, paged.cache, 1, step_of(paged.inputs(lengths)), 1.0, window)
+    return found
+
+
+def test_sequences_with_one_token_in_a_row_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = attention.DECODE_KEY_TILE
+    assert reads_of([(1, 5), (1, 9), (3, 7), (1, 4), (1, 6)], None, monkeypatch) == [2 * tile, 7, 2 * tile]
+
+
+def test_keys_before_the_window_of_a_tile_of_queries_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = attention.QUERY_TILE
+    assert reads_of([(tile + 44, tile + 44)], 4, monkeypatch) == [tile, 44 + 3]

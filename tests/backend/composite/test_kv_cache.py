@@ -19,8 +19,9 @@ def test_tokens_are_stored_at_their_slots_of_their_layer() -> None:
     read_k, read_v = without_readback(cache.read, 1, slots)
     assert torch.equal(read_k, k)
     assert torch.equal(read_v, v)
-    blocks_k, _ = cache.blocks(1)
+    blocks_k, blocks_v = cache.blocks(1)
     assert torch.equal(blocks_k[3, 3], k[0])
+    assert torch.equal(blocks_v[3, 3], v[0])
     assert not cache.read(0, torch.arange(16))[0].any()
 
 

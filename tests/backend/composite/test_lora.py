@@ -183,3 +183,21 @@ def test_missing_stores_and_weights_with_experts_are_refused() -> None:
     adapters = filled_store({"w": experts}, {}, Draw(0))
     with pytest.raises(OperatorError, match="moe_experts"):
         lora.sgmv(y, x, experts, step_of(step.input, adapters=adapters.store))
+
+
+def test_consecutive_rows_of_a_segment_are_a_slice() -> None:
+    triples: list[Triple] = [(0, 0, 1.0), (2, 0, 1.0), (2, 1, 1.0), (3, 1, 1.0), (4, 1, 1.0), (7, 2, 1.0)]
+    found = list(lora.segments(step_of(step_input(adapters={"tokens": triples})), "tokens"))
+    assert [segment.run for segment in found] == [None, slice(2, 5), slice(7, 8)]
+
+
+def test_slots_without_an_adapter_write_nothing_and_have_no_rank() -> None:
+    draw = Draw(7)
+    weight = filled_weight(spec_of("w", [3], 4, torch.bfloat16, rank_rows=16), draw)
+    adapters = filled_store({"w": weight}, {}, draw)
+    step = step_of(step_input(adapters={"tokens": [(0, EMPTY_SLOT, 1.0)]}), adapters=adapters.store)
+    x, y = draw.tensor(1, 4, dtype=torch.bfloat16), draw.tensor(1, 3, dtype=torch.bfloat16)
+    before = y._version
+    lora.sgmv(y, x, weight, step)
+    assert y._version == before
+    assert lora.sgmv_shrink(x, weight, step).shape == (1, 1, 0)

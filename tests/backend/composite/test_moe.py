@@ -423,3 +423,13 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         call(torch.ones(2, 3), gate_up, filled_weight(spec_of("down", [3], 4, experts=2), draw))
     with pytest.raises(OperatorError, match="top_k"):
         call(torch.ones(3, 3), gate_up, down)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "experts", "size", "count"),
+    [(6, 8, 1, 6), (12, 4, 4, 6), (64, 2, 32, 3), (2000, 2, moe.LARGEST_BLOCK, 9)],
+)
+def test_blocks_waste_less_than_one_an_expert(pairs: int, experts: int, size: int, count: int) -> None:
+    blocks = moe._blocks(torch.arange(pairs) % experts, experts)
+    assert (blocks.size, blocks.count) == (size, count)
+    assert blocks.count * blocks.size - pairs < blocks.size * experts

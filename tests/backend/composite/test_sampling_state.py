@@ -103,3 +103,10 @@ def test_last_tokens_has_a_stable_address() -> None:
     state.advance(np.array([2, 0]), torch.tensor([2, 0]), torch.tensor([5, 3]), state.needs(np.array([2, 0])))
     assert state.last_tokens() is last
     assert last.tolist() == [3, 0, 5]
+
+
+def test_a_request_with_neutral_filters_needs_none() -> None:
+    state = TensorSamplingState(SPEC, CPU)
+    state.write(0, SamplingRow(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0))
+    needs = state.needs(np.array([0]))
+    assert (needs.sampling, needs.ordering, needs.min_p, needs.penalties) == (True, False, False, False)

@@ -199,3 +199,15 @@ def test_a_random_weight_is_its_own_dequantised_form() -> None:
     weight = TensorWeight(spec_of("w", [3], 4), CPU)
     weight.write(0, Draw(0).tensor(3, 4))
     assert dequantize(weight).data_ptr() == weight.tensor.data_ptr()
+
+
+def test_the_smallest_codes_and_groups_can_be_stored() -> None:
+    draw = Draw(4)
+    for quantisation in (Quantisation(bits=1, group_size=4), Quantisation(bits=8, group_size=1)):
+        assert TensorWeight(spec_of("w", [2], 8, quantisation=quantisation), CPU).quantised is not None
+    # One group of an odd number of columns splits no byte.
+    quantisation = Quantisation(bits=4, group_size=5)
+    weight = TensorWeight(spec_of("w", [2], 5, quantisation=quantisation), CPU)
+    codes = torch.from_numpy(draw.generator.integers(0, 16, (2, 5)).astype(np.uint8))
+    weight.write_quantised(0, codes, torch.zeros(2, 1, dtype=torch.uint8), torch.ones(2, 1, dtype=torch.float16))
+    assert torch.equal(dequantize(weight), codes.float())

@@ -89,3 +89,16 @@ def test_sets_of_few_or_slow_cases_are_run_whole_without_the_fixed_lists() -> No
     assert countable(PROBLEM_SETS["model.tokens"])
     assert not countable(PROBLEM_SETS["linear"])
     assert not countable(PROBLEM_SETS["storage.kv"])
+
+
+def test_by_date_every_operator_is_asked_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, tuple[str, ...], int]] = []
+
+    def examine(subject: Subject, name: str, operators: list[str], _: object, *, devices: int = 1) -> Score:
+        asked.append((name, tuple(operators), devices))
+        return Score(mutant=name, cases=1, failing=0)
+
+    monkeypatch.setattr(series, "examine", examine)
+    outcome = series.whole_of_quick(3, datetime.date(2026, 3, 1), None, lambda text: None)  # type: ignore[arg-type]
+    assert len(asked) == len(outcome.missed) == 3
+    assert all(set(PROBLEM_SETS) <= set(operators) for _, operators, _ in asked)

@@ -59,7 +59,6 @@ def test_a_rule_makes_its_change(body: str, expected: tuple[str, str, str]) -> N
         "return x.to(y.device)",
         "return x.to(torch.int64)",
         "return x or 0",
-        "return x.float() * y",
         "if x or y:\n    reason = f'{x} of {3}'\n    raise OperatorError('f', reason)",
         "if x:\n    return f'no {x + 1}'",
         "return zip(x, y, strict=True)",
@@ -68,6 +67,11 @@ def test_a_rule_makes_its_change(body: str, expected: tuple[str, str, str]) -> N
 )
 def test_what_nobody_could_see_is_left_alone(body: str) -> None:
     assert changes(body) == []
+
+
+def test_a_conversion_beside_an_operand_that_torch_promotes_it_to_is_left_alone() -> None:
+    assert {kind for kind, _, _ in changes("return x.float() * y")} == {"arithmetic"}
+    assert "cast" in {kind for kind, _, _ in changes("return x.float() @ y")}
 
 
 def test_signatures_decorators_and_module_constants_are_left_alone() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from polyaccel_conformance.mutation.install import all_edits, digests
 from polyaccel_conformance.mutation.subject import HEALTHY, named
-from polyaccel_conformance.mutation.unit import first_failure, tests_of
+from polyaccel_conformance.mutation.unit import first_failure, unit_tests_of
 from polyaccel_conformance.workers.process import ForkServer
 
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_a_file_has_the_tests_of_its_own_name(folder: Path, file: str, expected: list[str]) -> None:
-    assert [Path(path).stem for path in tests_of(file, folder)] == expected
+    assert [Path(path).stem for path in unit_tests_of(file, folder)] == expected
 
 
 def test_only_a_process_with_the_mutant_fails(tmp_path: Path, server: ForkServer) -> None:
