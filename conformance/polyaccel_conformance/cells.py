@@ -51,7 +51,7 @@ def count_cells(results: Iterable[CaseResult]) -> tuple[CellCount, ...]:
             count = counts.setdefault(cell, _Count())
             count.cases += 1
             count.failed += result.wrong
-            count.not_promised += not result.passed and not result.wrong
+            count.not_promised += result.excused
             count.headroom = max(count.headroom, worst)
             count.kinds[result.kind] = count.kinds.get(result.kind, 0) + 1
     return tuple(

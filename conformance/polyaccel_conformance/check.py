@@ -111,6 +111,11 @@ class CaseResult:
         """Whether it failed in something that was promised."""
         return any(not failure.not_promised for failure in self.failures)
 
+    @property
+    def excused(self) -> bool:
+        """Whether it failed, but in nothing that was promised."""
+        return not self.passed and not self.wrong
+
 
 def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseResult:
     """Ask every check that applies; failures are collected.

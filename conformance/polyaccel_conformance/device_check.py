@@ -111,7 +111,7 @@ class DeviceProblem(Problem, ABC):
             self._facts = facts
             return {FACTS: facts.tensor()}
 
-        return Prepared(arguments={}, collect=_given, call=call)
+        return Prepared(arguments={}, collect=as_given, call=call)
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         return {FACTS: Exactly(values=self._judge)}
@@ -133,7 +133,8 @@ class DeviceProblem(Problem, ABC):
         return None if not wrong else "; ".join(f"{name}: {found or 'no'}" for name, found in wrong.items())
 
 
-def _given(result: object, _: Mapping[str, torch.Tensor]) -> Outputs:
+def as_given(result: object, _: Mapping[str, torch.Tensor]) -> Outputs:
+    """Outputs that the call itself returned by name, for :attr:`Prepared.collect`."""
     assert isinstance(result, Mapping)
     return result
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from polyaccel_conformance.check import CaseResult
+from polyaccel_conformance.check import CaseResult, Failure
 from polyaccel_conformance.results import FailureGroup
 
 Groups = tuple[FailureGroup, ...]
 Key = tuple[str, str, str, str]
+"""Of a group: operator, check, cause, and why nothing of it was promised."""
+
+
+def key_of(operator: str, failure: Failure) -> Key:
+    """Which group a failure belongs to."""
+    return (operator, failure.check, failure.cause, failure.not_promised)
 
 
 def failure_groups(results: Sequence[CaseResult], minimal: Iterable[FailureGroup] = ()) -> tuple[Groups, Groups]:
@@ -18,11 +24,11 @@ def failure_groups(results: Sequence[CaseResult], minimal: Iterable[FailureGroup
     Args:
         minimal: groups whose minimal cases are known; any other is shown by its first case.
     """
-    shown = {_key(group): group for group in minimal}
+    shown = {key_of(group.operator, group.failure): group for group in minimal}
     groups: dict[Key, FailureGroup] = {}
     for result in results:
         for failure in result.failures:
-            key = (result.case.operator, failure.check, failure.cause, failure.not_promised)
+            key = key_of(result.case.operator, failure)
             known = groups.get(key)
             if known is not None:
                 groups[key] = replace(known, cases=known.cases + 1)
@@ -43,7 +49,3 @@ def failure_groups(results: Sequence[CaseResult], minimal: Iterable[FailureGroup
         tuple(group for group in ordered if not group.failure.not_promised),
         tuple(group for group in ordered if group.failure.not_promised),
     )
-
-
-def _key(group: FailureGroup) -> Key:
-    return (group.operator, group.check, group.cause, group.failure.not_promised)

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from polyaccel_conformance.check import CaseResult
 from polyaccel_conformance.errors import UsageError
+from polyaccel_conformance.grouping import Key, key_of
 from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.results import (
     FailureGroup,
@@ -98,7 +99,7 @@ def parse_log(data: bytes, name: str) -> Logged:
     header: RunHeader | None = None
     results: dict[str, tuple[Phase, CaseResult]] = {}
     controls: dict[str, str] = {}
-    groups: dict[tuple[str, str, str, str], FailureGroup] = {}
+    groups: dict[Key, FailureGroup] = {}
     identities: dict[tuple[int, int], RankIdentity] = {}
     ended = False
     try:
@@ -116,7 +117,7 @@ def parse_log(data: bytes, name: str) -> Logged:
                 controls[line["check"]] = line["control"]
             elif kind == "failure":
                 group = group_from_json({name: item for name, item in line.items() if name != "type"})
-                groups[(group.operator, group.check, group.cause, group.failure.not_promised)] = group
+                groups[key_of(group.operator, group.failure)] = group
             elif kind == "end":
                 ended = True
             if header is None:

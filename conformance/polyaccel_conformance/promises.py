@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 
 from polyaccel.backend import Entry
@@ -52,15 +52,10 @@ class Kernel(Entry):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class Rule(NotPromised):
     """A :class:`NotPromised` of one operator, as a run records it."""
 
     operator: str
-    reason: str
-    checks: tuple[str, ...]
-    causes: tuple[str, ...]
-    axes: str
-    at_most: float = 0.0
 
     def covers(self, case: Case, failure: Failure) -> bool:
         """Whether this failure is of what was never promised."""
@@ -68,7 +63,7 @@ class Rule:
             case.operator == self.operator
             and any(fnmatchcase(failure.check, pattern) for pattern in self.checks)
             and any(fnmatchcase(failure.cause, pattern) for pattern in self.causes)
-            and (self.axes == "*" or all(holds(case.axes(), condition) for condition in self.axes.split(",")))
+            and holds(case, self.axes)
             and (not self.at_most or _ratio(failure) <= self.at_most)
         )
 
@@ -105,9 +100,9 @@ def rules(operators: Mapping[str, object]) -> tuple[Rule, ...]:
         operators: what the table maps an operator's name to: a callable, an entry or several of them.
     """
     return tuple(
-        Rule(operator=operator, reason=n.reason, checks=n.checks, causes=n.causes, axes=n.axes, at_most=n.at_most)
+        Rule(operator=operator, **asdict(difference))
         for operator, kernel in _kernels(operators)
-        for n in kernel.not_promised
+        for difference in kernel.not_promised
     )
 
 

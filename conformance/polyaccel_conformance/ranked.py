@@ -17,10 +17,10 @@ from polyaccel_conformance.schedule import OfRanks, Scheduled, countable, drawn,
 from polyaccel_conformance.selection import Selects
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.tally import Tally
+from polyaccel_conformance.workers.pool import HANG
 from polyaccel_conformance.workers.process import ForkServer
 
 CHECK = "comm.ranks"
-HANG = "hang"
 MAX_HANGS = 3
 """Cases of one operator that may hang before its remaining cases are left out."""
 
@@ -108,9 +108,8 @@ class RankedCases:
         items: list[Scheduled] = []
         for name, problems in self._sets().items():
             if name in self._header.operators:
-                of_ranks = OfRanks(problems, world)
-                items += fixed(of_ranks, ranks=world) if self._corpus or countable(of_ranks) else ()
-                items += drawn(of_ranks, self._profile, self._header.seed, ranks=world)
+                items += fixed(problems, ranks=world) if self._corpus or countable(problems) else ()
+                items += drawn(problems, self._profile, self._header.seed, ranks=world)
         return [item for item in items if self._selects(item.case)]
 
     def _sets(self) -> Mapping[str, ProblemSet]:

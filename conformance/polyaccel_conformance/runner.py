@@ -18,12 +18,12 @@ from polyaccel_conformance.case import Case
 from polyaccel_conformance.casefile import CaseFile, spec_revision
 from polyaccel_conformance.check import CaseResult, Failure
 from polyaccel_conformance.errors import UsageError
-from polyaccel_conformance.grouping import failure_groups
+from polyaccel_conformance.grouping import Key, failure_groups, key_of
 from polyaccel_conformance.log import ResultsLog, read_log
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.profiles import Profile, profile_of
 from polyaccel_conformance.promises import Rule, judged
-from polyaccel_conformance.ranked import RankedCases
+from polyaccel_conformance.ranked import MAX_HANGS, RankedCases
 from polyaccel_conformance.results import FailureGroup, Phase, RunHeader, RunResult, result_from_json
 from polyaccel_conformance.run_options import Options, Silent, Watch
 from polyaccel_conformance.schedule import HEAVY, Schedule, Scheduled, ahead, begin_lists
@@ -31,7 +31,7 @@ from polyaccel_conformance.selection import parse
 from polyaccel_conformance.shrink import cost, shrink
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.tally import Tally
-from polyaccel_conformance.workers.pool import Answer, Job, Pool, WorkerLost
+from polyaccel_conformance.workers.pool import HANG, Answer, Job, Pool, WorkerLost
 from polyaccel_conformance.workers.process import ForkServer
 
 __all__ = ["CASES", "RESULTS", "WORKER", "Options", "Silent", "Watch", "lost_result", "run"]
@@ -39,12 +39,10 @@ __all__ = ["CASES", "RESULTS", "WORKER", "Options", "Silent", "Watch", "lost_res
 WORKER = "worker"
 """Under this name failures are reported that are no check's: the process died or hung, or the suite itself failed."""
 CONTROL_SECONDS = 120.0
-HANG = "hang"
 HEAVY_PATIENCE = 4
 """A case of a heavy set may take so many times as long as any other."""
 MAX_DEATHS = 12
 """Cases of one operator that may cost a worker before its remaining cases are left out."""
-MAX_HANGS = 3
 SHRINK_TOTAL = 180.0
 """Seconds that all minimal cases of a run may take together."""
 RESULTS = "results.jsonl"
@@ -87,7 +85,7 @@ class _Run:
     watch: Watch
     pool: Pool
     tally: Tally = field(default_factory=Tally)
-    groups: dict[tuple[str, str, str, str], _Group] = field(default_factory=dict)
+    groups: dict[Key, _Group] = field(default_factory=dict)
     deaths: Counter[str] = field(default_factory=Counter)
     lost: str = ""
     incomplete: str = ""
@@ -102,7 +100,6 @@ class _Run:
 
     def run(self) -> RunResult:
         started = time.monotonic()
-        deadline = None if self.options.budget is None else started + self.options.budget
         profile = profile_of(self.options.profile)
         if self.options.timeout is not None:
             profile = replace(profile, timeout=self.options.timeout)
@@ -297,7 +294,7 @@ class _Run:
         for answer in self.pool.run(jobs()):
             item = answer.job.name
             assert isinstance(item, Scheduled)
-            result = judged(self._result_of(answer, item.case), header.not_promised)
+            result = self._result_of(answer, item.case)
             log.case(item.phase, result)
             self._count(item.phase, result)
             now = item.case.operator
@@ -314,15 +311,15 @@ class _Run:
 
     def _result_of(self, answer: Answer, case: Case) -> CaseResult:
         if "result" in answer.reply:
-            return result_from_json(answer.reply["result"])
+            return judged(result_from_json(answer.reply["result"]), self.promises)
         # A hang costs far more time than a crash.
         self.deaths[case.operator] += MAX_DEATHS // MAX_HANGS if answer.died == HANG else bool(answer.died)
-        return lost_result(answer, case)
+        return judged(lost_result(answer, case), self.promises)
 
     def _count(self, phase: Phase, result: CaseResult) -> None:
         self.tally.add(result)
         for failure in result.failures:
-            key = (result.case.operator, failure.check, failure.cause, failure.not_promised)
+            key = key_of(result.case.operator, failure)
             price = self._cost(result.case)
             group = self.groups.get(key)
             if group is None:
@@ -377,13 +374,12 @@ class _Run:
                 if not group.shown.failure.not_promised:
                     self.watch.failure(group.shown)
 
-    def _minimal(self, key: tuple[str, str, str, str], group: _Group, profile: Profile) -> FailureGroup:
-        operator, *failing = key
-        check, cause, excuse = failing
+    def _minimal(self, key: Key, group: _Group, profile: Profile) -> FailureGroup:
+        operator, check, cause, excuse = key
         best, tries, seconds = group.simplest, 0, 0.0
         # Often one defect fails several checks: its minimal case may be known.
         shown = [g.shown.result for g in self.groups.values() if g.shown is not None]
-        known = next((r for r in shown if r.case.operator == operator and _fails(r, *failing)), None)
+        known = next((result for result in shown if _failure(result, key) is not None), None)
         problems = self.sets.get(operator)
         if best.case.ranks > 1 and self.ranked is not None:
             problems = self.ranked.problems(best.case)
@@ -397,12 +393,13 @@ class _Run:
                     return [self.ranked.run(case) for case in cases]
                 jobs = [self._job(case, self._asked(best), profile, place) for place, case in enumerate(cases)]
                 answers = {answer.job.name: answer for answer in self.pool.run(jobs)}
-                return [judged(self._result_of(answers[n], case), self.promises) for n, case in enumerate(cases)]
+                return [self._result_of(answers[place], case) for place, case in enumerate(cases)]
 
-            found = shrink(problems, best, lambda result: _fails(result, *failing), run_cases, left)
+            found = shrink(problems, best, lambda result: _failure(result, key) is not None, run_cases, left)
             best, tries, seconds = found.result, found.tries, found.seconds
             self.shrinking += seconds
-        failure = next(f for f in best.failures if [f.check, f.cause, f.not_promised] == failing)
+        failure = _failure(best, key)
+        assert failure is not None
         path = self._write(best, failure, group.simplest.case)
         return FailureGroup(
             operator=operator,
@@ -471,8 +468,9 @@ def lost_result(answer: Answer, case: Case) -> CaseResult:
     return CaseResult(case=case, failures=(failure,), checks=(), implementation="", kind="")
 
 
-def _fails(result: CaseResult, check: str, cause: str, excuse: str) -> bool:
-    return any((f.check, f.cause, f.not_promised) == (check, cause, excuse) for f in result.failures)
+def _failure(result: CaseResult, key: Key) -> Failure | None:
+    """The failure that belongs to a group, if the case has it."""
+    return next((failure for failure in result.failures if key_of(result.case.operator, failure) == key), None)
 
 
 def _control(answer: Answer) -> str:

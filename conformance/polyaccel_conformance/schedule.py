@@ -53,28 +53,32 @@ class OfRanks(ProblemSet):
 
 
 def fixed(problems: ProblemSet, *, ranks: int = 1) -> tuple[Scheduled, ...]:
-    """An operator's fixed list: pairwise, large sizes, then what the levels' required tables ask for beyond those."""
-    return _fixed(problems, ranks) if isinstance(problems, OfRanks) else _kept(problems, ranks)
+    """An operator's fixed list: pairwise, large sizes, then what the levels' required tables ask for beyond those.
+
+    ``ranks``: the world size of every case.
+    """
+    return _fixed(problems, ranks)
 
 
+@functools.cache
 def _fixed(problems: ProblemSet, ranks: int) -> tuple[Scheduled, ...]:
+    # Kept, since it is begun ahead, and runs of many mutants ask for it again and again.
     from polyaccel_conformance.levels.listed import listed_cases
 
-    limits = {"ranks": ranks}
+    source = _at(problems, ranks)
     found: dict[str, Scheduled] = {}
-    for case in covering(problems, limits).cases:
+    for case in covering(source, {"ranks": ranks}).cases:
         found.setdefault(case.key, Scheduled(phase="covering", case=case))
-    for case in large(problems):
+    for case in large(source):
         found.setdefault(case.key, Scheduled(phase="large", case=case))
     have = [item.case for item in found.values()]
-    for case in listed_cases(problems, have, ranks=ranks):
+    for case in listed_cases(source, have, ranks=ranks):
         found.setdefault(case.key, Scheduled(phase="large", case=case))
     return tuple(found.values())
 
 
-@functools.cache
-def _kept(problems: ProblemSet, ranks: int) -> tuple[Scheduled, ...]:
-    return _fixed(problems, ranks)
+def _at(problems: ProblemSet, ranks: int) -> ProblemSet:
+    return problems if ranks == 1 else OfRanks(problems, ranks)
 
 
 def begin_lists(operators: Sequence[str]) -> None:
@@ -85,7 +89,7 @@ def begin_lists(operators: Sequence[str]) -> None:
 
         for name in operators or PROBLEM_SETS:
             if name in PROBLEM_SETS:
-                _kept(PROBLEM_SETS[name], 1)
+                fixed(PROBLEM_SETS[name])
 
     threading.Thread(target=work_out, daemon=True).start()
 
@@ -103,22 +107,17 @@ def ahead(chunks: Iterator[tuple[Scheduled, ...]]) -> Iterator[tuple[Scheduled, 
 
 
 def drawn(problems: ProblemSet, profile: Profile, seed: int, *, ranks: int = 1) -> tuple[Scheduled, ...]:
-    """A profile's further cases of an operator under the run's seed."""
+    """A profile's further cases of an operator under the run's seed, at one world size."""
     digest = hashlib.sha256(f"{seed}:{problems.operator}:{ranks}".encode()).digest()
     base = int.from_bytes(digest[:4], "little")
-    limits = {"ranks": ranks}
-    count = profile.examples // problems.weight
-    if isinstance(problems, OfRanks):
-        cases = examples(problems, count, base, scale=profile.scale, limits=limits)
-    else:
-        cases = _examples(problems, count, base, profile.scale, ranks)
+    cases = _examples(problems, profile.examples // problems.weight, base, profile.scale, ranks)
     return tuple(Scheduled(phase="drawn", case=case) for case in cases)
 
 
 @functools.lru_cache(maxsize=64)
-def _examples(problems: ProblemSet, count: int, base: int, scale: int, ranks: int) -> tuple[Case, ...]:
+def _examples(problems: ProblemSet, count: int, base: int, scale: float, ranks: int) -> tuple[Case, ...]:
     # Runs of many mutants ask for the same ones again and again.
-    return examples(problems, count, base, scale=scale, limits={"ranks": ranks})
+    return examples(_at(problems, ranks), count, base, scale=scale, limits={"ranks": ranks})
 
 
 def countable(problems: ProblemSet) -> bool:
@@ -140,7 +139,6 @@ class Schedule:
     seed: int
     selects: Selects
     given: tuple[Case, ...] | None = None
-    ranks: int = 1
     corpus: bool = True
 
     def chunks(self) -> Iterator[tuple[Scheduled, ...]]:
@@ -151,12 +149,12 @@ class Schedule:
         first: list[Scheduled] = []
         for problems in self.sets.values():
             if self.corpus or countable(problems):
-                first += self._selected(fixed(problems, ranks=self.ranks))
+                first += self._selected(fixed(problems))
         yield tuple(first)
         for names in self._batches():
             chunk: list[Scheduled] = []
             for name in names:
-                chunk += self._selected(drawn(self.sets[name], self.profile, self.seed, ranks=self.ranks))
+                chunk += self._selected(drawn(self.sets[name], self.profile, self.seed))
             yield tuple(chunk)
 
     def _batches(self) -> Iterator[list[str]]:

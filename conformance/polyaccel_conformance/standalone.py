@@ -43,17 +43,11 @@ def standalone(file: CaseFile, problem: Problem, archive: Mapping[str, npt.NDArr
     spec = problem.spec
     inputs: dict[str, Any] = {}
     for name, operand in inputs_of(problem).items():
-        where = place(operand.shape, file.case.layout(name), 64)
-        inputs[name] = {
-            "dtype": operand.dtype,
-            "shape": operand.shape,
-            "strides": where.strides,
-            "offset": where.offset,
-            "span": where.span,
-        }
+        inputs[name] = _placed(operand.dtype, operand.shape, file.case.layout(name))
     for name in archive:
         if name.startswith("input.") and (short := name.removeprefix("input.")) not in inputs:
-            inputs[short] = _plain(archive[name])
+            # Of the step or a table.
+            inputs[short] = _placed(archive[name].dtype.name, archive[name].shape, "contiguous")
     error = archive.get("error")
     failure = file.failure
     facts = {
@@ -75,12 +69,11 @@ def standalone(file: CaseFile, problem: Problem, archive: Mapping[str, npt.NDArr
     )
 
 
-def _plain(values: npt.NDArray[np.generic]) -> dict[str, Any]:
-    """An array of the step or a table: dense, in its own dtype."""
-    where = place(values.shape, "contiguous", 64)
+def _placed(dtype: str, shape: tuple[int, ...], layout: str) -> dict[str, Any]:
+    where = place(shape, layout, 64)
     return {
-        "dtype": values.dtype.name,
-        "shape": values.shape,
+        "dtype": dtype,
+        "shape": shape,
         "strides": where.strides,
         "offset": where.offset,
         "span": where.span,

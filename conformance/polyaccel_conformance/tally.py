@@ -102,7 +102,7 @@ class Tally:
             operator=name,
             cases=len(results),
             failed=sum(result.wrong for result in results),
-            not_promised=sum(not result.passed and not result.wrong for result in results),
+            not_promised=sum(result.excused for result in results),
             planned=self.planned[name],
             kinds=_counted(result.kind for result in results),
             implementations=_counted(result.implementation for result in results),

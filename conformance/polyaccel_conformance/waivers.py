@@ -42,14 +42,18 @@ class Waiver:
         operator, name, axes = self.test.split("/", 2)
         if not (fnmatchcase(case.operator, operator) and fnmatchcase(check, name)):
             return False
-        return axes == "*" or all(holds(case.axes(), condition) for condition in axes.split(","))
+        return holds(case, axes)
 
     def to_json(self) -> dict[str, str]:
         return {"test": self.test, "reason": self.reason, "url": self.url, "expires": self.expires.isoformat()}
 
 
-def holds(axes: Mapping[str, Choice], condition: str) -> bool:
-    """Whether a case's axes fulfil one condition, ``name=value``."""
+def holds(case: Case, conditions: str) -> bool:
+    """Whether a case's axes fulfil all of ``name=value,name=value``; ``*`` holds for any case."""
+    return conditions == "*" or all(_fulfils(case.axes(), condition) for condition in conditions.split(","))
+
+
+def _fulfils(axes: Mapping[str, Choice], condition: str) -> bool:
     name, _, pattern = condition.strip().partition("=")
     if name not in axes:
         return False

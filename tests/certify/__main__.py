@@ -41,8 +41,8 @@ def stages(seeds: Sequence[int]) -> list[Stage]:
     suite = "polyaccel_conformance"
     found.append(Command(name="mutants", words=("-m", suite, "mutants")))
     found.append(Command(name="mutants of three seeds", words=("-m", suite, "mutants", "--seeds", "3")))
-    survivors = "tests/conformance/mutation/survivors.toml"
-    words = ("-m", f"{suite}.mutation", "--survivors", survivors, "--folder", "{work}/mutation")
+    given = ("--survivors", "tests/conformance/mutation/survivors.toml", "--tests", "tests/backend/composite")
+    words = ("-m", f"{suite}.mutation", *given, "--folder", "{work}/mutation")
     found.append(Command(name="mutation", words=words, in_parts=True))
     found.append(Certificate(tested=BACKENDS[0], profile="certify"))
     return found

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.certify.backends import Installed, Tested
-from tests.certify.state import Outcome
+from tests.certify.state import Outcome, Verdict
 from tests.support.plugins import ROOT, environment
 
 RESULT = "result.json"
@@ -110,6 +110,11 @@ def suite_run(
     return ran, json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
 
 
+def goes_on(result: Mapping[str, object]) -> bool:
+    """Whether the run came to the end of its budget."""
+    return "--resume goes on" in str(result.get("incomplete", ""))
+
+
 def figures(result: Mapping[str, object]) -> str:
     """``4134 cases, 0 failed``."""
     operators = result.get("operators")
@@ -141,11 +146,11 @@ class Certificate(Stage):
         words += ["--devices", str(self.tested.devices), "--bundle", str(bundle)]
         ran, result = suite_run(words, place.work / name, place, budget, variables, log)
 
-        def outcome(verdict: str, more: str) -> Outcome:
+        def outcome(verdict: Verdict, more: str) -> Outcome:
             seconds = time.monotonic() - began
-            return Outcome(verdict=verdict, figures=f"{figures(result)}; {more}", seconds=seconds)  # type: ignore[arg-type]
+            return Outcome(verdict=verdict, figures=f"{figures(result)}; {more}", seconds=seconds)
 
-        if "--resume goes on" in str(result.get("incomplete", "")):
+        if goes_on(result):
             return outcome("partial", "to be gone on with")
         if ran.code != 0:
             return outcome("failed", ran.verdict)
@@ -200,7 +205,7 @@ class FreshSeed(Stage):
         folder = place.work / f"seed-{self.seed}"
         ran, result = suite_run(words, folder, place, budget, environment(), place.work / "seeds.log")
         seconds = time.monotonic() - began
-        if "--resume goes on" in str(result.get("incomplete", "")):
+        if goes_on(result):
             return Outcome(verdict="partial", figures=figures(result), seconds=seconds)
         verdict = "passed" if ran.code == 0 else "failed"
         text = figures(result) + ("" if ran.code == 0 else f"; {ran.verdict}")
@@ -247,8 +252,8 @@ class Command(Stage):
             words += ["--budget", f"{max(budget - MARGIN, 1.0):.0f}"]
         log = place.work / f"{self.name.replace(' ', '-')}.log"
         ran = call([sys.executable, *words], environment(), log)
-        verdict = "passed" if ran.code == 0 else "partial" if self.in_parts and ran.code == 3 else "failed"
-        return Outcome(verdict=verdict, figures=ran.last, seconds=time.monotonic() - began)  # type: ignore[arg-type]
+        verdict: Verdict = "passed" if ran.code == 0 else "partial" if self.in_parts and ran.code == 3 else "failed"
+        return Outcome(verdict=verdict, figures=ran.last, seconds=time.monotonic() - began)
 
 
 def folders_of_tests() -> Iterator[str]:

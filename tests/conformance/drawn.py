@@ -15,13 +15,21 @@ from polyaccel_conformance.check import Failure
 from polyaccel_conformance.checks.values import VALUE_CHECKS
 from polyaccel_conformance.compare import headroom
 from polyaccel_conformance.formats import FORMATS
+from polyaccel_conformance.multi.registry import ranked_set
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.problem import Problem, ProblemSet
+from polyaccel_conformance.problems.registry import PROBLEM_SETS
 from polyaccel_conformance.trial import Trial
 from polyaccel_conformance.words import Source
 
 Floats = npt.NDArray[np.float64]
 Emulation = Callable[[Problem], Mapping[str, Floats]]
+Ratio = Callable[[Problem, Emulation], float]
+
+
+def problem_set(operator: str) -> ProblemSet:
+    """The cases of an operator, a station or what only ranks do."""
+    return PROBLEM_SETS.get(operator) or ranked_set(operator)
 
 
 def problems(problem_set: ProblemSet, count: int, seed: int, **choices: tuple[Choice, ...]) -> Iterator[Problem]:
@@ -56,13 +64,20 @@ def worst(problem: Problem, outputs: Mapping[str, Floats]) -> float:
     return max(ratios)
 
 
-def survey(emulations: Mapping[str, Emulation], drawn: Iterator[Problem]) -> dict[str, float]:
+def bound_ratio(problem: Problem, emulate: Emulation) -> float:
+    """:func:`worst` of an emulation."""
+    return worst(problem, emulate(problem))
+
+
+def survey(
+    emulations: Mapping[str, Emulation], drawn: Iterator[Problem], ratio: Ratio = bound_ratio
+) -> dict[str, float]:
     """The worst err / tol of each emulation over all problems."""
     found = dict.fromkeys(emulations, 0.0)
-    for problem in map(remembered, drawn):
-        for name, emulate in emulations.items():
-            with np.errstate(all="ignore"):
-                found[name] = max(found[name], worst(problem, emulate(problem)))
+    with np.errstate(all="ignore"):
+        for problem in map(remembered, drawn):
+            for name, emulate in emulations.items():
+                found[name] = max(found[name], ratio(problem, emulate))
     return found
 
 

@@ -19,6 +19,7 @@ from polyaccel_conformance.problems.stations import StationProblem
 from polyaccel_conformance.problems.stations_norm import RowParallelAddNormProblem
 from polyaccel_conformance.problems.stations_qkv import QkvRopeCacheProblem
 from tests.conformance.drawn import operand
+from tests.conformance.emulated_rotary import turned
 from tests.conformance.emulation import f32, rounding, sum_terms
 
 Floats = npt.NDArray[np.float64]
@@ -253,15 +254,5 @@ def qkv_rope_cache(problem: Problem, form: Form) -> Mapping[str, Floats]:
         q = to(_normed(q, operand(problem, "q_norm"), eps, form, to))
         k = to(_normed(k, operand(problem, "k_norm"), eps, form, to))
     cos, sin = (t.values.astype(np.float64)[problem.positions][:, None, :] for t in (problem.cos, problem.sin))
-    q, k = (_turned(part, cos, sin, problem.style) for part in (q, k))
+    q, k = (turned(part, cos, sin, problem.style) for part in (q, k))
     return {"q": q, "k": k[problem.kept], "v": v[problem.kept]}
-
-
-def _turned(x: Floats, cos: Floats, sin: Floats, style: str) -> Floats:
-    width = cos.shape[-1]
-    first = slice(0, width) if style == "half" else slice(0, 2 * width, 2)
-    second = slice(width, 2 * width) if style == "half" else slice(1, 2 * width, 2)
-    turned, a, b = x.copy(), x[..., first], x[..., second]
-    turned[..., first] = f32(f32(a * cos) - f32(b * sin))
-    turned[..., second] = f32(f32(b * cos) + f32(a * sin))
-    return turned

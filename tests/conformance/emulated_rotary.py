@@ -17,27 +17,29 @@ Floats = npt.NDArray[np.float64]
 Round = Callable[[npt.ArrayLike], Floats]
 
 
+def turned(x: Floats, cos: Floats, sin: Floats, style: str, form: str = "products", step: Round = f32) -> Floats:
+    """``x: [T, heads, head_dim]`` by ``cos, sin: [T, 1, width]``."""
+    width, y = cos.shape[-1], x.copy()
+    if style == "half":
+        first, second = slice(0, width), slice(width, 2 * width)
+    else:
+        first, second = slice(0, 2 * width, 2), slice(1, 2 * width, 2)
+    a, b = x[..., first], x[..., second]
+    if form == "products":
+        y[..., first], y[..., second] = step(step(a * cos) - step(b * sin)), step(step(b * cos) + step(a * sin))
+    elif form == "first product fused":
+        y[..., first], y[..., second] = step(a * cos - step(b * sin)), step(b * cos + step(a * sin))
+    elif form == "second product fused":
+        y[..., first], y[..., second] = step(step(a * cos) - b * sin), step(step(b * cos) + a * sin)
+    else:
+        y[..., first], y[..., second] = step(a * cos - b * sin), step(b * cos + a * sin)
+    return y
+
+
 def emulated(problem: Problem, form: str = "products", step: Round = f32, table: Round = f32) -> Mapping[str, Floats]:
     assert isinstance(problem, RotaryProblem)
     cos, sin = (table(t.values.astype(np.float64)[problem.positions])[:, None] for t in (problem.cos, problem.sin))
-    width, found = cos.shape[-1], {}
-    for name in ("q", "k"):
-        x = operand(problem, name).copy()
-        if problem.style == "half":
-            first, second = slice(0, width), slice(width, 2 * width)
-        else:
-            first, second = slice(0, 2 * width, 2), slice(1, 2 * width, 2)
-        a, b = x[..., first].copy(), x[..., second].copy()
-        if form == "products":
-            x[..., first], x[..., second] = step(step(a * cos) - step(b * sin)), step(step(b * cos) + step(a * sin))
-        elif form == "first product fused":
-            x[..., first], x[..., second] = step(a * cos - step(b * sin)), step(b * cos + step(a * sin))
-        elif form == "second product fused":
-            x[..., first], x[..., second] = step(step(a * cos) - b * sin), step(step(b * cos) + a * sin)
-        else:
-            x[..., first], x[..., second] = step(a * cos - b * sin), step(b * cos + a * sin)
-        found[name] = x
-    return found
+    return {name: turned(operand(problem, name), cos, sin, problem.style, form, step) for name in ("q", "k")}
 
 
 LEGITIMATE: Mapping[str, Emulation] = {

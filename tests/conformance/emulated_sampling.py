@@ -69,14 +69,6 @@ def emulated_id(
     return int(min((ends <= to(uniform * ends[-1])).sum(), np.flatnonzero(mass)[-1]))
 
 
-FORMS: Mapping[str, Mapping[str, object]] = {
-    "sequential": {},
-    "blocks of 16": {"blocks": 16},
-    "probabilities": {"normal": True},
-    "reciprocals": {"reciprocal": True, "blocks": 8},
-}
-
-
 def emulated_logprobs(row: Row, to: Round, form: str) -> Floats:
     scores = adjusted(row, to, reciprocal=form == "reciprocals")
     top = scores.max()

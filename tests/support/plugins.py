@@ -115,7 +115,7 @@ def python(code: str, variables: Mapping[str, str], *arguments: str) -> str:
     return run.stdout
 
 
-def cli(variables: Mapping[str, str], *arguments: str) -> tuple[int, str, str]:
+def cli(variables: Mapping[str, str], *arguments: str, timeout: float = TIMEOUT) -> tuple[int, str, str]:
     """Exit code, output and error output of ``polyaccel ARGUMENTS``."""
     run = subprocess.run(
         [sys.executable, "-m", "polyaccel.cli.main", *arguments],
@@ -123,7 +123,7 @@ def cli(variables: Mapping[str, str], *arguments: str) -> tuple[int, str, str]:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=timeout,
         check=False,
     )
     return run.returncode, run.stdout, run.stderr

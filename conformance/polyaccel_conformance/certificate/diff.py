@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from polyaccel_conformance.certificate.bundle import SUMMARY, Bundle
-
 NOTABLE = 1.25
 """Factor by which the worst err / tol of an output must differ to be mentioned."""
-
-
-def diff(before: Bundle, after: Bundle) -> str:
-    """What differs between two bundles; see :func:`diff_summaries`."""
-    return diff_summaries(before.json(SUMMARY), after.json(SUMMARY))
 
 
 def diff_summaries(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

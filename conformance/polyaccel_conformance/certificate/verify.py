@@ -37,7 +37,7 @@ from polyaccel_conformance.errors import ExitCode, UsageError
 from polyaccel_conformance.log import Logged, parse_log
 from polyaccel_conformance.problem import Problem, ProblemSet
 from polyaccel_conformance.profiles import profile_of
-from polyaccel_conformance.schedule import OfRanks, drawn, fixed
+from polyaccel_conformance.schedule import drawn, fixed
 from polyaccel_conformance.waivers import Waiver
 
 JUDGES = frozenset(("source.contract", "source.suite"))
@@ -331,9 +331,8 @@ def _missing(logged: Logged, notes: list[str]) -> Iterator[str]:
         for name, problems in problem_sets(ranks).items():
             if name not in header.operators:
                 continue
-            source = problems if ranks == 1 else OfRanks(problems, ranks)
-            items = fixed(source, ranks=ranks)
-            items += drawn(source, profile, header.seed, ranks=ranks) if redraw else ()
+            items = fixed(problems, ranks=ranks)
+            items += drawn(problems, profile, header.seed, ranks=ranks) if redraw else ()
             for item in items:
                 if item.case.key not in have:
                     yield f"{item.phase} case {item.case.key} of {name} is not in the log"

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyaccel_conformance.errors import ExitCode, UsageError
+from polyaccel_conformance.errors import ExitCode
 from polyaccel_conformance.subject import Subject
 
 if TYPE_CHECKING:
@@ -43,10 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from polyaccel_conformance.mutants.choice import chosen
     from polyaccel_conformance.workers.process import ForkServer
 
-    try:
-        mutants = chosen(options.names)
-    except KeyError as error:
-        raise UsageError(f"no mutant {error.args[0]!r}") from error
+    mutants = chosen(options.names)
     with closing(ForkServer()) as server:
         if options.seeds is None and options.matrix is not None:
             return _matrix(mutants, server, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from polyaccel_conformance.cli.report import log_of, write
 from polyaccel_conformance.errors import UsageError
 
 HELP = "a page that sets several runs side by side, such as one for each setting of a library"
@@ -18,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from polyaccel_conformance.certificate.recount import recount
-    from polyaccel_conformance.cli.report import log_of, write
     from polyaccel_conformance.log import read_log
     from polyaccel_conformance.report.numerics import Setting, numerics
 

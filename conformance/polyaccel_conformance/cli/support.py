@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from polyaccel_conformance.cli.report import write
+
 HELP = "the support page of the documentation, from certificates"
 
 
@@ -21,5 +23,5 @@ def run(options: argparse.Namespace) -> int:
     if options.out is None:
         print(text, end="")
     else:
-        options.out.write_text(text, encoding="utf-8")
+        write(options.out, text)
     return 0

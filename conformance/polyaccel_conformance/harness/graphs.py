@@ -18,7 +18,6 @@ from polyaccel.backend import (
     Event,
     KVSpec,
     PackedAdapter,
-    PackedEntry,
     Plan,
     RopeTable,
     RowSet,
@@ -36,6 +35,7 @@ from polyaccel.backend import (
 from polyaccel.backend.support import Static
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.formats import bits_of
+from polyaccel_conformance.harness.state import laid_out
 from polyaccel_conformance.problems.steps import Paging, build_step
 from polyaccel_conformance.trial import Array
 from polyaccel_conformance.words import Source
@@ -135,30 +135,16 @@ class MiniModel:
 
     def packed(self, slot: int, version: int) -> PackedAdapter:
         """An adapter for every site, of the slot's rank."""
-        rank, entries, parts, offset = RANKS[slot], [], [], 0
-        for site, weight in self.weights.items():
-            spec = weight.spec
-            for index, part in enumerate(spec.slices):
-                a_shape = (rank, part.n) if spec.lookup else (rank, spec.k)
-                b_shape = (spec.k, rank) if spec.lookup else (part.n, rank)
-                a_size, b_size = rank * a_shape[1], rank * b_shape[0]
-                entries.append(
-                    PackedEntry(
-                        site=site,
-                        slice=index,
-                        expert=None,
-                        kind="embedding" if spec.lookup else "linear",
-                        rank=rank,
-                        a_offset=offset,
-                        a_shape=a_shape,
-                        b_offset=offset + a_size,
-                        b_shape=b_shape,
-                    )
-                )
-                parts.append(self._source.integers(f"{site} {index} {slot} {version}", (a_size + b_size,), -1, 1))
-                offset += a_size + b_size
+        rank = RANKS[slot]
+        entries, _ = laid_out(self.weights.values(), rank)
+        parts = [
+            self._source.integers(
+                f"{entry.site} {entry.slice} {slot} {version}", (rank * (entry.a_shape[1] + entry.b_shape[0]),), -1, 1
+            )
+            for entry in entries
+        ]
         buffer = torch.from_numpy(np.concatenate(parts)).float()
-        return PackedAdapter(buffer=buffer, entries=tuple(entries), max_rank=rank)
+        return PackedAdapter(buffer=buffer, entries=entries, max_rank=rank)
 
     # -- placing -----------------------------------------------------------------------------------------------------
 

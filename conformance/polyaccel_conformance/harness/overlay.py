@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -37,12 +38,12 @@ class Overlay(Backend):
     Ledger and launcher are the inner backend's; its operators, devices and storage cannot tell the difference.
     """
 
-    def __init__(self, inner: Backend, replaced: Mapping[str, Entry | Sequence[Entry]]) -> None:
+    def __init__(self, inner: Backend, replaced: Mapping[str, Entry | Sequence[Entry]] = MappingProxyType({})) -> None:
         self.inner = inner
         self.name = inner.name
         self.priority = inner.priority
         self.needs_equal_shards = inner.needs_equal_shards
-        self.isolate, self.fork_safe = inner.isolate, inner.fork_safe
+        self.isolate, self.fork_safe, self.simulated = inner.isolate, inner.fork_safe, inner.simulated
         self.ledger, self.launcher = inner.ledger, inner.launcher
         self._replaced = dict(replaced)
 

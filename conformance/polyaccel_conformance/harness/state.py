@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ def snapshot(bench: Bench, problem: Problem, prepared: Prepared) -> dict[str, to
     """Bits on the host of all state that the call has to leave as it is, by a name that says which."""
     found: dict[str, torch.Tensor] = {}
     arguments = prepared.arguments
-    step = next((value for value in arguments.values() if isinstance(value, Step)), None)
+    step = _step_of(prepared)
+    stored = np.empty(0, dtype=np.int64)
+    if step is not None and problem.case.operator in WRITES_KV:
+        stored = step.input.kv_slots
     adapters: dict[str, list[torch.Tensor]] = {}
     for name, value in arguments.items():
         if isinstance(value, Weight):
@@ -28,7 +31,7 @@ def snapshot(bench: Bench, problem: Problem, prepared: Prepared) -> dict[str, to
             if step is not None and step.state.adapters is not None:
                 _adapters(step.state.adapters, value, adapters)
         elif isinstance(value, KVCache):
-            slots = _slots(bench, value, _stored(step) if problem.case.operator in WRITES_KV else None)
+            slots = bench.upload(torch.from_numpy(_others(value, stored)))
             for layer in range(value.spec.layers):
                 k, v = value.read(layer, slots)
                 found[f"layer {layer} of {name!r}"] = torch.stack((_bits(k), _bits(v)))
@@ -59,15 +62,14 @@ class Room:
         self._adapters: tuple[AdapterStore, SlotRange] | None = None
         self._weights: list[Weight] = []
         self._caches: list[tuple[KVCache, np.ndarray]] = []
-        step = next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
+        step = _step_of(prepared)
         if step is None:
             return
         for value in prepared.arguments.values():
             if isinstance(value, Weight) and value.spec.rank_rows:
                 self._weights.append(value)
             elif isinstance(value, KVCache) and problem.case.operator not in WRITES_KV:
-                every = np.arange(value.spec.blocks * value.spec.block_size, dtype=np.int64)
-                slots = np.setdiff1d(every, _reached(step, value))
+                slots = _others(value, _reached(step, value))
                 if len(slots):
                     self._caches.append((value, slots))
         store = step.state.adapters
@@ -103,6 +105,14 @@ def _free_slot(step: Step, store: AdapterStore) -> SlotRange | None:
 
 def _poisoned(weights: Sequence[Weight], poison: Poison) -> PackedAdapter:
     """An adapter of poison for all weights; of rank 1, so that no store gets a larger rank by it."""
+    entries, size = laid_out(weights, 1)
+    buffer = poison_(torch.empty(size, dtype=weights[0].spec.dtype), poison)
+    return PackedAdapter(buffer=buffer, entries=entries, max_rank=1)
+
+
+def laid_out(weights: Iterable[Weight], rank: int) -> tuple[tuple[PackedEntry, ...], int]:
+    """Where the matrices of an adapter of this rank for all slices and experts of the weights lie, one after the other,
+    A before B; and how many elements that are."""
     entries: list[PackedEntry] = []
     size = 0
     for spec in (weight.spec for weight in weights):
@@ -115,16 +125,15 @@ def _poisoned(weights: Sequence[Weight], poison: Poison) -> PackedAdapter:
                         slice=index,
                         expert=expert,
                         kind="embedding" if spec.lookup else "linear",
-                        rank=1,
+                        rank=rank,
                         a_offset=size,
-                        a_shape=(1, width),
-                        b_offset=size + width,
-                        b_shape=(height, 1),
+                        a_shape=(rank, width),
+                        b_offset=size + rank * width,
+                        b_shape=(height, rank),
                     )
                 )
-                size += width + height
-    buffer = poison_(torch.empty(size, dtype=weights[0].spec.dtype), poison)
-    return PackedAdapter(buffer=buffer, entries=tuple(entries), max_rank=1)
+                size += rank * (width + height)
+    return tuple(entries), size
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -146,15 +155,13 @@ def _adapters(store: AdapterStore, weight: Weight, found: dict[str, list[torch.T
                     )
 
 
-def _slots(bench: Bench, kv: KVCache, without: np.ndarray | None) -> torch.Tensor:
-    slots = np.arange(kv.spec.blocks * kv.spec.block_size, dtype=np.int64)
-    if without is not None:
-        slots = np.setdiff1d(slots, without)
-    return bench.upload(torch.from_numpy(slots))
+def _step_of(prepared: Prepared) -> Step | None:
+    return next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
 
 
-def _stored(step: Step | None) -> np.ndarray | None:
-    return None if step is None else step.input.kv_slots
+def _others(kv: KVCache, slots: np.ndarray) -> np.ndarray:
+    """All slots of the cache but these."""
+    return np.setdiff1d(np.arange(kv.spec.blocks * kv.spec.block_size, dtype=np.int64), slots)
 
 
 def _reached(step: Step, kv: KVCache) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Self
@@ -64,16 +63,15 @@ def equality(shop: Workshop, family: str, subject: Open, chosen: Settings) -> Ag
     if chosen.world > 1:
         options["tensor_parallel_size"] = chosen.world
     references = {name: shop.reference(family, MIXES[name]) for name in chosen.asked}
-    with ExitStack() as stack:
-        llm = stack.enter_context(shop.open(family, subject(), **options))
-        for name, reference in references.items():
-            mixes = MIXES[name]
-            # With the cache on, the second time most of each prompt is found there.
-            for _ in range(1 + chosen.prefix_cache):
-                if chosen.crowd == "alone":
-                    got = ask_alone(llm, prompts, mixes, [GREEDY] * len(prompts))
-                else:
-                    got = ask(llm, prompts, mixes, GREEDY)
+    # With the cache on, the second time most of each prompt is found there.
+    asked = [name for name in chosen.asked for _ in range(1 + chosen.prefix_cache)]
+    with shop.open(family, subject(), **options) as llm:
+        for name in asked:
+            mixes, reference = MIXES[name], references[name]
+            if chosen.crowd == "alone":
+                got = ask_alone(llm, prompts, mixes, [GREEDY] * len(prompts))
+            else:
+                got = ask(llm, prompts, mixes, GREEDY)
             found = agree(reference, got)
             if found.wrong is None:
                 found = _within(shop.rounding(family, mixes), prompts, reference, got, found)

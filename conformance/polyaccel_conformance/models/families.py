@@ -188,6 +188,10 @@ class SmallAdapter:
     alpha: int
     modules: tuple[str, ...]
 
+    def on(self, family: Family) -> tuple[str, ...]:
+        """Those of its layers that a family has."""
+        return tuple(module for module in self.modules if not family.experts or module in LINEARS[:4])
+
 
 ADAPTERS: Mapping[str, SmallAdapter] = MappingProxyType(
     {
@@ -204,8 +208,7 @@ ADAPTERS: Mapping[str, SmallAdapter] = MappingProxyType(
 
 def adapter_tensors(adapter: SmallAdapter, family: Family, seed: int = 0) -> dict[str, tuple[Floats32, Floats32]]:
     """``A: [rank, k]`` and ``B: [n, rank]`` by module name. Deltas are about a third of the weights they change."""
-    modules = tuple(m for m in adapter.modules if not family.experts or m in LINEARS[:4])
-    source = Source(seed)
+    modules, source = adapter.on(family), Source(seed)
     found: dict[str, tuple[Floats32, Floats32]] = {}
     for name, shape in family.shapes().items():
         module = name.removesuffix(".weight")
@@ -223,8 +226,7 @@ def write_adapter(adapter: SmallAdapter, family: Family, folder: Path, seed: int
     found: dict[str, Floats32] = {}
     for module, (a, b) in adapter_tensors(adapter, family, seed).items():
         found |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
-    modules = tuple(m for m in adapter.modules if not family.experts or m in LINEARS[:4])
-    return write_peft(folder, found, rank=adapter.rank, alpha=adapter.alpha, modules=modules)
+    return write_peft(folder, found, rank=adapter.rank, alpha=adapter.alpha, modules=adapter.on(family))
 
 
 def write_peft(

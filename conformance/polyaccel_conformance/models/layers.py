@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Check, Control, Failure, Level
 from polyaccel_conformance.compare import compare
-from polyaccel_conformance.device_check import first_case
+from polyaccel_conformance.device_check import as_given, first_case
 from polyaccel_conformance.formats import Format
 from polyaccel_conformance.models.chain import LayerInput, Mask, RankShare
 from polyaccel_conformance.models.families import ADAPTERS, FAMILIES
@@ -117,7 +118,8 @@ class LayersProblem(RankedProblem):
 
         name, shop = self.family.name, workshop(bench)
         adapters = list(shop.adapters(name).values()) if self.case.structure["adapters"] != "none" else []
-        with PLANTED_LAYERS[CONTROL]() if self.sabotaged else nullcontext():
+        planted = PLANTED_LAYERS[CONTROL] if self.sabotaged else nullcontext
+        with planted():
             model = open_model(bench, shop.model(name), name, self.case.dtype, adapters, self.rank, self.world_size)
         self._shares = model.shares
         queries = [request.queries for request in self.requests]
@@ -127,7 +129,7 @@ class LayersProblem(RankedProblem):
         inside = self.inputs
 
         def call() -> Mapping[str, torch.Tensor]:
-            with bench.device.scope(), PLANTED_LAYERS[CONTROL]() if self.sabotaged else nullcontext():
+            with bench.device.scope(), planted():
                 kv = model.allocate(paging)
                 for number, given in enumerate(inside):
                     model.remember(kv, number, given, paging)
@@ -136,7 +138,7 @@ class LayersProblem(RankedProblem):
                     model.run(number, given, step, kv, inputs.kv_slots)
             return model.seen
 
-        return Prepared(arguments={}, collect=_given, call=call)
+        return Prepared(arguments={}, collect=as_given, call=call)
 
     def _step(self, paging: Paging) -> StepInput:
         queries = [request.queries for request in self.requests]
@@ -218,19 +220,8 @@ class _Observed:
         if found is None:
             self.expected[name] = wanted
         elif self.wrong is None:
-            self.wrong = Failure(
-                check=NAME,
-                cause=found.cause,
-                message=f"{name}: {found.message}",
-                output=name,
-                index=found.index,
-                got=found.got,
-                expected=found.expected,
-                error=found.error,
-                tolerance=found.tolerance,
-                term=found.term,
-                pattern=found.pattern,
-            )
+            named = replace(found, message=f"{name}: {found.message}")
+            self.wrong = Failure(check=NAME, output=name, **asdict(named))
         return values
 
     def ranks(self, station: str) -> Sequence[Floats]:
@@ -316,8 +307,3 @@ class LayersProblems(ProblemSet):
 
 
 LAYER_CHECKS: Mapping[str, Check] = MappingProxyType({NAME: LayersCheck()})
-
-
-def _given(result: object, _: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    assert isinstance(result, Mapping)
-    return result

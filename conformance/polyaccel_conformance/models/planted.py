@@ -6,6 +6,7 @@ Each is a context manager that patches one method for the engines built and run 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from polyaccel.backend import AdapterRows, PackedAdapter, SampleOutput, Step, StepInput, TokenClass
+from polyaccel.backend import AdapterRows, PackedAdapter, SampleOutput, StepInput, TokenClass
 from polyaccel.engine import batch_state, philox
 from polyaccel.engine.adapter_manager import AdapterManager
 from polyaccel.engine.batch_state import BatchState
@@ -35,22 +36,18 @@ from polyaccel.lora.mix import AdapterMix
 from polyaccel.lora.numbers import RankNumbers
 from polyaccel.lora.receipt import AdapterReceipt
 from polyaccel.lora.target import AdapterTarget
-from polyaccel.models.lm_head import LMHead
 from polyaccel_conformance.models.answers import Answer
 from polyaccel_conformance.models.engines import Workshop
-from polyaccel_conformance.models.planted_layers import PLANTED_LAYERS
+from polyaccel_conformance.models.planted_layers import PLANTED_LAYERS, edited_logits
 
+Floats32 = npt.NDArray[np.float32]
 Edit = Callable[[StepBuilder, BatchState, StepInput], StepInput]
 
 
-def _note(owner: object, *values: Any) -> None:
-    """Keep something with a part of an engine: a bug may be taken out and planted again while the engine lives."""
-    vars(owner)["_conformance"] = values
-
-
-def _noted(owner: object) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = vars(owner).get("_conformance", ())
-    return found
+def _kept(owner: object, first: Any) -> Any:
+    """What a bug keeps with a part of an engine, ``first`` from the first time on: it may be taken out and planted
+    again while the engine lives."""
+    return vars(owner).setdefault("_conformance", first)
 
 
 @contextmanager
@@ -128,15 +125,17 @@ def _next_slot(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
     return replace(inputs, adapters={name: shifted(rows) for name, rows in inputs.adapters.items()})
 
 
-def _whole_weights(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
-    """The weights of a mix are ignored."""
-    return replace(
-        inputs,
-        adapters={
-            name: AdapterRows.build(rows.rows, rows.slots, np.ones_like(rows.weights))
+def _weighted(weights: Callable[[Floats32], Floats32]) -> Edit:
+    """The weights of a mix are replaced by what they give."""
+
+    def edit(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
+        adapters = {
+            name: AdapterRows.build(rows.rows, rows.slots, weights(rows.weights))
             for name, rows in inputs.adapters.items()
-        },
-    )
+        }
+        return replace(inputs, adapters=adapters)
+
+    return edit
 
 
 def _first_row(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
@@ -186,25 +185,12 @@ def _graph_keeps_adapters() -> Iterator[None]:
 
     def wrong(self: GraphCache, inputs: StepInput, rank_rows: int, spare_request_slot: int) -> SampleOutput:
         if inputs.has_adapters:
-            (first,) = _noted(self) or ({},)
-            _note(self, first)
-            kept = first.setdefault(inputs.tokens, dict(inputs.adapters))
+            kept = _kept(self, {}).setdefault(inputs.tokens, dict(inputs.adapters))
             inputs = replace(inputs, adapters=kept)
         return run(self, inputs, rank_rows, spare_request_slot)
 
     with mock.patch.object(GraphCache, "run", wrong):
         yield
-
-
-def _without_sign(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
-    """Negative weights of a mix count as positive."""
-    return replace(
-        inputs,
-        adapters={
-            name: AdapterRows.build(rows.rows, rows.slots, np.abs(rows.weights))
-            for name, rows in inputs.adapters.items()
-        },
-    )
 
 
 def _restart_short_middle(_: StepBuilder, __: BatchState, inputs: StepInput) -> StepInput:
@@ -237,10 +223,10 @@ def _uncached_first_row() -> Iterator[None]:
         self: Scheduler, capacity: Any, state: BatchState, cache: PrefixCache, adapters: Any, tokens: int
     ) -> None:
         begin(self, capacity, state, cache, adapters, tokens)
-        _note(state, cache, adapters)
+        _kept(state, (cache, adapters))
 
     def wrong(self: StepBuilder, plan: Plan) -> BuiltStep:
-        built, (cache, adapters) = build(self, plan), _noted(self._state)
+        built, (cache, adapters) = build(self, plan), _kept(self._state, None)
         inputs = built.inputs
         if not cache.enabled or getattr(adapters, "_registered", None) or inputs.sequences < 2:
             return built
@@ -261,9 +247,7 @@ def _fifth_load() -> Iterator[None]:
 
     def wrong(self: AdapterManager, name: str, handle: PreparedHandle) -> AdapterReceipt:
         receipt = place(self, name, handle)
-        (loads,) = _noted(self) or (0,)
-        _note(self, loads + 1)
-        if loads >= 4:
+        if next(_kept(self, itertools.count())) >= 4:
             self._executor.clear_adapter(self._require_slots().get(name).where.slot)
         return receipt
 
@@ -277,8 +261,7 @@ def _graph_base_rows() -> Iterator[None]:
     run = GraphCache.run
 
     def wrong(self: GraphCache, inputs: StepInput, rank_rows: int, spare_request_slot: int) -> SampleOutput:
-        (last,) = _noted(self) or ({},)
-        _note(self, last)
+        last = _kept(self, {})
         if inputs.has_adapters:
             last[inputs.tokens] = dict(inputs.adapters), rank_rows
         elif inputs.tokens >= 4 and inputs.tokens in last:
@@ -290,19 +273,11 @@ def _graph_base_rows() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _short_logits() -> Iterator[None]:
-    """Logits keep 12 bits of their significands."""
-    right = LMHead.forward
-
-    def wrong(self: LMHead, x: torch.Tensor, step: Step) -> torch.Tensor:
-        logits = right(self, x, step)
-        if logits.dtype != torch.float32:
-            return logits
-        return (logits.contiguous().view(torch.int32) & ~0xFFF).view(torch.float32)
-
-    with mock.patch.object(LMHead, "forward", wrong):
-        yield
+def _short(logits: torch.Tensor) -> torch.Tensor:
+    """12 bits of their significands."""
+    if logits.dtype != torch.float32:
+        return logits
+    return (logits.contiguous().view(torch.int32) & ~0xFFF).view(torch.float32)
 
 
 @contextmanager
@@ -313,10 +288,9 @@ def _third_use_of_a_block() -> Iterator[None]:
 
     def wrong(self: PrefixCache, key: Hashable, tokens: npt.NDArray[np.int32]) -> tuple[list[int], bytes]:
         blocks, digest = lookup(self, key, tokens)
-        (hits,) = _noted(self) or (Counter[int](),)
+        hits = _kept(self, Counter[int]())
         used = [hits[block] for block in blocks]
         hits.update(blocks)
-        _note(self, hits)
         return ([blocks[0]] * len(blocks) if blocks and min(used) > 0 else blocks), digest
 
     with mock.patch.object(PrefixCache, "lookup", wrong):
@@ -362,8 +336,7 @@ def _rank_reads_other_adapter() -> Iterator[None]:
         if message[0] != "prepare" or self._world < 2:
             return send(self, message)
         kind, token, path, *rest = message
-        (path_of_last,) = _noted(self) or (path,)
-        _note(self, path_of_last)
+        path_of_last = _kept(self, path)
         with self._sending:
             self._raise_if_dead()
             for worker in self._workers[:-1]:
@@ -414,20 +387,20 @@ PLANTED: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxy
         "engine.stale_token_source": lambda: _steps(_known_source),
         "engine.crowd_context": lambda: _steps(_without_last_key),
         "engine.neighbours_adapter": lambda: _steps(_next_slot),
-        "engine.mix_weight_ignored": lambda: _steps(_whole_weights),
+        "engine.mix_weight_ignored": lambda: _steps(_weighted(np.ones_like)),
         "engine.first_row_of_logits": lambda: _steps(_first_row),
         "engine.prefix_without_adapter": lambda: _cache_key(lambda self, mix: ()),
         "engine.prefix_by_name": lambda: _cache_key(lambda self, mix: mix),
         "engine.preempted_token_lost": _preempted_token_lost,
         "engine.graph_keeps_adapters": _graph_keeps_adapters,
         "engine.scaled_by_padded_rank": _scaled_by_padded_rank,
-        "engine.mix_sign_lost": lambda: _steps(_without_sign),
+        "engine.mix_sign_lost": lambda: _steps(_weighted(np.abs)),
         "engine.short_chunk_positions": lambda: _steps(_restart_short_middle),
         "engine.first_token_lost": _first_token_lost,
         "engine.uncached_first_row": _uncached_first_row,
         "engine.fifth_load": _fifth_load,
         "engine.graph_base_rows": _graph_base_rows,
-        "engine.short_logits": _short_logits,
+        "engine.short_logits": lambda: edited_logits(_short),
         "engine.third_use_of_a_block": _third_use_of_a_block,
         "engine.merge_keeps_cache": _merge_keeps_cache,
         "engine.choice_ignored": _choice_ignored,

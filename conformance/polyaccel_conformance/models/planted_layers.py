@@ -54,11 +54,11 @@ def _residual_late() -> Iterator[None]:
 
 @contextmanager
 def _residual_narrow() -> Iterator[None]:
-    """The residual passes bfloat16, whatever the model's dtype."""
+    """The residual passes bfloat16."""
     right = Attention.forward
 
     def narrow(self: Attention, x: torch.Tensor, residual: torch.Tensor, step: Step) -> HiddenStates:
-        return right(self, x, residual.to(torch.bfloat16).to(residual.dtype), step)
+        return right(self, x, _narrow(residual), step)
 
     with _forward(narrow):
         yield
@@ -108,16 +108,20 @@ def _window_wide() -> Iterator[None]:
 
 
 @contextmanager
-def _logits_narrow() -> Iterator[None]:
-    """Logits pass bfloat16, whatever the model's dtype."""
+def edited_logits(edit: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Logits pass through ``edit``."""
     right = LMHead.forward
 
-    def narrow(self: LMHead, x: torch.Tensor, step: Step) -> torch.Tensor:
-        logits = right(self, x, step)
-        return logits.to(torch.bfloat16).to(logits.dtype)
+    def wrong(self: LMHead, x: torch.Tensor, step: Step) -> torch.Tensor:
+        return edit(right(self, x, step))
 
-    with mock.patch.object(LMHead, "forward", narrow):
+    with mock.patch.object(LMHead, "forward", wrong):
         yield
+
+
+def _narrow(values: torch.Tensor) -> torch.Tensor:
+    """Through bfloat16, whatever the model's dtype."""
+    return values.to(torch.bfloat16).to(values.dtype)
 
 
 PLANTED_LAYERS: Mapping[str, Callable[[], AbstractContextManager[None]]] = MappingProxyType(
@@ -127,7 +131,7 @@ PLANTED_LAYERS: Mapping[str, Callable[[], AbstractContextManager[None]]] = Mappi
         "engine.layer_rope_shifted": _rope_shifted,
         "engine.layer_other_eps": _other_eps,
         "engine.layer_window_wide": _window_wide,
-        "engine.logits_narrow": _logits_narrow,
+        "engine.logits_narrow": lambda: edited_logits(_narrow),
     }
 )
 

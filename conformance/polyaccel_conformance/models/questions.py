@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 from polyaccel.backend import Backend
@@ -52,37 +52,38 @@ class EqualityProblem(ModelProblem):
     """Float32 in every setting of the engine."""
 
     def _ask(self, bench: Bench) -> Agreement:
-        from polyaccel_conformance.models.equality import MIXES, Settings, equality
         from polyaccel_conformance.models.planted_layers import LOGITS, PLANTED_LAYERS
+
+        return self._compare(bench, opener(bench), PLANTED_LAYERS[LOGITS])
+
+    def _compare(
+        self, bench: Bench, subject: Callable[[], Backend | str], control: Callable[[], AbstractContextManager[None]]
+    ) -> Agreement:
+        from polyaccel_conformance.models.equality import MIXES, Settings, equality
 
         shop, chosen = workshop(bench), Settings.of(self.case)
         family = str(self.case.attributes["family"])
         for mixes in chosen.asked:
             shop.rounding(family, MIXES[mixes])
         # The reference's answers are known by now and stay right.
-        with PLANTED_LAYERS[LOGITS]() if self.sabotaged else nullcontext():
-            return equality(shop, family, opener(bench), chosen)
+        with control() if self.sabotaged else nullcontext():
+            return equality(shop, family, subject, chosen)
 
 
-class RanksProblem(ModelProblem):
+class RanksProblem(EqualityProblem):
     """Tensor parallelism. Workers find the backend by its name, so that it must be installed."""
 
     def _ask(self, bench: Bench) -> Agreement:
-        from polyaccel_conformance.models.equality import MIXES, Settings, equality
         from polyaccel_conformance.models.variations import NotExercised, wrong_adapter
 
-        subject, family = bench.subject, str(self.case.attributes["family"])
-        chosen = Settings.of(self.case)
-        world = chosen.world
+        subject, world = bench.subject, self.case.attributes["world"]
+        assert isinstance(world, int)
         if subject is None or not subject.by_name:
             raise NotExercised("the engine's workers find a backend by its entry point only")
         if bench.device.torch_device.type != "cpu" and len(bench.backend.devices()) < world:
             raise NotExercised(f"{len(bench.backend.devices())} devices for {world} ranks")
-        shop, name = workshop(bench), subject.name
-        for mixes in chosen.asked:
-            shop.rounding(family, MIXES[mixes])
-        with wrong_adapter() if self.sabotaged else nullcontext():
-            return equality(shop, family, lambda: name, chosen)
+        name = subject.name
+        return self._compare(bench, lambda: name, wrong_adapter)
 
 
 class ModelQuestion(DeviceCheck):

@@ -98,7 +98,7 @@ class RankModel:
         self.seen[f"layers.{number}.k"], self.seen[f"layers.{number}.v"] = k[:, : last - first], v[:, : last - first]
 
     def _host(self, values: Floats) -> torch.Tensor:
-        return Operand.rounded(values, str(self.model.options.dtype).removeprefix("torch.")).torch()
+        return Operand.rounded(values, format_of(self.model.options.dtype).name).torch()
 
 
 def open_model(

@@ -169,14 +169,12 @@ class Reference:
         own = np.concatenate(
             [np.arange(end - request.queries, end) for end, request in zip(starts[1:], requests, strict=True)]
         )
-        nothing = np.zeros((0, self.family.kv_heads, self.family.head_dim))
-        residual = self.embedding[np.concatenate([request.ids for request in requests])]
-        x = self._input_norm(residual)
+        first, residual = self.begin(requests)
+        x = self.format.round(first.value)
         found: list[LayerInput] = []
         for number in range(self.family.layers):
             itself = _Itself()
-            given = LayerInput(x=x, residual=residual, older=((nothing, nothing),) * len(requests))
-            after = self.chain(number, whole, (self.whole(),), 0).run(given, itself)
+            after = self.chain(number, whole, (self.whole(),), 0).run(self.afresh(x, residual, requests), itself)
             older = tuple(
                 (itself.seen["k"][begin : begin + request.older], itself.seen["v"][begin : begin + request.older])
                 for begin, request in zip(starts, requests, strict=False)
@@ -184,6 +182,19 @@ class Reference:
             found.append(LayerInput(x=x[own], residual=residual[own], older=older))
             x, residual = after
         return tuple(found)
+
+    def begin(self, requests: Sequence[Request]) -> tuple[Bounded, Floats]:
+        """What the first layer is fed with all tokens of the requests: ``(normed, residual)``."""
+        residual = self.embedding[np.concatenate([request.ids for request in requests])]
+        normed = rms_norm(
+            Bounded.exact(residual), self.first_norm, NORM_EPS, normed=self.format, rsqrt_ulps=ALLOWED.rsqrt
+        )
+        return normed, residual
+
+    def afresh(self, x: Floats, residual: Floats, requests: Sequence[Request]) -> LayerInput:
+        """A layer's input where nothing came before the step."""
+        nothing = np.zeros((0, self.family.kv_heads, self.family.head_dim))
+        return LayerInput(x=x, residual=residual, older=((nothing, nothing),) * len(requests))
 
     def whole(self) -> RankShare:
         """The share of a world of one."""
@@ -212,10 +223,6 @@ class Reference:
         angles = positions[:, None] * ROPE_THETA ** -(np.arange(0, d, 2) / d)
         single = FORMATS["float32"].round
         return single(np.cos(angles)), single(np.sin(angles))
-
-    def _input_norm(self, x: Floats) -> Floats:
-        normed = rms_norm(Bounded.exact(x), self.first_norm, NORM_EPS, normed=self.format, rsqrt_ulps=ALLOWED.rsqrt)
-        return self.format.round(normed.value)
 
 
 def triples(requests: Sequence[Request]) -> Triples:

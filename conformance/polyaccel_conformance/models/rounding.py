@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from polyaccel_conformance.formats import Format
-from polyaccel_conformance.models.chain import Chain, LayerInput, Linear, Mask, SparseWeights, visible
+from polyaccel_conformance.models.chain import Chain, Linear, Mask, SparseWeights, visible
 from polyaccel_conformance.models.families import NORM_EPS
-from polyaccel_conformance.models.reference import ALLOWED, Reference, Request
+from polyaccel_conformance.models.reference import Reference, Request
 from polyaccel_conformance.oracle.bounded import Bounded, deviations, finish
 from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.oracle.lora import Triples
-from polyaccel_conformance.oracle.norm import rms_norm
 
 Floats = npt.NDArray[np.float64]
 Nudge = Callable[[str, Floats], Floats]
@@ -86,18 +85,12 @@ class _Bounds:
 
 
 def _bounds(reference: Reference, chains: Sequence[Chain], requests: Sequence[Request]) -> Mapping[str, Floats]:
-    found: dict[str, Floats] = {}
-    residual = reference.embedding[np.concatenate([request.ids for request in requests])]
-    normed = rms_norm(
-        Bounded.exact(residual), reference.first_norm, NORM_EPS, normed=reference.format, rsqrt_ulps=ALLOWED.rsqrt
-    )
-    found["x"] = finish(normed, reference.format).tolerance
-    x = normed.value
-    nothing = np.zeros((0, reference.family.kv_heads, reference.family.head_dim))
+    first, residual = reference.begin(requests)
+    found = {"x": finish(first, reference.format).tolerance}
+    x = first.value
     for number, chain in enumerate(chains):
         witness = _Bounds(f"{number}.", found)
-        given = LayerInput(x=x, residual=residual, older=((nothing, nothing),) * len(requests))
-        x, residual = chain.run(given, witness)
+        x, residual = chain.run(reference.afresh(x, residual, requests), witness)
         _round_sums(chain, f"{number}.", witness.seen, found)
     found["logits"] = finish(linear(x, reference.head), reference.format).tolerance
     return found

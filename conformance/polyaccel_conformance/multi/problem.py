@@ -52,13 +52,11 @@ class RankedProblem(Problem):
     Attributes:
         rank, world_size: of this view.
         replicated: outputs that must have the same bits on every rank.
-        evenly_cut: weights are cut into equal parts whose sizes no backend needs to pad.
         only: the one check that may be asked, where the case is meant to fail and nothing works after it.
         traced: what the last call sent.
     """
 
     replicated: frozenset[str] = frozenset()
-    evenly_cut: bool = False
     only: str = ""
 
     def __init__(self, case: Case, rank: int = 0) -> None:
@@ -66,6 +64,11 @@ class RankedProblem(Problem):
         self.rank = rank
         self.world_size = case.ranks
         self.traced: Traced | None = None
+
+    @property
+    def evenly_cut(self) -> bool:
+        """Whether weights are cut into equal parts whose sizes no backend needs to pad."""
+        return bool(self.case.structure.get("even"))
 
     def on_rank(self, rank: int) -> Self:
         """The same case as another rank sees it."""

@@ -27,6 +27,7 @@ from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.multi.registry import in_lockstep, lockstep_checks
 from polyaccel_conformance.multi.worker import TARGET
 from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.workers.pool import HANG
 from polyaccel_conformance.workers.process import ForkServer, Process, Spawn, Starter
 
 GRACE = 0.5
@@ -355,7 +356,7 @@ def _failures(verdicts: list[RankVerdict]) -> tuple[Failure, ...]:
     for rank, verdict in enumerate(verdicts):
         own = () if verdict.result is None else verdict.result.failures
         if verdict.ending == "crashed":
-            cause = "hang" if verdict.text.startswith("no answer") else "rank lost"
+            cause = HANG if verdict.text.startswith("no answer") else "rank lost"
             own = (*own, Failure(check=CHECK, cause=cause, message=verdict.text))
         for failure in own:
             # What a rank meets because another one left is no finding of its own.

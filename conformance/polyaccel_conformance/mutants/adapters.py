@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from polyaccel.backend import AdapterRows, Step, Weight
-from polyaccel.backend.composite.operators import CompositeOperators
-from polyaccel_conformance.harness.overlay import Overlay
-from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant, redeclared
+from polyaccel.backend import AdapterRows, Backend, Step, Weight
+from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant, redeclared, undisguised
 from polyaccel_conformance.mutants.sequences import restep
 
 Tensor = torch.Tensor
@@ -94,22 +93,19 @@ def _sgmv_low(fn: Function) -> Function:
     return sgmv
 
 
-class _FallsBack(Overlay):
+def _falls_back(inner: Backend, hard: Callable[[int, Weight], bool]) -> Backend:
     """A native sgmv that runs the composite inside for what its kernel cannot do."""
 
-    def __init__(self, inner: Any, hard: Any) -> None:
-        entries = [replace(entry, fn=self._wrap(entry.fn, hard)) for entry in inner.table()["sgmv"]]
-        super().__init__(inner, {"sgmv": entries})
-        self._composite = CompositeOperators(inner).table()["sgmv"]
-
-    def _wrap(self, fn: Function, hard: Any) -> Function:
+    def wrap(fn: Function) -> Function:
         def sgmv(y: Tensor, x: Tensor, weight: Weight, step: Step, row_set: Any = "tokens") -> Any:
             slots = set(step.input.rows(row_set).slots.tolist())
             if any(hard(_largest(weight, step, slot), weight) for slot in slots):
-                return self.composites()["sgmv"](y, x, weight, step, row_set)
+                return inner.composites()["sgmv"](y, x, weight, step, row_set)
             return fn(y, x, weight, step, row_set)
 
         return sgmv
+
+    return undisguised(inner, "sgmv", wrap)
 
 
 def _not_sixteen(rank: int, weight: Weight) -> bool:
@@ -131,14 +127,14 @@ ADAPTERS: tuple[Mutant, ...] = (
         what="The founding case: the composite runs inside where the rank is no multiple of 16.",
         operators=("sgmv",),
         check="evidence.native",
-        apply=lambda inner: _FallsBack(inner, _not_sixteen),
+        apply=lambda inner: _falls_back(inner, _not_sixteen),
     ),
     Mutant(
         name="sgmv.falls_back_narrow_slice",
         what="The composite runs inside where a slice is narrower than the rank.",
         operators=("sgmv",),
         check="evidence.native",
-        apply=lambda inner: _FallsBack(inner, _narrow_slice),
+        apply=lambda inner: _falls_back(inner, _narrow_slice),
     ),
     mutant("sgmv.mix_ignored", "Mix weights are taken to be 1.", "values.exact", sgmv=_rows(_whole_mix)),
     mutant("sgmv.last_slot", "The last slot's rows get no delta.", "values.bound", sgmv=_rows(_last_slot)),

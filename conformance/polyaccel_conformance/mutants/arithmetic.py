@@ -12,7 +12,7 @@ from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant, Wrap
 Tensor = torch.Tensor
 
 
-def _linear(name: str, what: str, check: str, result: Any, *, narrow: bool = False, portable: bool = True) -> Mutant:
+def _linear(name: str, what: str, check: str, result: Any, *, narrow: bool = False) -> Mutant:
     """A linear that gives ``result(y, x, w, bias)`` in place of y, for ``w: [n, k]`` and ``bias: [1, n]``."""
 
     def apply(inner: Backend) -> Backend:
@@ -26,12 +26,10 @@ def _linear(name: str, what: str, check: str, result: Any, *, narrow: bool = Fal
 
         return Altered(inner, {"linear": wrap})
 
-    return Mutant(
-        name=name, what=what, operators=("linear",), check=check, apply=apply, narrow=narrow, portable=portable
-    )
+    return Mutant(name=name, what=what, operators=("linear",), check=check, apply=apply, narrow=narrow, portable=True)
 
 
-def _in_chunks(accumulator: torch.dtype, chunk: int, between: bool = True) -> Any:
+def _in_chunks(accumulator: torch.dtype, chunk: int) -> Any:
     """The product in chunks of k whose partial sums are kept in ``accumulator``."""
 
     def product(y: Tensor, x: Tensor, w: Tensor, bias: Tensor) -> Tensor:

@@ -37,8 +37,6 @@ MUTANTS: Mapping[str, Mutant] = MappingProxyType(
         )
     }
 )
-
-
 HEALTHY: Mapping[str, Mutant] = MappingProxyType({mutant.name: mutant for mutant in HOSTS})
 """Hosts in every wrapper that mutants are made with, and nothing wrong: no check may find anything."""
 
@@ -49,11 +47,10 @@ def found(name: str) -> Mutant:
     Raises:
         UsageError: there is none.
     """
-    if name in MUTANTS:
-        return MUTANTS[name]
-    if name in HEALTHY:
-        return HEALTHY[name]
-    raise UsageError(f"no mutant {name!r}; there are {', '.join(MUTANTS)}")
+    mutant = MUTANTS.get(name) or HEALTHY.get(name)
+    if mutant is None:
+        raise UsageError(f"no mutant {name!r}; there are {', '.join(MUTANTS)}")
+    return mutant
 
 
 def apply_mutant(name: str, backend: Backend) -> Backend:

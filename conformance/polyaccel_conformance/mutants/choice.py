@@ -7,14 +7,17 @@ import hashlib
 from collections.abc import Sequence
 
 from polyaccel.backend import Backend
-from polyaccel_conformance.mutants.catalogue import HEALTHY, MUTANTS
+from polyaccel_conformance.mutants.catalogue import MUTANTS, found
 from polyaccel_conformance.mutants.mutant import Mutant
 
 
 def chosen(names: Sequence[str]) -> list[Mutant]:
-    """The mutants or healthy hosts of these names, all mutants for none. Raises KeyError for a name that is none."""
-    known = {**MUTANTS, **HEALTHY}
-    return [known[name] for name in names] if names else list(MUTANTS.values())
+    """The mutants or healthy hosts of these names, all mutants for none.
+
+    Raises:
+        UsageError: a name that is none.
+    """
+    return [found(name) for name in names] if names else list(MUTANTS.values())
 
 
 def by_date(mutants: Sequence[Mutant], count: int, date: datetime.date) -> list[Mutant]:

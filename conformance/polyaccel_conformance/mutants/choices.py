@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from polyaccel.backend import SampleOutput, Weight
 from polyaccel.backend.composite.weight import TensorWeight
-from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant
+from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, mutant
 
 Tensor = torch.Tensor
 
@@ -57,22 +58,26 @@ def _dropped_expert(fn: Function) -> Function:
     return moe_experts
 
 
-def _hole(fn: Function) -> Function:
-    def moe_experts(
-        x: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        ids: Tensor,
-        weights: Tensor,
-        step: Any,
-        act: str = "silu",
-        held: Any = None,
-    ) -> Tensor:
-        """An expert of another rank is taken for local expert 0."""
-        y: Tensor = fn(x, gate_up, down, ids, weights, step, act, None if held is None else held.clamp(min=0))
-        return y
+def holding(edit: Callable[[Tensor], Tensor]) -> Wrap:
+    """moe_experts with another map of the experts that this rank holds, where there is one."""
 
-    return moe_experts
+    def wrap(fn: Function) -> Function:
+        def moe_experts(
+            x: Tensor,
+            gate_up: Weight,
+            down: Weight,
+            ids: Tensor,
+            weights: Tensor,
+            step: Any,
+            act: str = "silu",
+            held: Tensor | None = None,
+        ) -> Tensor:
+            y: Tensor = fn(x, gate_up, down, ids, weights, step, act, None if held is None else edit(held))
+            return y
+
+        return moe_experts
+
+    return wrap
 
 
 def _first_choice(fn: Function) -> Function:
@@ -119,7 +124,7 @@ def _all_chosen(fn: Function) -> Function:
     return moe_route
 
 
-def _ignores_u(fn: Function) -> Function:
+def _low_logits(fn: Function) -> Function:
     def sample(logits: Tensor, state: Any, step: Any) -> Any:
         """float32 logits are rounded to bfloat16."""
         return fn(logits.bfloat16().to(logits.dtype), state, step)
@@ -188,7 +193,7 @@ CHOICES: tuple[Mutant, ...] = (
         "moe_experts.hole_is_zero",
         "Experts of other ranks are taken for local expert 0.",
         "values.exact",
-        moe_experts=_hole,
+        moe_experts=holding(lambda held: held.clamp(min=0)),
     ),
     mutant(
         "moe_experts.first_weight",
@@ -200,7 +205,7 @@ CHOICES: tuple[Mutant, ...] = (
     mutant(
         "sample.eighth_row", "The last of eight rows is one id off.", "values.exact", sample=_sampled(_batch_dependent)
     ),
-    mutant("sample.low_logits", "Logits are rounded to bfloat16.", "values.exact", sample=_ignores_u),
+    mutant("sample.low_logits", "Logits are rounded to bfloat16.", "values.exact", sample=_low_logits),
     mutant("dequantize.sign_bit", "The highest bit of int4 codes is their sign.", "values.exact", dequantize=_sign_bit),
     mutant(
         "dequantize.last_group",

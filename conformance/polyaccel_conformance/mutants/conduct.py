@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from polyaccel.backend import Backend, Numerics, Query, Weight
-from polyaccel_conformance.harness.overlay import Overlay
-from polyaccel_conformance.mutants.mutant import Function, Mutant, Wrap, mutant, redeclared
+from polyaccel_conformance.mutants.mutant import Function, Mutant, mutant, redeclared, undisguised
 
 Tensor = torch.Tensor
 
@@ -28,13 +26,21 @@ def _tail_unwritten(fn: Function) -> Function:
     return silu_and_mul
 
 
+def _behind(x: Tensor) -> Tensor | None:
+    """The element that follows an operand in its memory, where there is one."""
+    end = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+    if not x.numel() or (end + 1) * x.element_size() > x.untyped_storage().nbytes():
+        return None
+    return x.as_strided((1,), (1,), end)
+
+
 def _past_the_end(fn: Function) -> Function:
     def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         """One element behind its input is cleared."""
         y: Tensor = fn(x, approximate)
-        end = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
-        if x.numel() and (end + 1) * x.element_size() <= x.untyped_storage().nbytes():
-            x.as_strided((1,), (1,), end).zero_()
+        behind = _behind(x)
+        if behind is not None:
+            behind.zero_()
         return y
 
     return gelu
@@ -80,19 +86,16 @@ def _aliased(fn: Function) -> Function:
     return rms_norm
 
 
-def _once_right() -> Wrap:
-    def wrap(fn: Function) -> Function:
-        calls = [0]
+def _once_right(fn: Function) -> Function:
+    calls = [0]
 
-        def silu_and_mul(x: Tensor) -> Tensor:
-            """Every third call is off by one unit in the last place."""
-            y: Tensor = fn(x)
-            calls[0] += 1
-            return torch.nextafter(y, y + 1) if calls[0] % 3 == 0 and y.dtype == torch.float32 else y
+    def silu_and_mul(x: Tensor) -> Tensor:
+        """Every third call is off by one unit in the last place."""
+        y: Tensor = fn(x)
+        calls[0] += 1
+        return torch.nextafter(y, y + 1) if calls[0] % 3 == 0 and y.dtype == torch.float32 else y
 
-        return silu_and_mul
-
-    return wrap
+    return silu_and_mul
 
 
 def _by_batch(fn: Function) -> Function:
@@ -120,10 +123,8 @@ def _behind_the_operand(fn: Function) -> Function:
     def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         """What lies behind the operand is added, times zero."""
         y: Tensor = fn(x, approximate)
-        end = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
-        if not x.numel() or (end + 1) * x.element_size() > x.untyped_storage().nbytes():
-            return y
-        return y + x.as_strided((1,), (1,), end) * 0
+        behind = _behind(x)
+        return y if behind is None else y + behind * 0
 
     return gelu
 
@@ -150,23 +151,20 @@ def _long(y: Tensor) -> Tensor:
     return (y.contiguous().view(torch.int32) & 0xFF) != 0
 
 
-def _wandering() -> Wrap:
-    def wrap(fn: Function) -> Function:
-        calls = [0]
+def _wandering(fn: Function) -> Function:
+    calls = [0]
 
-        def silu_and_mul(x: Tensor) -> Tensor:
-            """In each call another element of 33 rows is off by a unit in the last place."""
-            y: Tensor = fn(x)
-            calls[0] += 1
-            if y.dtype != torch.float32 or len(y) != 33 or y.numel() < 64:
-                return y
-            other = torch.zeros(y.shape, dtype=torch.bool)
-            other.view(-1)[7 * calls[0] % y.numel()] = True
-            return torch.where(other & _long(y), torch.nextafter(y, y + 1), y)
+    def silu_and_mul(x: Tensor) -> Tensor:
+        """In each call another element of 33 rows is off by a unit in the last place."""
+        y: Tensor = fn(x)
+        calls[0] += 1
+        if y.dtype != torch.float32 or len(y) != 33 or y.numel() < 64:
+            return y
+        other = torch.zeros(y.shape, dtype=torch.bool)
+        other.view(-1)[7 * calls[0] % y.numel()] = True
+        return torch.where(other & _long(y), torch.nextafter(y, y + 1), y)
 
-        return silu_and_mul
-
-    return wrap
+    return silu_and_mul
 
 
 def _blurred(fn: Function) -> Function:
@@ -226,7 +224,7 @@ def _moody(operator: str) -> Callable[[Backend], Backend]:
             asked[0] += 1
             return ["not today"] if asked[0] % 2 == 0 else []
 
-        return Overlay(inner, {operator: [replace(entry, supports=supports) for entry in inner.table()[operator]]})
+        return redeclared(operator, supports=supports)(inner)
 
     return apply
 
@@ -266,14 +264,6 @@ def _declare(numerics: Numerics) -> Callable[[Backend], Backend]:
         return inner
 
     return apply
-
-
-class _Undisguised(Overlay):
-    """Replaced entries whose evidence stays what the host declares."""
-
-    def __init__(self, inner: Backend, operator: str, wrap: Wrap) -> None:
-        entries = [replace(entry, fn=wrap(entry.fn)) for entry in inner.table()[operator]]
-        super().__init__(inner, {operator: entries})
 
 
 CONDUCT: tuple[Mutant, ...] = (
@@ -322,7 +312,7 @@ CONDUCT: tuple[Mutant, ...] = (
         "In each call another element of 33 rows is off by a bit.",
         "invariance.run_to_run",
         narrow=True,
-        silu_and_mul=_wandering(),
+        silu_and_mul=_wandering,
     ),
     mutant(
         "silu.blurred_33",
@@ -345,7 +335,7 @@ CONDUCT: tuple[Mutant, ...] = (
         "silu.third_call",
         "Every third call differs in the last bit.",
         "invariance.run_to_run",
-        silu_and_mul=_once_right(),
+        silu_and_mul=_once_right,
     ),
     mutant("silu.batch", "More than two rows give other last bits.", "invariance.batch", silu_and_mul=_by_batch),
     mutant("silu.hides_nan", "NaN becomes zero.", "nonfinite.rules", portable=True, silu_and_mul=_masks_nan),
@@ -375,7 +365,7 @@ CONDUCT: tuple[Mutant, ...] = (
         what="A value is read back from the device inside the step.",
         operators=("silu_and_mul",),
         check="evidence.native",
-        apply=lambda inner: _Undisguised(inner, "silu_and_mul", _host_round_trip),
+        apply=lambda inner: undisguised(inner, "silu_and_mul", _host_round_trip),
     ),
     Mutant(
         name="dense.declare_8_bits",

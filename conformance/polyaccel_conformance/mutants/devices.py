@@ -19,7 +19,7 @@ from polyaccel.backend import (
     Step,
     StepInput,
 )
-from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant
+from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant, undisguised
 from polyaccel_conformance.simulated import Runtime, SimulatedBackend, SimulatedDevice
 from polyaccel_conformance.simulated.device import SimulatedEvent
 from polyaccel_conformance.simulated.factories import device_of
@@ -46,17 +46,7 @@ def simulated(
 
 def wrapped(operator: str, wrap: Callable[[Function, SimulatedBackend], Function]) -> Callable[[Any], Backend]:
     """``apply`` that puts something around one operator, whose evidence stays declared as it is."""
-
-    def apply(inner: SimulatedBackend) -> Backend:
-        def entries() -> dict[str, Any]:
-            table = dict(SimulatedBackend.operators(inner))
-            table[operator] = replace(table[operator], fn=wrap(table[operator].fn, inner))  # type: ignore[type-var, union-attr]
-            return table
-
-        inner.operators = entries  # type: ignore[method-assign]
-        return inner
-
-    return apply
+    return lambda inner: undisguised(inner, operator, lambda fn: wrap(fn, inner))
 
 
 # -- the guard ---------------------------------------------------------------------------------------------------------
@@ -90,13 +80,14 @@ def _not_restored(inner: SimulatedBackend) -> Backend:
     return inner
 
 
-def _first_device_scratch(fn: Function, backend: SimulatedBackend) -> Function:
-    def silu_and_mul(x: Tensor) -> Tensor:
-        backend.devices()[0].empty((max(x.numel(), 1),), torch.float32)
-        y: Tensor = fn(x)
-        return y
+def first_device_scratch(fn: Function, backend: SimulatedBackend) -> Function:
+    """A workspace that is always taken from device 0."""
 
-    return silu_and_mul
+    def operator(x: Tensor, *rest: Any) -> Any:
+        backend.devices()[0].empty((max(x.numel(), 1),), torch.float32)
+        return fn(x, *rest)
+
+    return operator
 
 
 def _fetches(fn: Function, backend: SimulatedBackend) -> Function:
@@ -107,15 +98,15 @@ def _fetches(fn: Function, backend: SimulatedBackend) -> Function:
     return layer_norm
 
 
-def _leaks(fn: Function, backend: SimulatedBackend) -> Function:
+def leaks(fn: Function, backend: SimulatedBackend) -> Function:
+    """Every call keeps its workspace."""
     kept: list[Tensor] = []
 
-    def silu_and_mul(x: Any) -> Tensor:
+    def operator(x: Any, *rest: Any) -> Any:
         kept.append(backend.devices()[x.memory.device.index].empty((64,), torch.float32))
-        y: Tensor = fn(x)
-        return y
+        return fn(x, *rest)
 
-    return silu_and_mul
+    return operator
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -250,7 +241,7 @@ DEVICES: tuple[Mutant, ...] = (
         "silu.scratch_on_first_device",
         "A workspace is always taken from device 0.",
         "device.wrong_current",
-        wrapped("silu_and_mul", _first_device_scratch),
+        wrapped("silu_and_mul", first_device_scratch),
         ("silu_and_mul",),
     ),
     simulated(
@@ -264,7 +255,7 @@ DEVICES: tuple[Mutant, ...] = (
         "silu.leaks",
         "Every call keeps its workspace.",
         "memory.steady",
-        wrapped("silu_and_mul", _leaks),
+        wrapped("silu_and_mul", leaks),
         ("silu_and_mul",),
     ),
     simulated(

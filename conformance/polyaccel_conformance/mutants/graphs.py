@@ -47,8 +47,6 @@ class _Baked(SimulatedStep):
 class _SizedAtCapture(SimulatedStep):
     """Its kernels work on as many adapter rows as the captured step had."""
 
-    device: Any
-
     def running(self) -> RunningStep:
         found = super().running()
         for row_set, triples in found.input.adapters.items():

@@ -22,9 +22,8 @@ from polyaccel.backend import (
 from polyaccel_conformance.mutants.devices import SOME
 from polyaccel_conformance.mutants.engine import WHOLE_MODEL
 from polyaccel_conformance.mutants.graphs import Replaying
-from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant
+from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant, changed
 from polyaccel_conformance.mutants.ranks import Around
-from polyaccel_conformance.mutants.storage import changed
 from polyaccel_conformance.simulated import SimulatedBackend
 from polyaccel_conformance.simulated.step import SimulatedStep
 

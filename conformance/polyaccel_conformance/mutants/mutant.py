@@ -87,11 +87,22 @@ def mutant(name: str, what: str, check: str, *, narrow: bool = False, portable: 
     )
 
 
-def redeclared(operator: str, **fields: object) -> Callable[[Backend], Backend]:
+def redeclared(operator: str, **fields: Any) -> Callable[[Backend], Backend]:
     """``apply`` of a mutant whose operator is right and whose entries say otherwise."""
+    return lambda inner: _entries(inner, operator, lambda entry: replace(entry, **fields))
 
-    def apply(inner: Backend) -> Backend:
-        entries: list[Entry] = [replace(entry, **fields) for entry in inner.table()[operator]]  # type: ignore[arg-type]
-        return Overlay(inner, {operator: entries})
 
-    return apply
+def undisguised(inner: Backend, operator: str, wrap: Wrap) -> Backend:
+    """A host with something around one operator, whose evidence stays what the host declares."""
+    return _entries(inner, operator, lambda entry: replace(entry, fn=wrap(entry.fn)))
+
+
+def _entries(inner: Backend, operator: str, change: Callable[[Entry], Entry]) -> Backend:
+    return Overlay(inner, {operator: [change(entry) for entry in inner.table()[operator]]})
+
+
+def changed(made: Any, **members: Any) -> Any:
+    """An object of a class of its own, which has these methods and properties beside those it had."""
+    kind = type(made)
+    made.__class__ = type(kind.__name__, (kind,), members)
+    return made

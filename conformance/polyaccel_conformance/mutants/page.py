@@ -58,10 +58,11 @@ def problems(
             found.append(f"{name} was not run")
         elif mutant.check not in full.kills:
             found.append(f"{name} survives {mutant.check}")
-        share = uniform_share(known[name])
-        if mutant.narrow and (share is None or share >= NARROW):
-            shown = "no uniformly drawn case was run" if share is None else f"{share:.1%} of uniformly drawn cases fail"
-            found.append(f"{name} is called narrow, but {shown}")
+        drawn = known[name].uniform
+        if mutant.narrow and drawn is None:
+            found.append(f"{name} is called narrow, but no uniformly drawn case was run")
+        elif mutant.narrow and drawn is not None and drawn.share >= NARROW:
+            found.append(f"{name} is called narrow, but {drawn.share:.1%} of uniformly drawn cases fail")
     for name, score in records.hosts.items():
         if score.kills:
             found.append(f"healthy code ({name}) is killed by {', '.join(score.kills)}")
@@ -72,11 +73,6 @@ def problems(
     sole = sole_killers(known)
     found += [f"{check} is the only killer of no mutant" for check in checks if check not in sole]
     return found
-
-
-def uniform_share(record: Record) -> float | None:
-    """Failing cases among uniformly drawn ones; None where none was run."""
-    return None if record.uniform is None else record.uniform.share
 
 
 def page(mutants: Mapping[str, Mutant], records: Records, checks: Sequence[str], hosts: Iterable[str] = ()) -> str:

@@ -11,7 +11,8 @@ import torch
 from polyaccel.backend import Backend, Communicator, Device, RankAddress, Weight, WeightSpec
 from polyaccel.backend.errors import CommunicationError
 from polyaccel_conformance.harness.overlay import Overlay
-from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant, Wrap
+from polyaccel_conformance.mutants.choices import holding
+from polyaccel_conformance.mutants.mutant import Altered, Function, Mutant, Wrap, changed
 
 Tensor = torch.Tensor
 AT_ONCE = 0.5
@@ -125,7 +126,7 @@ class _Connected(Overlay):
     """A host whose communicators of several ranks are spoiled. ``spoil`` gets all of them, in the order of opening."""
 
     def __init__(self, inner: Backend, spoil: Callable[[Communicator], Communicator]) -> None:
-        super().__init__(inner, {})
+        super().__init__(inner)
         self._spoil = spoil
 
     def connect(self, address: RankAddress) -> Communicator:
@@ -257,36 +258,13 @@ class _FullWeights(Overlay):
     def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
         weight = super().allocate_weight(spec, device, tied)
         others = torch.zeros((self.world_size - 1, spec.n, spec.k), dtype=spec.dtype)
-        kind = type(weight)
-
-        class Full(kind):  # type: ignore[misc, valid-type]
-            @property
-            def nbytes(self) -> int:
-                own: int = kind.nbytes.fget(self)  # type: ignore[attr-defined]
-                return own + others.numel() * others.element_size()
-
-        weight.__class__ = Full
-        return weight
+        own: Any = type(weight).nbytes
+        return changed(weight, nbytes=property(lambda held: own.fget(held) + others.nbytes))  # type: ignore[no-any-return]
 
 
-def _expert_counted_twice(fn: Function) -> Function:
-    def moe_experts(
-        x: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        ids: Tensor,
-        weights: Tensor,
-        step: Any,
-        act: str = "silu",
-        held: Any = None,
-    ) -> Tensor:
-        """Experts of other ranks are taken for the last one here."""
-        if held is not None:
-            held = torch.where(held < 0, held.max().clamp(min=0), held)
-        y: Tensor = fn(x, gate_up, down, ids, weights, step, act, held)
-        return y
-
-    return moe_experts
+def _last_here(held: Tensor) -> Tensor:
+    """The last local expert where one belongs to another rank."""
+    return torch.where(held < 0, held.max().clamp(min=0), held)
 
 
 RANKS: tuple[Mutant, ...] = (
@@ -349,7 +327,7 @@ RANKS: tuple[Mutant, ...] = (
         what="Every rank holds the whole weight.",
         operators=("row_parallel_linear",),
         check="comm.memory",
-        apply=lambda inner: _FullWeights(inner, {}),
+        apply=lambda inner: _FullWeights(inner),
         devices=2,
     ),
     Mutant(
@@ -357,7 +335,7 @@ RANKS: tuple[Mutant, ...] = (
         what="Experts of other ranks are taken for the last one here.",
         operators=("moe_experts",),
         check="values.exact",
-        apply=lambda inner: Altered(inner, {"moe_experts": _expert_counted_twice}),
+        apply=lambda inner: Altered(inner, {"moe_experts": holding(_last_here)}),
         devices=2,
     ),
 )

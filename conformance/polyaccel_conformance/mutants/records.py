@@ -69,19 +69,21 @@ class Records:
         """Set fields of the mutant's record."""
         self._refresh()
         record = self.mutants[mutant.name] = replace(self.of(mutant), **runs)
-        self.write()
+        self._write()
         return record
 
     def host(self, name: str, score: Score) -> None:
         self._refresh()
         self.hosts[name] = score
-        self.write()
+        self._write()
 
     def keep(self, names: Mapping[str, object]) -> None:
         """Drop the records of mutants that are no more."""
         self.mutants = {name: self.mutants[name] for name in names if name in self.mutants}
+        # What is only dropped here would be read back before the next change.
+        self._write()
 
-    def write(self) -> None:
+    def _write(self) -> None:
         if self._path is None:
             return
         # A mutant a line, so that a change shows what it is of.

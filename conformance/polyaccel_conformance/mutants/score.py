@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.draw import uniform
@@ -11,7 +11,6 @@ from polyaccel_conformance.multi.registry import RANKED_SETS
 from polyaccel_conformance.mutants.mutant import Mutant
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
-from polyaccel_conformance.results import RunResult
 from polyaccel_conformance.run_options import Options
 from polyaccel_conformance.runner import run
 from polyaccel_conformance.schedule import HEAVY, OfRanks
@@ -49,11 +48,6 @@ class Score:
         return self.failing / self.cases if self.cases else 0.0
 
 
-def subject_of(mutant: Mutant) -> Subject:
-    """A mutant in its host."""
-    return Subject(name=mutant.host, mutant=mutant.name)
-
-
 def hunt(
     mutant: Mutant, server: ForkServer, *, seed: int = 0, corpus: bool = True, subject: Subject | None = None
 ) -> Score:
@@ -63,39 +57,15 @@ def hunt(
         corpus: the fixed list and the drawn cases of ``quick``; without it the drawn cases of ``default`` alone.
         subject: another host with the mutant planted in it.
     """
-    options = Options(
-        profile="quick" if corpus else "default",
-        seed=seed,
-        operators=mutant.operators,
-        checks=(mutant.check,),
-        devices=mutant.devices,
-        stop_at=mutant.check,
-        shrink=False,
-        controls=False,
-        corpus=corpus,
-    )
-    return _scored(mutant.name, run(subject or subject_of(mutant), options, server=server))
+    check = mutant.check
+    profile = "quick" if corpus else "default"
+    options = Options(profile=profile, seed=seed, checks=(check,), stop_at=check, corpus=corpus)
+    return _scored(mutant, options, server, subject)
 
 
-def examine(
-    subject: Subject,
-    name: str,
-    operators: Sequence[str],
-    server: ForkServer,
-    *,
-    devices: int = 1,
-    checks: Sequence[str] = (),
-) -> Score:
-    """The whole quick list with every check (or ``checks``), none of them ended early."""
-    options = Options(
-        profile="quick",
-        operators=tuple(operators),
-        checks=tuple(checks),
-        devices=devices,
-        shrink=False,
-        controls=False,
-    )
-    return _scored(name, run(subject, options, server=server))
+def examine(mutant: Mutant, server: ForkServer, operators: Sequence[str] = ()) -> Score:
+    """The whole quick list of what it changes, or of ``operators``, with every check, not ended early."""
+    return _scored(mutant, Options(profile="quick", operators=tuple(operators)), server)
 
 
 def uniform_share(mutant: Mutant, checks: Sequence[str], server: ForkServer) -> Score | None:
@@ -103,16 +73,7 @@ def uniform_share(mutant: Mutant, checks: Sequence[str], server: ForkServer) -> 
     given = [case for name in mutant.operators for case in _uniform(name, mutant)]
     if not given or not checks:
         return None
-    options = Options(
-        profile="quick",
-        operators=mutant.operators,
-        checks=tuple(checks),
-        devices=mutant.devices,
-        shrink=False,
-        controls=False,
-        given=tuple(given),
-    )
-    return _scored(mutant.name, run(subject_of(mutant), options, server=server))
+    return _scored(mutant, Options(profile="quick", checks=tuple(checks), given=tuple(given)), server)
 
 
 def _uniform(operator: str, mutant: Mutant) -> list[Case]:
@@ -130,9 +91,14 @@ def _uniform(operator: str, mutant: Mutant) -> list[Case]:
     return found
 
 
-def _scored(name: str, result: RunResult) -> Score:
+def _scored(mutant: Mutant, options: Options, server: ForkServer, subject: Subject | None = None) -> Score:
+    """The run of a mutant: as ``options`` say, on its own operators unless they name others."""
+    options = replace(
+        options, operators=options.operators or mutant.operators, devices=mutant.devices, shrink=False, controls=False
+    )
+    result = run(subject or Subject(name=mutant.host, mutant=mutant.name), options, server=server)
     return Score(
-        mutant=name,
+        mutant=mutant.name,
         cases=result.cases,
         failing=sum(state.failed for state in result.operators),
         kills={state.check: state.failures for state in result.checks if state.failures},

@@ -13,7 +13,7 @@ from polyaccel_conformance.mutants.choice import by_date, portable_to
 from polyaccel_conformance.mutants.mutant import Mutant
 from polyaccel_conformance.mutants.page import page, problems, sole_killers
 from polyaccel_conformance.mutants.records import Records
-from polyaccel_conformance.mutants.score import Score, examine, hunt, subject_of, uniform_share
+from polyaccel_conformance.mutants.score import Score, examine, hunt, uniform_share
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer
 
@@ -76,7 +76,7 @@ def matrix(mutants: Sequence[Mutant], path: Path, server: ForkServer, say: Say, 
     for mutant in sorted((m for m in mutants if m.name in MUTANTS), key=lambda m: m.check in shown):
         record = records.of(mutant)
         if again or record.full is None:
-            full = examine(subject_of(mutant), mutant.name, mutant.operators, server, devices=mutant.devices)
+            full = examine(mutant, server)
             record = records.update(mutant, full=full)
             kills = ", ".join(f"{check} {count}" for check, count in full.kills.items()) or "nothing"
             say(f"{mutant.name:36} {full.failing:4} of {full.cases:4} cases fail, {full.seconds:6.1f} s: {kills}")
@@ -87,7 +87,7 @@ def matrix(mutants: Sequence[Mutant], path: Path, server: ForkServer, say: Say, 
     asked = [mutant.name for mutant in mutants]
     for name, healthy in HEALTHY.items():
         if name in asked if again else name not in records.hosts:
-            score = examine(subject_of(healthy), name, healthy.operators, server, devices=healthy.devices)
+            score = examine(healthy, server)
             records.host(name, score)
             say(f"{name:36} {score.failing:4} of {score.cases:4} cases fail, {score.seconds:6.1f} s")
     path.write_text(page(MUTANTS, records, tuple(CHECKS), HEALTHY), encoding="utf-8")
@@ -103,8 +103,7 @@ def whole_of_quick(count: int, date: datetime.date, server: ForkServer, say: Say
     mutants = by_date(list(MUTANTS.values()), count, date)
     for mutant in mutants:
         operators = [*PROBLEM_SETS, *(name for name in RANKED_SETS if mutant.devices > 1 and name not in PROBLEM_SETS)]
-        score = examine(subject_of(mutant), mutant.name, operators, server, devices=mutant.devices)
-        scores.append(_told(mutant, score, say))
+        scores.append(_told(mutant, examine(mutant, server, operators), say))
     return _outcome(scores, mutants)
 
 

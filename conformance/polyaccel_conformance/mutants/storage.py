@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from polyaccel.backend import (
-    AdapterStore,
     Backend,
     Device,
     Event,
     HostCopy,
-    KVCache,
-    KVSpec,
     OperatorError,
     PackedAdapter,
     SamplingRow,
-    SamplingSpec,
-    SamplingState,
     SlotRange,
     TorchDevice,
-    Weight,
-    WeightSpec,
 )
 from polyaccel_conformance.harness.overlay import Overlay
-from polyaccel_conformance.mutants.mutant import Mutant
+from polyaccel_conformance.mutants.mutant import Mutant, changed
 
 
 class _Ready(HostCopy):
@@ -44,7 +37,7 @@ class _SharingDevice(TorchDevice):
         return _Ready(source.detach().numpy())
 
 
-class _FirstColumnDevice(TorchDevice):
+class _RowsApartDevice(TorchDevice):
     def copy_(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """The last row of a source with rows apart is taken from the row before."""
         destination.copy_(source)
@@ -54,116 +47,94 @@ class _FirstColumnDevice(TorchDevice):
 
 class _Devices(Overlay):
     def __init__(self, inner: Backend, kind: type[TorchDevice]) -> None:
-        super().__init__(inner, {})
+        super().__init__(inner)
         self._device = kind("cpu")
 
     def devices(self) -> Sequence[Device]:
         return (self._device,)
 
 
-def changed(made: Any, **methods: Any) -> Any:
-    """An object of a class of its own, which has these methods beside those it had."""
-    kind = type(made)
-    made.__class__ = type(kind.__name__, (kind,), methods)
-    return made
-
-
 class _Storage(Overlay):
-    """A host whose storage is changed as it is allocated, by the methods of subclasses."""
+    """A host whose storage passes through ``change`` as the method of this name allocates it."""
 
-    def __init__(self, inner: Backend) -> None:
-        super().__init__(inner, {})
-
-
-class _KeepsBias(_Storage):
-    def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
-        made = super().allocate_weight(spec, device, tied)
-        kind: Any = type(made)
-        opened: list[bool] = []
-
-        def reopen(weight: Any) -> None:
-            kind.reopen(weight)
-            opened.append(True)
-
-        def write_bias(weight: Any, *arguments: Any, **options: Any) -> None:
-            if opened:
-                # The write is checked as it was, and thrown away.
-                kept = None if weight.bias is None else weight.bias.clone()
-                kind.write_bias(weight, *arguments, **options)
-                if kept is not None:
-                    weight.bias.copy_(kept)
-                return
-            kind.write_bias(weight, *arguments, **options)
-
-        return changed(made, reopen=reopen, write_bias=write_bias)  # type: ignore[no-any-return]
+    def __init__(self, inner: Backend, method: str, change: Callable[[Any], Any]) -> None:
+        super().__init__(inner)
+        allocate = getattr(inner, method)
+        setattr(self, method, lambda *arguments, **options: change(allocate(*arguments, **options)))
 
 
-class _OpenWhenSealed(_Storage):
-    def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
-        made = super().allocate_weight(spec, device, tied)
-        kind: Any = type(made)
+def _keeps_bias(made: Any) -> Any:
+    kind: Any = type(made)
+    opened: list[bool] = []
 
-        def write(weight: Any, *arguments: Any, **options: Any) -> None:
-            if weight._sealed:
-                return
+    def reopen(weight: Any) -> None:
+        kind.reopen(weight)
+        opened.append(True)
+
+    def write_bias(weight: Any, *arguments: Any, **options: Any) -> None:
+        # Once it has been opened again, the write is checked as it was, and thrown away.
+        kept = weight.bias.clone() if opened and weight.bias is not None else None
+        kind.write_bias(weight, *arguments, **options)
+        if kept is not None:
+            weight.bias.copy_(kept)
+
+    return changed(made, reopen=reopen, write_bias=write_bias)
+
+
+def _drops_when_sealed(made: Any) -> Any:
+    kind: Any = type(made)
+
+    def write(weight: Any, *arguments: Any, **options: Any) -> None:
+        if not weight._sealed:
             kind.write(weight, *arguments, **options)
 
-        return changed(made, write=write)  # type: ignore[no-any-return]
+    return changed(made, write=write)
 
 
-class _StaysAfterRefusal(_Storage):
-    def allocate_adapters(
-        self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device
-    ) -> AdapterStore:
-        made = super().allocate_adapters(weights, rank_rows=rank_rows, slots=slots, device=device)
-        kind: Any = type(made)
+def _stays_after_refusal(made: Any) -> Any:
+    kind: Any = type(made)
 
-        def write(store: Any, where: SlotRange, packed: PackedAdapter) -> Event:
-            before = store._ranges[where.slot], store._ranks[where.slot]
-            try:
-                event: Event = kind.write(store, where, packed)
-            except OperatorError:
-                store._ranges[where.slot], store._ranks[where.slot] = before
-                raise
-            return event
+    def write(store: Any, where: SlotRange, packed: PackedAdapter) -> Event:
+        before = store._ranges[where.slot], store._ranks[where.slot]
+        try:
+            event: Event = kind.write(store, where, packed)
+        except OperatorError:
+            store._ranges[where.slot], store._ranks[where.slot] = before
+            raise
+        return event
 
-        return changed(made, write=write)  # type: ignore[no-any-return]
+    return changed(made, write=write)
 
 
-class _FirstLayerCopied(_Storage):
-    def allocate_kv(self, spec: KVSpec, device: Device) -> KVCache:
-        made = super().allocate_kv(spec, device)
-        kind: Any = type(made)
+def _first_layer_copied(made: Any) -> Any:
+    kind: Any = type(made)
 
-        def copy_blocks(cache: Any, sources: Sequence[int], destinations: Sequence[int]) -> None:
-            kept = [(cache.keys(layer).clone(), cache.values(layer).clone()) for layer in range(1, cache.spec.layers)]
-            kind.copy_blocks(cache, sources, destinations)
-            for layer, (k, v) in enumerate(kept, 1):
-                cache.keys(layer).copy_(k)
-                cache.values(layer).copy_(v)
+    def copy_blocks(cache: Any, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        kept = [(cache.keys(layer).clone(), cache.values(layer).clone()) for layer in range(1, cache.spec.layers)]
+        kind.copy_blocks(cache, sources, destinations)
+        for layer, (k, v) in enumerate(kept, 1):
+            cache.keys(layer).copy_(k)
+            cache.values(layer).copy_(v)
 
-        return changed(made, copy_blocks=copy_blocks)  # type: ignore[no-any-return]
+    return changed(made, copy_blocks=copy_blocks)
 
 
-class _StickyBias(_Storage):
-    def allocate_sampling(self, spec: SamplingSpec, device: Device) -> SamplingState:
-        made = super().allocate_sampling(spec, device)
-        kind: Any = type(made)
+def _sticky_bias(made: Any) -> Any:
+    kind: Any = type(made)
+    stepped: list[bool] = []
 
-        stepped: list[bool] = []
+    def write_bias(state: Any, slot: int, row: SamplingRow) -> None:
+        if row.bias_ids is not None or not stepped:
+            kind._write_bias(state, slot, row)
 
-        def write_bias(state: Any, slot: int, row: SamplingRow) -> None:
-            if row.bias_ids is not None or not stepped:
-                kind._write_bias(state, slot, row)
+    def advance(state: Any, *arguments: Any) -> None:
+        stepped.append(True)
+        kind.advance(state, *arguments)
 
-        def advance(state: Any, *arguments: Any) -> None:
-            stepped.append(True)
-            kind.advance(state, *arguments)
+    def needs(state: Any, slots: np.ndarray) -> Any:
+        return kind.needs(state, slots)._replace(bias=state.bias is not None)
 
-        def needs(state: Any, slots: np.ndarray) -> Any:
-            return kind.needs(state, slots)._replace(bias=state.bias is not None)
-
-        return changed(made, _write_bias=write_bias, advance=advance, needs=needs)  # type: ignore[no-any-return]
+    return changed(made, _write_bias=write_bias, advance=advance, needs=needs)
 
 
 STORAGE: tuple[Mutant, ...] = (
@@ -179,14 +150,14 @@ STORAGE: tuple[Mutant, ...] = (
         what="A copy from rows that lie apart repeats the last but one.",
         operators=("device.copy_paths", "storage.kv"),
         check="device.copy_paths",
-        apply=lambda inner: _Devices(inner, _FirstColumnDevice),
+        apply=lambda inner: _Devices(inner, _RowsApartDevice),
     ),
     Mutant(
         name="weight.bias_kept",
         what="A weight that is written again keeps its first bias.",
         operators=("storage.weight", "linear"),
         check="storage.weight",
-        apply=_KeepsBias,
+        apply=lambda inner: _Storage(inner, "allocate_weight", _keeps_bias),
         narrow=True,
     ),
     Mutant(
@@ -194,27 +165,27 @@ STORAGE: tuple[Mutant, ...] = (
         what="Writes to a sealed weight are dropped in silence.",
         operators=("storage.weight", "linear"),
         check="storage.weight",
-        apply=_OpenWhenSealed,
+        apply=lambda inner: _Storage(inner, "allocate_weight", _drops_when_sealed),
     ),
     Mutant(
         name="adapters.refused_stays",
         what="After a write that is refused the slot keeps its former adapter.",
         operators=("storage.adapters", "sgmv"),
         check="storage.adapters",
-        apply=_StaysAfterRefusal,
+        apply=lambda inner: _Storage(inner, "allocate_adapters", _stays_after_refusal),
     ),
     Mutant(
         name="kv_cache.first_layer_copied",
         what="Blocks are copied in the first layer alone.",
         operators=("storage.kv", "write_kv_cache", "paged_attention"),
         check="storage.kv",
-        apply=_FirstLayerCopied,
+        apply=lambda inner: _Storage(inner, "allocate_kv", _first_layer_copied),
     ),
     Mutant(
         name="sampling.bias_outlives",
         what="A request inherits the bias of one that was sampled in its slot.",
         operators=("storage.sampling", "sample"),
         check="storage.sampling",
-        apply=_StickyBias,
+        apply=lambda inner: _Storage(inner, "allocate_sampling", _sticky_bias),
     ),
 )

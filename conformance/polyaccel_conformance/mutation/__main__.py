@@ -42,14 +42,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     options = parser().parse_args(arguments)
-    edits = all_edits()
-    chosen = [edit for edit in edits if options.word in f"{edit.where} {edit.text}"]
+    chosen = [edit for edit in all_edits() if options.word in f"{edit.where} {edit.text}"]
     if options.list:
         for edit in chosen:
             print(_line(edit))
         return ExitCode.PASS
     try:
-        return _run(options, edits, chosen)
+        return _run(options, chosen)
     except UsageError as error:
         print(error, file=sys.stderr)
         return ExitCode.USAGE
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.INCONCLUSIVE
 
 
-def _run(options: argparse.Namespace, edits: Sequence[Edit], chosen: Sequence[Edit]) -> int:
+def _run(options: argparse.Namespace, chosen: Sequence[Edit]) -> int:
     explained = read_survivors(options.survivors) if options.survivors else ()
     options.folder.mkdir(parents=True, exist_ok=True)
     state = State(options.folder / "outcomes.json", digests())
@@ -68,7 +67,7 @@ def _run(options: argparse.Namespace, edits: Sequence[Edit], chosen: Sequence[Ed
     healthy = Subject(kind="table", path=subject.__file__, name=subject.HEALTHY)
     with closing(ForkServer(preload=("pytest",) if options.tests else ())) as server:
         coverage = kept(options.folder / "coverage.json", healthy, server)
-        campaign = Campaign(edits, healthy, coverage, server, limit=options.limit, tests=options.tests)
+        campaign = Campaign(healthy, coverage, server, limit=options.limit, tests=options.tests)
         with closing(campaign):
             whole = run(campaign, chosen, state, deadline, _show)
             unsound = [*coverage.failing, *campaign.unsound]

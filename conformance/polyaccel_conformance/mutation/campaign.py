@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, zip_longest
@@ -21,7 +20,7 @@ from polyaccel_conformance.mutation.subject import named
 from polyaccel_conformance.mutation.unit import first_failure, unit_tests_of
 from polyaccel_conformance.problems.collectives import COLLECTIVE_SETS
 from polyaccel_conformance.results import result_from_json
-from polyaccel_conformance.schedule import OfRanks, fixed
+from polyaccel_conformance.schedule import fixed
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.pool import Answer, Job, Pool
 from polyaccel_conformance.workers.process import ForkServer
@@ -61,7 +60,6 @@ class Campaign:
         unsound: cases that failed there too.
 
     Args:
-        edits: all of the package; a worker knows a mutant by its index in its file.
         healthy: what opens the package as it is.
         limit: cases that a mutant is asked at most with the checks beside :data:`FIRST`, and with each number of ranks;
             0 for all that execute it.
@@ -70,7 +68,6 @@ class Campaign:
 
     def __init__(
         self,
-        edits: Sequence[Edit],
         healthy: Subject,
         coverage: Coverage,
         server: ForkServer,
@@ -78,12 +75,7 @@ class Campaign:
         limit: int = 0,
         tests: Path | None = None,
     ) -> None:
-        counts: Counter[str] = Counter()
-        self._names: dict[str, str] = {}
-        state = digests()
-        for edit in edits:
-            self._names[edit.key] = named(edit, counts[edit.file], state[edit.file])
-            counts[edit.file] += 1
+        self._digests = digests()
         self._healthy = healthy
         self._coverage = coverage
         self._server = server
@@ -107,7 +99,7 @@ class Campaign:
             ConformanceError: the mutant cannot be made, or the sources are being edited.
         """
         began = time.monotonic()
-        subject = replace(self._healthy, name=self._names[edit.key])
+        subject = replace(self._healthy, name=named(edit, self._digests[edit.file]))
         found = Outcome(killed="")
         cases = self._coverage.of(edit)
         first = [name for name in CHECKS if name.startswith(FIRST)]
@@ -179,7 +171,7 @@ def _jobs(cases: Sequence[Case], checks: Sequence[str]) -> Iterator[Job]:
 
 def _ranked_cases(world: int) -> Iterator[Case]:
     """Collectives take turns: each shows another part of a communicator. What calls them shows no more of it."""
-    lists = [[item.case for item in fixed(OfRanks(s, world), ranks=world)] for s in COLLECTIVE_SETS]
+    lists = [[item.case for item in fixed(s, ranks=world)] for s in COLLECTIVE_SETS]
     return (case for case in chain.from_iterable(zip_longest(*lists)) if case is not None)
 
 

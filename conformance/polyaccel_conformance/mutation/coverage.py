@@ -15,13 +15,11 @@ from polyaccel_conformance.mutation.install import digests
 from polyaccel_conformance.mutation.trace import TARGET
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
 from polyaccel_conformance.profiles import profile_of
-from polyaccel_conformance.schedule import drawn, fixed
+from polyaccel_conformance.schedule import HEAVY, drawn, fixed
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer
 
 PROFILE, SEED = "quick", 0
-HEAVY = 100
-"""Sets of this weight, which are whole models, are not asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

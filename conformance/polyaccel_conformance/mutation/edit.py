@@ -38,8 +38,7 @@ class Edit:
     @property
     def key(self) -> str:
         """Names it as long as its own line is not edited, wherever that moves to inside its function."""
-        parts = (self.file, self.function, self.text, self.before, self.after, str(self.occurrence))
-        return " | ".join(parts)
+        return key_of(self.file, self.function, self.text, self.before, self.after, self.occurrence)
 
     @property
     def where(self) -> str:
@@ -50,6 +49,11 @@ class Edit:
         if source[self.start : self.end].decode() != self.before:
             raise ValueError(f"{self.where} does not read {self.before!r}")
         return source[: self.start] + self.after.encode() + source[self.end :]
+
+
+def key_of(file: str, function: str, text: str, before: str, after: str, occurrence: int) -> str:
+    """What :attr:`Edit.key` is for an edit of these attributes."""
+    return " | ".join((file, function, text, before, after, str(occurrence)))
 
 
 def file_of(key: str) -> str:

@@ -1,11 +1,12 @@
-"""What workers open: the file of a table, whose attributes are mutants by file, index in that file's list and digest.
+"""What workers open: the file of a table, whose attributes are mutants by file, a digest of their key and the file's.
 
-``moe_17_0f3c`` is everything as composites on the CPU with mutant 17 of ``moe.py`` installed, provided that the file
-still has this digest; ``healthy`` the same without.
+``moe_5e21_0f3c`` is everything as composites on the CPU with that mutant of ``moe.py`` installed, provided that the
+file still has the digest ``0f3c``; ``healthy`` the same without.
 """
 
 from __future__ import annotations
 
+import hashlib
 import resource
 from collections.abc import Callable
 
@@ -19,9 +20,13 @@ MEMORY = 6 << 30
 """Bytes after which a mutant that asks for ever more memory ends."""
 
 
-def named(edit: Edit, index: int, digest: str) -> str:
-    """The attribute for a mutant: the ``index``-th of its file, which has this digest."""
-    return f"{edit.file.removesuffix('.py')}_{index}_{digest}"
+def named(edit: Edit, digest: str) -> str:
+    """The attribute for a mutant of a file that has this digest."""
+    return f"{edit.file.removesuffix('.py')}_{_mark(edit)}_{digest}"
+
+
+def _mark(edit: Edit) -> str:
+    return hashlib.sha256(edit.key.encode()).hexdigest()[:16]
 
 
 def install_named(name: str) -> None:
@@ -33,11 +38,12 @@ def install_named(name: str) -> None:
     if name == HEALTHY:
         return
     head, _, digest = name.rpartition("_")
-    stem, _, index = head.rpartition("_")
+    stem, _, mark = head.rpartition("_")
     if digests()[f"{stem}.py"] != digest:
         raise UsageError(f"{stem}.py has been edited since; begin again")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    install(edits_in(f"{stem}.py")[int(index)])
+    (edit,) = (edit for edit in edits_in(f"{stem}.py") if _mark(edit) == mark)
+    install(edit)
 
 
 def __getattr__(name: str) -> Callable[[], Backend]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.mutation.campaign import Outcome
-from polyaccel_conformance.mutation.edit import Edit
+from polyaccel_conformance.mutation.edit import Edit, key_of
 
 WHYS = ("equivalent", "unreachable", "speed", "wording", "permitted")
 """Nothing that can be computed differs; no caller gets there; only time or memory differ; only which error, or its
@@ -32,7 +32,7 @@ class Explanation:
 
     @property
     def key(self) -> str:
-        return " | ".join((self.file, self.function, self.text, self.before, self.after, str(self.occurrence)))
+        return key_of(self.file, self.function, self.text, self.before, self.after, self.occurrence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

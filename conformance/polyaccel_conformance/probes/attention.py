@@ -7,7 +7,6 @@ weight is the same, and the output is the sum of the values over their number, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -161,6 +160,5 @@ def _paged(bench: Bench, dtype: str, phase: str, q: Floats, k: Floats, v: Floats
     problem.sequences = [Keys(k=k[i, :, None], v=v[i, :, None], codes=none, places=none[:0, 0]) for i in range(count)]
     problem.visible = [np.ones((queries, keys), dtype=np.bool_) for _ in range(count)]
     problem.operands = {"q": stored(np.repeat(q[:, None], queries, axis=1).reshape(-1, 1, width), dtype)}
-    last = np.array([end - 1 for _, end in pairwise(range(0, count * queries + 1, queries))])
-    found: Floats = run(bench, problem, "out")[last, 0]
+    found: Floats = run(bench, problem, "out")[queries - 1 :: queries, 0]
     return found

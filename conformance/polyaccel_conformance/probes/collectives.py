@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from polyaccel_conformance.bench import Bench
-from polyaccel_conformance.case import Case
+from polyaccel_conformance.case import Choice
 from polyaccel_conformance.formats import format_of
 from polyaccel_conformance.harness.probes import ACCUMULATOR_BITS, Measured, leading
-from polyaccel_conformance.probes.planted import SEED, run, stored
+from polyaccel_conformance.probes.planted import plain, run, stored
 from polyaccel_conformance.problems.collectives import AllReduceProblem, CollectiveProblem, ReduceScatterProblem
 
 Floats = npt.NDArray[np.float64]
@@ -32,8 +32,8 @@ def _measured(
 
     def summed(parts: Floats) -> Floats:
         """Of ``parts: [ranks, columns]``."""
-        axes = {"dtype": dtype, "data": "normal", "dims.rows": 1, "dims.width": parts.shape[1], "ranks": world}
-        problem = kind(Case.of(operator, {**axes, "structure.scenario": "plain"}, SEED), rank)
+        axes: dict[str, Choice] = {"dims.rows": 1, "dims.width": parts.shape[1], "ranks": world}
+        problem = kind(plain(operator, dtype, {**axes, "structure.scenario": "plain"}), rank)
         problem.contributions = [stored(np.tile(part, (rows, 1)), dtype) for part in parts]
         problem.operands = {"x": problem.contributions[rank]}
         found: Floats = run(bench, problem, "y")[0]

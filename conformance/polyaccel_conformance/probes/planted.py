@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,30 @@ SEED = 20_260_103
 LENGTH = 64
 """Products of a sum where the case does not say."""
 
+ADAPTED: Mapping[str, Choice] = MappingProxyType(
+    {
+        "structure.slices": "one",
+        "structure.ranks": "equal",
+        "structure.segments": "one",
+        "structure.mix": "one",
+        "structure.history": "fresh",
+        "structure.others": False,
+        "structure.decode": False,
+    }
+)
+"""Axes of what has adapters."""
+
 
 def plain(operator: str, dtype: str, axes: Mapping[str, Choice]) -> Case:
     """A case on plain data."""
     return Case.of(operator, {"dtype": dtype, "data": "normal", **axes}, SEED)
+
+
+def station_axes(rows: int, k: int, more: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Of a station on float weights, without bias and adapters."""
+    sizes: dict[str, Choice] = {"dims.tokens": rows, "dims.k": k, "dims.rank": 1}
+    bare: dict[str, Choice] = {"structure.segments": "none", "structure.bias": False, "structure.weight": "float"}
+    return {**ADAPTED, **sizes, **bare, **more}
 
 
 def source() -> Source:

@@ -11,7 +11,18 @@ import numpy.typing as npt
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Choice
 from polyaccel_conformance.harness.probes import Measured, Sum, measure, small_units
-from polyaccel_conformance.probes.planted import LENGTH, different, every_row, picked, plain, run, source, stored
+from polyaccel_conformance.probes.planted import (
+    ADAPTED,
+    LENGTH,
+    different,
+    every_row,
+    picked,
+    plain,
+    run,
+    source,
+    station_axes,
+    stored,
+)
 from polyaccel_conformance.problems.adapters import HostAdapters, HostModule, arrange
 from polyaccel_conformance.problems.embedding import EmbeddingProblem
 from polyaccel_conformance.problems.linear import LinearProblem
@@ -30,16 +41,6 @@ TILE = 64
 
 GATE = 32.0
 """A gate at which silu is its argument: 1 + exp(-32) is 1."""
-
-ADAPTED: dict[str, Choice] = {
-    "structure.slices": "one",
-    "structure.ranks": "equal",
-    "structure.segments": "one",
-    "structure.mix": "one",
-    "structure.history": "fresh",
-    "structure.others": False,
-    "structure.decode": False,
-}
 
 
 # -- linear ------------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def embedding(bench: Bench, dtype: str, k: int) -> tuple[Measured, ...]:
         axes: dict[str, Choice] = {**ADAPTED, **sizes, "attributes.vocabulary_start": 0, "structure.ids": "inside"}
         problem = EmbeddingProblem(plain("embedding", dtype, axes))
         problem.weight = HostWeight(matrix=stored(np.zeros((rows, len(b))), dtype), slices=(rows,), lookup=True)
-        problem.adapters = _one_adapter(dtype, (HostModule(a=stored(a.T, dtype), b=stored(b, dtype)),), lookup=True)
+        problem.adapters = _one_adapter((HostModule(a=stored(a.T, dtype), b=stored(b, dtype)),), lookup=True)
         problem.rows = every_row(rows, _slot(problem.adapters))
         problem.ids = np.arange(rows)
         return picked(run(bench, problem, "x"), index)
@@ -151,13 +152,13 @@ def _adapted(kind: type[Lora], operator: str, dtype: str, rows: int, a: Floats, 
     more: dict[str, Choice] = {"attributes.row_set": "tokens", "structure.h": "x", "structure.wide_h": False}
     problem = kind(plain(operator, dtype, {**ADAPTED, **sizes, **more}))
     problem.weight = HostWeight(matrix=stored(np.zeros((len(b), a.shape[1])), dtype), slices=(len(b),))
-    problem.adapters = _one_adapter(dtype, (HostModule(a=stored(a, dtype), b=stored(b, dtype)),))
+    problem.adapters = _one_adapter((HostModule(a=stored(a, dtype), b=stored(b, dtype)),))
     problem.rows = every_row(rows, _slot(problem.adapters))
     problem.triples = triples_of(problem.rows)
     return problem
 
 
-def _one_adapter(dtype: str, modules: tuple[HostModule | None, ...], *, lookup: bool = False) -> HostAdapters:
+def _one_adapter(modules: tuple[HostModule | None, ...], *, lookup: bool = False) -> HostAdapters:
     return arrange(source(), [modules], lookup=lookup)
 
 
@@ -206,7 +207,7 @@ def _station(
         whole[:n] = b
         modules: list[HostModule | None] = [None] * len(slices)
         modules[place] = HostModule(a=stored(a, dtype), b=stored(whole, dtype))
-        problem.adapters = _one_adapter(dtype, tuple(modules))
+        problem.adapters = _one_adapter(tuple(modules))
         problem.rows = every_row(rows, _slot(problem.adapters))
     return read(run(bench, problem, output).reshape(rows, -1)[:, :n])
 
@@ -214,36 +215,30 @@ def _station(
 Made = tuple[StationProblem, Callable[[Floats], Floats], str]
 
 
-def _axes(rows: int, k: int, **more: Choice) -> dict[str, Choice]:
-    named = {name.replace("__", "."): value for name, value in more.items()}
-    sizes: dict[str, Choice] = {"dims.tokens": rows, "dims.k": k, "dims.rank": 1}
-    unadapted: dict[str, Choice] = {"structure.segments": "none", "structure.bias": False, "structure.weight": "float"}
-    return {**ADAPTED, **sizes, **unadapted, **named}
-
-
 def _same(y: Floats) -> Floats:
     return y
 
 
 def _column(dtype: str, rows: int, n: int, k: int) -> Made:
-    axes = _axes(rows, k, dims__n=n, attributes__row_set="tokens")
+    axes = station_axes(rows, k, {"dims.n": n, "attributes.row_set": "tokens"})
     return ColumnLinearProblem(plain("column_linear", dtype, axes)), _same, "y"
 
 
 def _row_parallel(dtype: str, rows: int, n: int, k: int) -> Made:
-    axes = _axes(rows, k, dims__n=n, attributes__reduce=True)
+    axes = station_axes(rows, k, {"dims.n": n, "attributes.reduce": True})
     return RowParallelLinearProblem(plain("row_parallel_linear", dtype, axes)), _same, "y"
 
 
 def _gate_up(dtype: str, rows: int, n: int, k: int) -> Made:
-    problem = GateUpActProblem(plain("gate_up_act", dtype, _axes(rows, k, dims__n=n, attributes__act="silu")))
+    axes = station_axes(rows, k, {"dims.n": n, "attributes.act": "silu"})
+    problem = GateUpActProblem(plain("gate_up_act", dtype, axes))
     bias = np.concatenate([np.full(n, GATE), np.zeros(n)])
     problem.weight = HostWeight(matrix=problem.weight.matrix, slices=(n, n), bias=stored(bias, dtype))
     return problem, lambda y: y / GATE, "y"
 
 
 def _add_norm(dtype: str, rows: int, n: int, k: int) -> Made:
-    axes = _axes(rows, k, dims__n=n, attributes__eps=1e-5)
+    axes = station_axes(rows, k, {"dims.n": n, "attributes.eps": 1e-5})
     problem = RowParallelAddNormProblem(plain("row_parallel_add_norm", dtype, axes))
     problem.operands = {
         **problem.operands,
@@ -254,21 +249,18 @@ def _add_norm(dtype: str, rows: int, n: int, k: int) -> Made:
 
 
 def _qkv(dtype: str, rows: int, n: int, k: int) -> Made:
-    heads = -(-n // 2)
-    axes = _axes(
-        rows,
-        k,
-        dims__heads=heads,
-        dims__kv_heads=1,
-        dims__head_dim=2,
-        dims__rotary_dim=2,
-        attributes__eps=1e-5,
-        attributes__layer=0,
-        structure__q_norm_k_norm=False,
-        structure__style="half",
-        structure__blocks="ascending",
-    )
-    problem = QkvRopeCacheProblem(plain("qkv_rope_cache", dtype, axes))
+    more: dict[str, Choice] = {
+        "dims.heads": -(-n // 2),
+        "dims.kv_heads": 1,
+        "dims.head_dim": 2,
+        "dims.rotary_dim": 2,
+        "attributes.eps": 1e-5,
+        "attributes.layer": 0,
+        "structure.q_norm_k_norm": False,
+        "structure.style": "half",
+        "structure.blocks": "ascending",
+    }
+    problem = QkvRopeCacheProblem(plain("qkv_rope_cache", dtype, station_axes(rows, k, more)))
     problem.cos = stored(np.ones(problem.cos.shape), "float32")
     problem.sin = stored(np.zeros(problem.sin.shape), "float32")
     return problem, _same, "q"

@@ -12,7 +12,7 @@ from polyaccel_conformance.case import Choice
 from polyaccel_conformance.formats import format_of
 from polyaccel_conformance.harness.probes import Measured, leading, relative_bits
 from polyaccel_conformance.oracle.functions import erf_values
-from polyaccel_conformance.probes.planted import plain, run, source, stored
+from polyaccel_conformance.probes.planted import plain, run, source, station_axes, stored
 from polyaccel_conformance.problems.activation import GeluProblem, SiluAndMulProblem
 from polyaccel_conformance.problems.moe_route import MoeRouteProblem
 from polyaccel_conformance.problems.norm import LayerNormProblem, RmsNormProblem
@@ -61,22 +61,7 @@ def add_norm(bench: Bench, dtype: str, k: int) -> tuple[Measured, ...]:
     """The mean of squares in ``row_parallel_add_norm``: of the residual, with a weight of zeros."""
 
     def normed(x: Floats) -> Floats:
-        axes: dict[str, Choice] = {
-            "dims.tokens": len(x),
-            "dims.k": 1,
-            "dims.n": HIDDEN,
-            "dims.rank": 1,
-            "attributes.eps": EPS,
-            "structure.slices": "one",
-            "structure.ranks": "equal",
-            "structure.segments": "none",
-            "structure.mix": "one",
-            "structure.history": "fresh",
-            "structure.others": False,
-            "structure.decode": False,
-            "structure.bias": False,
-            "structure.weight": "float",
-        }
+        axes = station_axes(len(x), 1, {"dims.n": HIDDEN, "attributes.eps": EPS})
         problem = RowParallelAddNormProblem(plain("row_parallel_add_norm", dtype, axes))
         problem.weight = HostWeight(matrix=stored(np.zeros((HIDDEN, 1)), dtype), slices=(HIDDEN,))
         problem.operands = {

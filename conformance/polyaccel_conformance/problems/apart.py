@@ -18,10 +18,10 @@ P = TypeVar("P", bound=Problem)
 def token(problem: P, row: int, count: int = 1) -> P:
     """A copy with tokens ``row:row + count`` of every operand that has tokens, and of the case."""
     other = copy.copy(problem)
-    changes: dict[str, Choice] = {"dims.tokens": count} if "tokens" in problem.case.dims else {}
+    changes: dict[str, Choice] = {"dims__tokens": count} if "tokens" in problem.case.dims else {}
     if "others" in problem.case.structure:
-        changes["structure.others"] = False
-    other.case = problem.case.with_(**{name.replace(".", "__"): value for name, value in changes.items()})
+        changes["structure__others"] = False
+    other.case = problem.case.with_(**changes)
     other.operands = {
         name: Operand(operand.values[row : row + count], operand.dtype)
         if problem.spec.argument(name).shape.startswith("[T")

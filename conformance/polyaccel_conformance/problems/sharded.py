@@ -66,7 +66,6 @@ class ShardedProblem(RankedProblem):
         self.exact = case.data == DIGITS
         self.tokens, self.k, self.n = case.dim("tokens"), case.dim("k"), case.dim("n")
         self.slices = split_rows(self.n, str(case.structure.get("slices", "one")))
-        self.evenly_cut = bool(case.structure.get("even"))
         self._small = self._largest()
         self.x = self._draw_x()
         self.weight = WholeWeight(matrix=self._draw_matrix(), bias=self._draw_bias(), slices=self.slices)

@@ -79,7 +79,6 @@ class EmbeddingProblem(SummedProblem):
         super().__init__(case, rank)
         self.exact = case.data == DIGITS
         tokens, self.rows, self.hidden = case.dim("tokens"), case.dim("n"), case.dim("hidden")
-        self.evenly_cut = bool(case.structure.get("even"))
         self.ids = self.source.integers("ids", (tokens,), 0, self.rows - 1)
         # The last row, and the first of every rank.
         edges = [self.rows - 1, *(self.share(r).rows[0][0] for r in range(case.ranks))]
@@ -203,7 +202,6 @@ class MoeExpertsProblem(SummedProblem):
         self.tokens, self.hidden = case.dim("tokens"), case.dim("hidden")
         self.inner, self.total, self.top_k = case.dim("intermediate"), case.dim("experts"), case.dim("top_k")
         self.by_expert = case.structure["cut"] == "expert"
-        self.evenly_cut = bool(case.structure["even"])
         order = np.argsort(self.source.uniform("ids", (self.tokens, self.total)), axis=1, kind="stable")
         self.ids: Ints = order[:, : self.top_k]
         self.operands = {
@@ -383,7 +381,7 @@ class EmbeddingProblems(ProblemSet):
         if axes["data"] == DIGITS and axes["structure.adapters"] == "mixes":
             axes["structure.adapters"] = "each"
         if axes["structure.even"]:
-            axes["dims.n"], axes["dims.hidden"] = 128 * _integer(axes.get("ranks", 1)), 128
+            axes["dims.n"], axes["dims.hidden"] = EVEN * _integer(axes.get("ranks", 1)), EVEN
         return axes
 
     def problem(self, case: Case) -> Problem:

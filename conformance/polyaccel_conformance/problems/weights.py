@@ -158,9 +158,6 @@ class HostWeight:
         return replace(self, matrix=matrix, bias=self.bias if bias else None)
 
 
-FloatWeight = HostWeight
-
-
 def quantised_weight(
     source: Source,
     dtype: str,

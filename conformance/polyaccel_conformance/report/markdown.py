@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.multi.devices import described
-from polyaccel_conformance.report.model import Report, is_idle, why
+from polyaccel_conformance.report.model import APART, HEADROOM, Report, is_idle, runs_as, why
 from polyaccel_conformance.results import RunResult
 
 
@@ -36,7 +36,7 @@ def markdown(report: Report) -> str:
                     str(state.cases),
                     str(state.failed),
                     *([str(state.not_promised)] if promised else []),
-                    ", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items()),
+                    runs_as(state),
                 ]
                 for state in result.operators
                 if state.cases
@@ -46,7 +46,7 @@ def markdown(report: Report) -> str:
         *_mappings(result),
         "## Headroom",
         "",
-        "The worst error of random data as a share of what the oracle allows; above 1 is wrong.",
+        HEADROOM,
         "",
         *headroom(result),
         "",
@@ -110,8 +110,7 @@ def _apart(result: RunResult) -> list[str]:
     """What failed and was never offered."""
     if not result.not_promised:
         return []
-    text = "Cases that differ from the contract in what was never promised. They count neither as passed nor as failed."
-    return ["## Not promised", "", text, "", *table(["operator", "what differs", "cases", "why"], apart(result)), ""]
+    return ["## Not promised", "", APART, "", *table(["operator", "what differs", "cases", "why"], apart(result)), ""]
 
 
 def apart(result: RunResult) -> list[list[str]]:

@@ -9,11 +9,13 @@ from typing import Any
 
 from polyaccel_conformance.levels.grant import LevelResult, Verdict
 from polyaccel_conformance.multi.identity import RankIdentity
-from polyaccel_conformance.results import CellCount, CheckState, RunResult, encode
+from polyaccel_conformance.results import CellCount, CheckState, OperatorState, RunResult, encode
 from polyaccel_conformance.tally import NO_CASE
 from polyaccel_conformance.waivers import Applied, Waiver
 
 NO_WAIVERS = Applied(covered=frozenset(), problems=())
+HEADROOM = "The worst error of random data as a share of what the oracle allows; above 1 is wrong."
+APART = "Cases that differ from the contract in what was never promised. They count neither as passed nor as failed."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,11 @@ class Report:
 def is_idle(state: CheckState) -> bool:
     """Whether a check has nothing to say because no case asked it."""
     return state.verdict == "not exercised" and not state.cases and state.reason == NO_CASE
+
+
+def runs_as(state: OperatorState) -> str:
+    """``native 3, composite 1``: by how many cases ran as what."""
+    return ", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items())
 
 
 def why(state: CheckState) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from polyaccel_conformance.report.markdown import apart, headroom, table
-from polyaccel_conformance.report.model import Report
+from polyaccel_conformance.report.model import Report, runs_as
 from polyaccel_conformance.results import OperatorState
 
 NUMERIC = ("values.exact", "values.bound", "numerics.measured")
@@ -47,7 +47,7 @@ def _lines(title: str, settings: Sequence[Setting]) -> Iterator[str]:
         yield ""
         yield f"`{setting.report.subject}`, started {setting.report.result.header.started}. {_environment(setting)}"
         yield ""
-        rows = [_row(setting.report, state) for state in _asked(setting.report)]
+        rows = [_row(setting.report, state) for state in setting.report.result.operators if state.cases]
         yield from table(["operator", "verdict", "cases", "runs as", "worst err / tol", "tiers", "other checks"], rows)
         yield ""
         rows = apart(setting.report.result)
@@ -96,18 +96,12 @@ def _environment(setting: Setting) -> str:
     return "; ".join(found) + "." if found else ""
 
 
-def _asked(report: Report) -> list[OperatorState]:
-    """Operators that some case ran, with arithmetic of their own."""
-    return [state for state in report.result.operators if state.cases]
-
-
 def _row(report: Report, state: OperatorState) -> list[str]:
     worst = max(state.headroom.values(), default=0.0)
     verdict = state.verdict if not state.failed else f"**{state.verdict}** {state.failed}"
     tiers, others = _named(report, state.operator)
-    kinds = ", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items())
     shown = f"{worst:.2f}" if state.headroom else ""
-    return [f"`{state.operator}`", verdict, str(state.cases), kinds, shown, tiers, others]
+    return [f"`{state.operator}`", verdict, str(state.cases), runs_as(state), shown, tiers, others]
 
 
 def _named(report: Report, operator: str) -> tuple[str, str]:

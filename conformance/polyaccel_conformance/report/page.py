@@ -7,7 +7,19 @@ from html import escape
 
 from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.multi.devices import described
-from polyaccel_conformance.report.model import Grid, Report, Square, dtypes, grids, is_idle, why
+from polyaccel_conformance.report.model import (
+    APART,
+    HEADROOM,
+    Grid,
+    Report,
+    Square,
+    dtypes,
+    grids,
+    is_idle,
+    runs_as,
+    why,
+)
+from polyaccel_conformance.results import RunResult
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --line: #d5dbe3; --soft: #f3f5f8; --good: #1f7a4d;
@@ -57,14 +69,7 @@ def page(report: Report) -> str:
 def _parts(report: Report) -> Iterator[str]:
     result, head = report.result, report.result.header
     yield f"<h1>{escape(report.title)}</h1>"
-    tone = (
-        "bad"
-        if result.failures or result.device_lost
-        else "mid"
-        if result.incomplete or result.not_promised
-        else "good"
-    )
-    yield f'<p class="verdict {tone}">{escape(report.verdict)}</p>'
+    yield f'<p class="verdict {_tone(result)}">{escape(report.verdict)}</p>'
     yield (
         f'<p class="facts">Profile {escape(head.profile)}, seed {head.seed}, {result.cases} cases in '
         f"{result.seconds:.0f} s, contract {escape(head.contract)}, started {escape(head.started)}.</p>"
@@ -94,6 +99,12 @@ def _parts(report: Report) -> Iterator[str]:
     yield "<h2>Environment</h2>" + _table(["what", "value"], rows)
 
 
+def _tone(result: RunResult) -> str:
+    if result.failures or result.device_lost:
+        return "bad"
+    return "mid" if result.incomplete or result.not_promised else "good"
+
+
 def _operators(report: Report) -> str:
     mappings = report.result.header.mappings
     rows = [
@@ -103,7 +114,7 @@ def _operators(report: Report) -> str:
             str(state.cases),
             str(state.failed),
             *([str(state.not_promised)] if report.has_promises else []),
-            escape(", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items())),
+            escape(runs_as(state)),
             *([escape(mappings.get(state.operator, ""))] if mappings else []),
         ]
         for state in report.result.operators
@@ -111,7 +122,7 @@ def _operators(report: Report) -> str:
     ]
     apart = ["not promised"] if report.has_promises else []
     head = ["operator", "verdict", "cases", "failed", *apart, "runs as", *(["called as"] if mappings else [])]
-    return "<h2>Operators</h2>" + _table(head, rows, numbers={2, 3, 4 if apart else 3}) if rows else ""
+    return "<h2>Operators</h2>" + _table(head, rows, numbers={2, 3, 4} if apart else {2, 3}) if rows else ""
 
 
 def _apart(report: Report) -> str:
@@ -124,12 +135,8 @@ def _apart(report: Report) -> str:
         ]
         for group in report.result.not_promised
     ]
-    note = (
-        '<p class="facts">Cases that differ from the contract in what was never promised. They count neither as passed '
-        "nor as failed.</p>"
-    )
     table = _table(["operator", "what differs", "cases", "why"], rows, numbers={2})
-    return f"<h2>Not promised</h2>{note}{table}" if rows else ""
+    return f'<h2>Not promised</h2><p class="facts">{APART}</p>{table}' if rows else ""
 
 
 def _coverage(report: Report) -> str:
@@ -175,8 +182,8 @@ def _headroom(report: Report) -> str:
             rows.append([f"<code>{escape(state.operator)}</code>", escape(name), f"{worst:.3f}", bar])
     if not rows:
         return ""
-    note = '<p class="facts">The worst error of random data as a share of what the oracle allows; above 1 is wrong.</p>'
-    return f"<h2>Headroom</h2>{note}" + _table(["operator", "output", "err/tol", ""], rows, numbers={2})
+    table = _table(["operator", "output", "err/tol", ""], rows, numbers={2})
+    return f'<h2>Headroom</h2><p class="facts">{HEADROOM}</p>{table}'
 
 
 def _checks(report: Report) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from polyaccel_conformance.cli.blocks import failure_block
 from polyaccel_conformance.levels.grant import LevelResult
-from polyaccel_conformance.report.model import Report, why
+from polyaccel_conformance.report.model import Report, runs_as, why
 from polyaccel_conformance.results import RunResult
 
 WIDE = 100
@@ -36,7 +36,7 @@ def terminal(report: Report) -> str:
                 str(state.failed),
                 *([str(state.not_promised)] if promised else []),
                 f"{max(state.headroom.values()):.2f}" if state.headroom else "",
-                ", ".join(f"{kind or 'not planned'} {count}" for kind, count in state.kinds.items()),
+                runs_as(state),
             ]
             for state in result.operators
             if state.cases

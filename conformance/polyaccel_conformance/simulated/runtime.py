@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -275,12 +275,9 @@ class Runtime:
         self._kernel_device = device
         try:
             # Device work is invisible to whoever watches the host's operators.
-            if torch._C._len_torch_dispatch_stack():
-                with _disable_current_modes(), torch.no_grad():
-                    task.call()
-            else:
-                with torch.no_grad():
-                    task.call()
+            modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+            with modes, torch.no_grad():
+                task.call()
         except Exception as error:
             device.failure = Failure(task, error)
         finally:

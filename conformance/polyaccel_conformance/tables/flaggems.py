@@ -12,19 +12,19 @@ form takes block tables and lengths on the device in the layout of FlashAttentio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 
-from polyaccel.backend import Query
 from polyaccel.backend.composite.kv_cache import TensorKVCache
 from polyaccel.backend.rope import RopeTable
 from polyaccel.backend.step import Step
-from polyaccel.backend.support import Supports
 from polyaccel_conformance.promises import Kernel, NotPromised
+from polyaccel_conformance.tables import usual
 from polyaccel_conformance.tables.required import release, required
-from polyaccel_conformance.tables.routing import MOST_CHOICES, softmax_only
-from polyaccel_conformance.tables.usual import DENSE, ONE_ROW, TRITON_EXP, UNCHECKED
+from polyaccel_conformance.tables.routing import MOST_CHOICES, by_topk_softmax, softmax_only
+from polyaccel_conformance.tables.usual import dense_copy
 
 DISTRIBUTION = "flag-gems"
 APART = tuple(
@@ -44,7 +44,9 @@ def flaggems() -> Mapping[str, Kernel]:
         UsageError: flag-gems is not installed.
     """
     gems = required("flag_gems", DISTRIBUTION)
-    version = release(DISTRIBUTION)
+    kernel = partial(
+        usual.kernel, distribution=release(DISTRIBUTION), usual=(usual.DENSE, usual.UNCHECKED, usual.ONE_ROW)
+    )
 
     def rms_norm(
         x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -54,7 +56,7 @@ def flaggems() -> Mapping[str, Kernel]:
             normed: torch.Tensor = gems.rms_norm(x, shape, weight, eps)
             return normed
         # Both operands are overwritten where they are dense.
-        normed, s = gems.fused_add_rms_norm(_copy(x), _copy(residual), shape, weight, eps)
+        normed, s = gems.fused_add_rms_norm(dense_copy(x), dense_copy(residual), shape, weight, eps)
         return normed, s
 
     def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -82,27 +84,6 @@ def flaggems() -> Mapping[str, Kernel]:
         keys, values = kv.blocks(layer)
         gems.reshape_and_cache_flash(k, v, keys, values, step.tensor("kv_slots"), "auto", None, None)
 
-    def moe_route(
-        logits: torch.Tensor,
-        top_k: int,
-        scoring: str,
-        renormalise: bool,
-        bias: torch.Tensor | None = None,
-        groups: int = 1,
-        topk_groups: int = 1,
-        scale: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = torch.empty((logits.shape[0], top_k), dtype=torch.float32, device=logits.device)
-        ids, rows = (torch.empty_like(weights, dtype=torch.int32) for _ in range(2))
-        gems.topk_softmax(weights, ids, rows, logits.contiguous(), renormalise)
-        return weights * scale, ids
-
-    def kernel(
-        fn: Callable[..., object], mapping: str, *not_promised: NotPromised, supports: Supports = _any
-    ) -> Kernel:
-        usual = (DENSE, UNCHECKED, ONE_ROW, *not_promised)
-        return Kernel(fn, supports=supports, distribution=version, mapping=mapping, not_promised=usual)
-
     return {
         "rms_norm": kernel(
             rms_norm,
@@ -110,10 +91,12 @@ def flaggems() -> Mapping[str, Kernel]:
             "place; its statistics are of the sum before rounding, which the contract allows",
         ),
         "layer_norm": kernel(layer_norm, "layer_norm(x, [hidden], weight, bias, eps)[0]; tuned anew for every shape"),
-        "silu_and_mul": kernel(silu_and_mul, "silu_and_mul(x[:, :n], x[:, n:])", TRITON_EXP),
+        "silu_and_mul": kernel(silu_and_mul, "silu_and_mul(x[:, :n], x[:, n:])", usual.TRITON_EXP),
         "gelu": kernel(gelu, "gelu(x, approximate=approximate)"),
         "rotary_embedding": kernel(
-            rotary_embedding, "apply_rotary_pos_emb(q, k, cos, sin, positions, interleaved)", supports=_whole_heads
+            rotary_embedding,
+            "apply_rotary_pos_emb(q, k, cos, sin, positions, interleaved)",
+            supports=usual.whole_heads,
         ),
         "write_kv_cache": kernel(
             write_kv_cache,
@@ -121,21 +104,8 @@ def flaggems() -> Mapping[str, Kernel]:
             *APART,
         ),
         "moe_route": kernel(
-            moe_route,
+            by_topk_softmax(lambda *operands: gems.topk_softmax(*operands)),
             f"topk_softmax(weights, ids, rows, logits, renormalise), then times the scale; {MOST_CHOICES} at most",
             supports=softmax_only,
         ),
     }
-
-
-def _any(query: Query) -> list[str]:
-    return []
-
-
-def _copy(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _whole_heads(query: Query) -> list[str]:
-    head, rotary = query.integer("head_dim"), query.integer("rotary_dim")
-    return [] if head == rotary else [f"rotates whole heads of {head}, not {rotary} dimensions"]

@@ -12,7 +12,8 @@ one tensor of all experts in the layout of transformers, and returns no partial 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ import torch
 from polyaccel.backend import Query
 from polyaccel.backend.rope import RopeTable
 from polyaccel.backend.step import Step
-from polyaccel.backend.support import Supports
-from polyaccel_conformance.promises import Kernel, NotPromised
+from polyaccel_conformance.promises import Kernel
+from polyaccel_conformance.tables import usual
 from polyaccel_conformance.tables.required import release, required
-from polyaccel_conformance.tables.usual import DENSE, ONE_ROW, TRITON_EXP, UNCHECKED
+from polyaccel_conformance.tables.usual import dense_copy, tanh_only, whole_heads
 
 DISTRIBUTION = "liger-kernel"
 WIDEST = 65536
@@ -37,7 +38,9 @@ def liger() -> Mapping[str, Kernel]:
         UsageError: liger-kernel is not installed.
     """
     functional = required("liger_kernel.transformers.functional", DISTRIBUTION)
-    version = release(DISTRIBUTION)
+    kernel = partial(
+        usual.kernel, distribution=release(DISTRIBUTION), usual=(usual.DENSE, usual.UNCHECKED, usual.ONE_ROW)
+    )
 
     def rms_norm(
         x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -69,40 +72,38 @@ def liger() -> Mapping[str, Kernel]:
         positions = step.tensor("positions")
         cos, sin = (table.index_select(0, positions).repeat(1, 2).unsqueeze(0) for table in (rope.cos, rope.sin))
         # The kernel works in place on whatever is dense already.
-        q, k = (x.clone(memory_format=torch.contiguous_format).unsqueeze(0).transpose(1, 2) for x in (q, k))
+        q, k = (dense_copy(x).unsqueeze(0).transpose(1, 2) for x in (q, k))
         turned: tuple[Any, Any] = functional.liger_rope(q, k, cos, sin)
         return turned[0].transpose(1, 2).squeeze(0), turned[1].transpose(1, 2).squeeze(0)
-
-    def kernel(fn: Callable[..., object], supports: Supports, mapping: str, *not_promised: NotPromised) -> Kernel:
-        usual = (DENSE, UNCHECKED, ONE_ROW, *not_promised)
-        return Kernel(fn, supports=supports, distribution=version, mapping=mapping, not_promised=usual)
 
     return {
         "rms_norm": kernel(
             rms_norm,
-            _narrow,
             "liger_rms_norm(x, weight, eps), or liger_fused_add_rms_norm(x, residual, weight, eps); casting_mode is "
             "the default, llama: statistics in float32, the product with the weight in the dtype of x",
+            supports=_narrow,
         ),
         "layer_norm": kernel(
             layer_norm,
-            _narrow,
             "liger_layer_norm(x, weight, bias, eps); it always adds a bias, so a missing one becomes zeros",
+            supports=_narrow,
         ),
         "silu_and_mul": kernel(
             silu_and_mul,
-            _narrow,
             "liger_swiglu(x[:, :n], x[:, n:]), which copies both; silu(gate) is rounded to the dtype of x",
-            TRITON_EXP,
+            usual.TRITON_EXP,
+            supports=_narrow,
         ),
         "gelu": kernel(
-            gelu, _tanh_only, "liger_geglu(x, 1): the gated form with ones, since there is no other; by tanh alone"
+            gelu,
+            "liger_geglu(x, 1): the gated form with ones, since there is no other; by tanh alone",
+            supports=_narrow_tanh,
         ),
         "rotary_embedding": kernel(
             rotary_embedding,
-            _whole_heads,
             "liger_rope(q, k, cos, sin) on copies, since it works in place; each token's cos and sin, repeated for "
             "both halves of a head",
+            supports=_halves_of_whole_heads,
         ),
     }
 
@@ -112,12 +113,10 @@ def _narrow(query: Query) -> list[str]:
     return [f"rows of {width}; one block has {WIDEST} at most"] if width > WIDEST else []
 
 
-def _tanh_only(query: Query) -> list[str]:
-    found = _narrow(query)
-    return found if query.static.get("approximate") == "tanh" else [*found, "only the approximation by tanh"]
+def _narrow_tanh(query: Query) -> list[str]:
+    return [*_narrow(query), *tanh_only(query)]
 
 
-def _whole_heads(query: Query) -> list[str]:
-    head, rotary = query.integer("head_dim"), query.integer("rotary_dim")
+def _halves_of_whole_heads(query: Query) -> list[str]:
     reasons = [] if query.static.get("style") == "half" else ["only pairs of style half"]
-    return reasons if head == rotary else [*reasons, f"rotates whole heads of {head}, not {rotary} dimensions"]
+    return [*reasons, *whole_heads(query)]

@@ -13,7 +13,8 @@ keys lie in pieces of 16 bytes), ``linear`` (vLLM calls PyTorch's), ``sgmv`` (Tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -21,11 +22,11 @@ from polyaccel.backend import Query
 from polyaccel.backend.composite.kv_cache import TensorKVCache
 from polyaccel.backend.rope import RopeTable
 from polyaccel.backend.step import Step
-from polyaccel.backend.support import Supports
 from polyaccel_conformance.promises import Kernel, NotPromised
+from polyaccel_conformance.tables import usual
 from polyaccel_conformance.tables.required import release, required
-from polyaccel_conformance.tables.routing import softmax_only
-from polyaccel_conformance.tables.usual import DENSE, UNCHECKED
+from polyaccel_conformance.tables.routing import by_topk_softmax, softmax_only
+from polyaccel_conformance.tables.usual import dense_copy
 
 DISTRIBUTION = "vllm"
 SIXTEEN_BITS = NotPromised(
@@ -47,13 +48,13 @@ def vllm() -> Mapping[str, Kernel]:
         UsageError: vllm is not installed.
     """
     custom = required("vllm._custom_ops", DISTRIBUTION)
-    version = release(DISTRIBUTION)
+    kernel = partial(usual.kernel, distribution=release(DISTRIBUTION), usual=(usual.DENSE, usual.UNCHECKED))
 
     def rms_norm(
         x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if residual is not None:
-            normed, s = _copy(x), _copy(residual)
+            normed, s = dense_copy(x), dense_copy(residual)
             if x.numel():
                 custom.fused_add_rms_norm(_rows(normed), _rows(s), weight, eps)
             return normed, s
@@ -78,7 +79,7 @@ def vllm() -> Mapping[str, Kernel]:
     def rotary_embedding(
         q: torch.Tensor, k: torch.Tensor, rope: RopeTable, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = _copy(q), _copy(k)
+        q, k = dense_copy(q), dense_copy(k)
         if q.shape[0]:
             table = torch.cat((rope.cos, rope.sin), -1)
             custom.rotary_embedding(step.tensor("positions"), q, k, q.shape[-1], table, rope.style == "half")
@@ -90,30 +91,11 @@ def vllm() -> Mapping[str, Kernel]:
             scale = torch.ones((), dtype=torch.float32, device=k.device)
             custom.reshape_and_cache_flash(k, v, keys, values, step.tensor("kv_slots"), "auto", scale, scale)
 
-    def moe_route(
-        logits: torch.Tensor,
-        top_k: int,
-        scoring: str,
-        renormalise: bool,
-        bias: torch.Tensor | None = None,
-        groups: int = 1,
-        topk_groups: int = 1,
-        scale: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = torch.empty((logits.shape[0], top_k), dtype=torch.float32, device=logits.device)
-        ids, rows = (torch.empty_like(weights, dtype=torch.int32) for _ in range(2))
+    def topk_softmax(
+        weights: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor, renormalise: bool
+    ) -> None:
         if logits.shape[0]:
-            custom.topk_softmax(weights, ids, rows, logits.float().contiguous(), renormalise)
-        return weights * scale, ids
-
-    def kernel(
-        fn: Callable[..., object],
-        mapping: str,
-        *not_promised: NotPromised,
-        supports: Supports = _any,
-    ) -> Kernel:
-        usual = (DENSE, UNCHECKED, *not_promised)
-        return Kernel(fn, supports=supports, distribution=version, mapping=mapping, not_promised=usual)
+            custom.topk_softmax(weights, ids, rows, logits.float(), renormalise)
 
     return {
         "rms_norm": kernel(
@@ -126,7 +108,11 @@ def vllm() -> Mapping[str, Kernel]:
             "_C.silu_and_mul(out, x) on a dense x; silu is rounded to the dtype of x, which the contract allows",
         ),
         "gelu": kernel(
-            gelu, "_C.gelu_new(out, x) on a dense x, for tanh alone", SIXTEEN_BITS, CUBE, supports=_tanh_only
+            gelu,
+            "_C.gelu_new(out, x) on a dense x, for tanh alone",
+            SIXTEEN_BITS,
+            CUBE,
+            supports=usual.tanh_only,
         ),
         "rotary_embedding": kernel(
             rotary_embedding,
@@ -138,27 +124,15 @@ def vllm() -> Mapping[str, Kernel]:
             "reshape_and_cache_flash(k, v, keys, values, slots, 'auto', 1, 1) on the blocks of a layer",
         ),
         "moe_route": kernel(
-            moe_route,
+            by_topk_softmax(topk_softmax),
             "topk_softmax(weights, ids, rows, float32 logits, renormalise), then times the scale",
             supports=softmax_only,
         ),
     }
 
 
-def _copy(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1, x.shape[-1])
-
-
-def _any(query: Query) -> list[str]:
-    return []
-
-
-def _tanh_only(query: Query) -> list[str]:
-    return [] if query.static.get("approximate") == "tanh" else ["only the approximation by tanh"]
 
 
 def _grouped_heads(query: Query) -> list[str]:

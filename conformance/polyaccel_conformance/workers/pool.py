@@ -24,6 +24,8 @@ OPEN_SECONDS = 120.0
 MAX_IN_A_ROW = 25
 """Workers that may end one after the other, without one that survives a case, before the device counts as lost."""
 LOG_TAIL = 6
+HANG = "hang"
+"""The cause of a failure of a case that did not end in time."""
 
 
 class WorkerLost(ConformanceError):
@@ -73,7 +75,6 @@ class Pool:
 
     def __init__(self, subject: Subject, *, count: int = 2, device: int = 0, server: ForkServer | None = None) -> None:
         self.facts: Mapping[str, Any] = {}
-        self.restarts = 0
         self._in_a_row = 0
         self._subject, self._count, self._device = subject, count, device
         self._own = server is None
@@ -183,7 +184,7 @@ class Pool:
                     yield Answer(job=job, reply=reply)
             elif time.monotonic() >= worker.deadline:
                 worker.process.kill()
-                yield self._lost(worker, job, "hang")
+                yield self._lost(worker, job, HANG)
 
     def _lost(self, worker: _Worker, job: Job, how: str) -> Answer:
         self._end(worker)
@@ -194,7 +195,6 @@ class Pool:
 
     def _reopen(self) -> _Worker:
         if self._started > self._count:
-            self.restarts += 1
             self._in_a_row += 1
         if self._in_a_row > MAX_IN_A_ROW:
             raise WorkerLost(f"{self._in_a_row} workers in a row did not survive a case")

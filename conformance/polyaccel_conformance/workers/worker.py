@@ -117,15 +117,17 @@ def open_bench(subject: Subject, device: int) -> tuple[Bench, dict[str, Any]]:
         raise BackendUnavailable(f"backend {backend.name!r} cannot be used here: {availability.reason}")
     devices = list(backend.devices())
     bench = Bench(backend, devices[device % len(devices)], subject=subject)
+    # Only a table's entries say how they are called and what they never promised.
+    entries = backend.operators() if subject.kind == "table" else {}
     facts = {
         "fork_safe": backend.fork_safe,
         "devices": len(devices),
         "device_type": bench.device.torch_device.type,
         "scope": sorted(backend.given) if isinstance(backend, OperatorTable) else None,
-        "mappings": mappings(backend.operators()) if subject.kind == "table" else {},
-        "not_promised": encode(rules(backend.operators())) if subject.kind == "table" else [],
+        "mappings": mappings(entries),
+        "not_promised": encode(rules(entries)),
         "graphs": "; ".join(backend.graph_refusals()),
-        "environment": {**_environment(backend, bench, subject), **_sources(backend, subject)},
+        "environment": {**_environment(backend, bench, subject, sources(entries)), **_sources(backend, subject)},
     }
     return bench, facts
 
@@ -137,7 +139,7 @@ def checks_named(names: list[str]) -> list[Check]:
     return [CHECKS[name] for name in names]
 
 
-def _environment(backend: Backend, bench: Bench, subject: Subject) -> dict[str, str]:
+def _environment(backend: Backend, bench: Bench, subject: Subject, kernels: tuple[str, ...]) -> dict[str, str]:
     found = {
         "backend": backend.name,
         "class": f"{type(backend).__module__}.{type(backend).__qualname__}",
@@ -155,10 +157,8 @@ def _environment(backend: Backend, bench: Bench, subject: Subject) -> dict[str, 
     module = getattr(torch, bench.torch_device.type, None)
     if module is not None and hasattr(module, "get_device_name"):
         found["hardware"] = str(module.get_device_name(bench.torch_device))
-    if subject.kind == "table":
-        kernels = sources(backend.operators())
-        if kernels:
-            found["kernels"] = ", ".join(kernels)
+    if kernels:
+        found["kernels"] = ", ".join(kernels)
     return found
 
 

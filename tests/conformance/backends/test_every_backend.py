@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 from polyaccel_conformance.errors import ExitCode
 from polyaccel_conformance.results import RunResult
 from tests.certify import backends
-from tests.support.plugins import environment
+from tests.support.plugins import cli, environment
 
 pytestmark = pytest.mark.slow
 
@@ -28,31 +26,22 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> backends.Installed:
     return backends.Installed(tmp_path_factory.mktemp("installed"))
 
 
-def quick(variables: Mapping[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``polyaccel conformance run --profile quick``."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "polyaccel_conformance", "run", "--profile", "quick", "--no-progress"),
-            *("--out", str(folder), *arguments),
-        ],
-        env=dict(variables),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+def quick(variables: Mapping[str, str], folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and error output of ``polyaccel conformance run --profile quick``."""
+    words = ("conformance", "run", "--profile", "quick", "--no-progress", "--out", str(folder), *arguments)
+    return cli(variables, *words, timeout=TIMEOUT)
 
 
 @pytest.mark.parametrize("tested", backends.BACKENDS, ids=lambda tested: tested.name)
 def test_a_healthy_backend_passes_quick(tested: backends.Tested, installed: backends.Installed, tmp_path: Path) -> None:
-    run = quick(installed.variables(tested), tmp_path, "--backend", tested.name)
-    assert run.returncode == ExitCode.PASS, f"{run.stdout}{run.stderr}"
+    code, out, err = quick(installed.variables(tested), tmp_path, "--backend", tested.name)
+    assert code == ExitCode.PASS, out + err
     result = RunResult.from_json(json.loads((tmp_path / "result.json").read_text(encoding="utf-8")))
     assert result.cases >= CASES
     assert not result.failures
     assert not result.empty_cells
     # A continuous integration shows what passed as well.
-    print(*re.findall(r"^PASS: .*$", run.stdout, flags=re.MULTILINE))
+    print(*re.findall(r"^PASS: .*$", out, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +55,6 @@ def test_a_healthy_backend_passes_quick(tested: backends.Tested, installed: back
 def test_a_backend_that_computes_nothing_fails_with_the_reason(
     subject: tuple[str, str], reason: str, tmp_path: Path
 ) -> None:
-    run = quick(environment(), tmp_path, *subject, "--operators", "linear", "--no-shrink")
-    assert run.returncode == ExitCode.FAIL, f"{run.stdout}{run.stderr}"
-    assert reason in run.stdout
+    code, out, err = quick(environment(), tmp_path, *subject, "--operators", "linear", "--no-shrink")
+    assert code == ExitCode.FAIL, out + err
+    assert reason in out

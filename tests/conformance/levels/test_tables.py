@@ -12,7 +12,7 @@ from polyaccel_conformance.levels.coverage import covered
 from polyaccel_conformance.levels.evidence import required
 from polyaccel_conformance.multi.registry import RANKED_SETS
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
-from polyaccel_conformance.schedule import OfRanks, fixed
+from polyaccel_conformance.schedule import fixed
 
 
 def test_levels_are_named_and_built_in_order() -> None:
@@ -47,7 +47,7 @@ def test_the_fixed_lists_leave_no_required_cell_empty(ranks: int) -> None:
     table = index(wanted)
     sets = PROBLEM_SETS if ranks == 1 else RANKED_SETS
     for problems in sets.values():
-        for item in fixed(problems if ranks == 1 else OfRanks(problems, ranks), ranks=ranks):
+        for item in fixed(problems, ranks=ranks):
             for cell in covered(item.case, table):
                 wanted.pop(cell, None)
     assert [str(cell) for cell in wanted] == []

@@ -20,7 +20,7 @@ from polyaccel_conformance.oracle.bounded import Bounded, Expected, Floats, fini
 from polyaccel_conformance.problems.collectives import AllReduceProblem
 from polyaccel_conformance.problems.sharded import RowParallelProblem, ShardedProblem
 from polyaccel_conformance.problems.sharded_sum import EmbeddingProblem, MoeExpertsProblem
-from polyaccel_conformance.schedule import OfRanks, fixed
+from polyaccel_conformance.schedule import fixed
 from polyaccel_conformance.words import Source
 from tests.conformance.multi.cases import ranked_case, reduce_case
 
@@ -238,7 +238,7 @@ def test_every_operator_with_weights_is_asked_for_its_share_of_their_bytes(opera
     if RANKED_SETS[operator].problem(ranked_case(operator, 2)).spec.group == "ranks":
         assert "structure.even" not in problems.axes()
         return
-    cases = [item.case for item in fixed(OfRanks(problems, 2), ranks=2)]
+    cases = [item.case for item in fixed(problems, ranks=2)]
     asked = [problem for c in cases if (problem := problems.problem(c)).evenly_cut]  # type: ignore[attr-defined]
     assert asked
     assert all(COMM_CHECKS["comm.memory"].applies(problem.case, problem) for problem in asked)

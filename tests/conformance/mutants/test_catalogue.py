@@ -73,7 +73,7 @@ def test_narrow_and_engine_mutants_and_those_of_several_ranks_are_there() -> Non
 def test_an_unknown_mutant_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"no mutant 'nobody'"):
         apply_mutant("nobody", load("cpu"))
-    with pytest.raises(KeyError, match="nobody"):
+    with pytest.raises(UsageError, match=r"no mutant 'nobody'"):
         chosen(["nobody"])
 
 

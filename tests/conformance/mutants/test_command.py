@@ -13,6 +13,7 @@ from polyaccel_conformance.cli import power
 from polyaccel_conformance.cli.main import main
 from polyaccel_conformance.errors import ExitCode
 from polyaccel_conformance.mutants import series
+from polyaccel_conformance.mutants.mutant import Mutant
 from polyaccel_conformance.mutants.score import Score
 from polyaccel_conformance.mutants.series import Outcome
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
@@ -92,13 +93,13 @@ def test_sets_of_few_or_slow_cases_are_run_whole_without_the_fixed_lists() -> No
 
 
 def test_by_date_every_operator_is_asked_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, tuple[str, ...], int]] = []
+    asked: list[tuple[str, ...]] = []
 
-    def examine(subject: Subject, name: str, operators: list[str], _: object, *, devices: int = 1) -> Score:
-        asked.append((name, tuple(operators), devices))
-        return Score(mutant=name, cases=1, failing=0)
+    def examine(mutant: Mutant, _: object, operators: list[str]) -> Score:
+        asked.append(tuple(operators))
+        return Score(mutant=mutant.name, cases=1, failing=0)
 
     monkeypatch.setattr(series, "examine", examine)
     outcome = series.whole_of_quick(3, datetime.date(2026, 3, 1), None, lambda text: None)  # type: ignore[arg-type]
     assert len(asked) == len(outcome.missed) == 3
-    assert all(set(PROBLEM_SETS) <= set(operators) for _, operators, _ in asked)
+    assert all(set(PROBLEM_SETS) <= set(operators) for operators in asked)

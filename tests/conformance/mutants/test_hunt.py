@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 
 from polyaccel_conformance.mutants.catalogue import HEALTHY, MUTANTS
-from polyaccel_conformance.mutants.score import examine, hunt, subject_of, uniform_share
+from polyaccel_conformance.mutants.score import examine, hunt, uniform_share
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.workers.process import ForkServer
 
@@ -50,17 +50,17 @@ def test_a_run_ends_soon_after_the_check_has_found_its_mutant(server: ForkServer
 
 
 @pytest.mark.parametrize(
-    ("name", "operators", "devices"),
+    ("name", "operators"),
     [
-        ("healthy.dense", ("gelu", "select_rows", "storage.sampling"), 1),
-        ("healthy.collectives", ("all_reduce", "barrier"), 2),
-        ("healthy.devices", ("silu_and_mul",), 1),
+        ("healthy.dense", ("gelu", "select_rows", "storage.sampling")),
+        ("healthy.collectives", ("all_reduce", "barrier")),
+        ("healthy.devices", ("silu_and_mul",)),
     ],
 )
 def test_healthy_code_in_the_same_wrappers_is_not_killed(
-    name: str, operators: tuple[str, ...], devices: int, server: ForkServer
+    name: str, operators: tuple[str, ...], server: ForkServer
 ) -> None:
-    found = examine(subject_of(HEALTHY[name]), name, operators, server, devices=devices)
+    found = examine(HEALTHY[name], server, operators)
     assert found.cases > 50
     assert found.kills == {}
 
@@ -69,8 +69,7 @@ def test_healthy_code_in_the_same_wrappers_is_not_killed(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", HEALTHY)
 def test_no_check_kills_healthy_code(name: str, server: ForkServer) -> None:
-    healthy = HEALTHY[name]
-    assert examine(subject_of(healthy), name, healthy.operators, server, devices=healthy.devices).kills == {}
+    assert examine(HEALTHY[name], server).kills == {}
 
 
 def test_a_bug_that_is_called_narrow_is_rare_in_uniform_cases_and_found_all_the_same(server: ForkServer) -> None:

@@ -82,6 +82,17 @@ def test_records_survive_their_file_and_another_definition_makes_one_stale(tmp_p
     assert Records(path).of(changed).full is None
 
 
+def test_the_record_of_a_mutant_that_is_no_more_does_not_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "mutants.json"
+    one, gone = _mutant("x.one"), _mutant("x.gone")
+    for mutant in (one, gone):
+        Records(path).update(mutant, full=_score(mutant.name))
+    records = Records(path)
+    records.keep({"x.one": one})
+    records.update(one, full=_score("x.one", a__check=3))
+    assert list(Records(path).mutants) == ["x.one"]
+
+
 def test_a_file_that_holds_no_records_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mutants.json"
     path.write_text("[]")

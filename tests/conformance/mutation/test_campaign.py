@@ -45,8 +45,8 @@ def coverage(server: ForkServer, cases: list[Case]) -> Coverage:
 
 
 @pytest.fixture(scope="module")
-def campaign(edits: list[Edit], coverage: Coverage, server: ForkServer) -> Iterator[Campaign]:
-    found = Campaign(edits, HEALTHY, coverage, server)
+def campaign(coverage: Coverage, server: ForkServer) -> Iterator[Campaign]:
+    found = Campaign(HEALTHY, coverage, server)
     yield found
     found.close()
 
@@ -54,6 +54,11 @@ def campaign(edits: list[Edit], coverage: Coverage, server: ForkServer) -> Itera
 def of(edits: list[Edit], function: str, before: str, after: str) -> Edit:
     (found,) = (e for e in edits if (e.function, e.before, e.after) == (function, before, after))
     return found
+
+
+def sick(edit: Edit) -> Subject:
+    """What opens the package with this mutant."""
+    return Subject(kind="table", path=opened.__file__, name=opened.named(edit, opened.digests()[edit.file]))
 
 
 def test_only_the_cases_that_execute_the_statement_are_asked(coverage: Coverage, edits: list[Edit]) -> None:
@@ -81,11 +86,8 @@ def test_a_case_that_fails_without_the_mutant_is_no_kill(
     edits: list[Edit], coverage: Coverage, server: ForkServer
 ) -> None:
     wrong = of(edits, "silu_and_mul", "-1", "-2")
-    names = [e for e in edits if e.file == wrong.file]
-    state = opened.digests()[wrong.file]
     # What is called unchanged here is the mutant itself.
-    sick = Subject(kind="table", path=opened.__file__, name=opened.named(wrong, names.index(wrong), state))
-    other = Campaign(edits, sick, coverage, server)
+    other = Campaign(sick(wrong), coverage, server)
     try:
         assert not other.run(wrong).killed
     finally:
@@ -97,10 +99,7 @@ def test_a_case_that_fails_on_the_unchanged_package_is_not_asked(
     edits: list[Edit], cases: list[Case], server: ForkServer
 ) -> None:
     wrong = of(edits, "silu_and_mul", "-1", "-2")
-    names = [e for e in edits if e.file == wrong.file]
-    state = opened.digests()[wrong.file]
-    sick = Subject(kind="table", path=opened.__file__, name=opened.named(wrong, names.index(wrong), state))
-    found = measure(sick, server, cases)
+    found = measure(sick(wrong), server, cases)
     assert found.failing
     assert all(text.startswith("silu_and_mul") for text in found.failing)
     assert len(found.of(wrong)) + len(found.failing) == sum(case.operator == "silu_and_mul" for case in cases)
@@ -109,4 +108,4 @@ def test_a_case_that_fails_on_the_unchanged_package_is_not_asked(
 def test_a_mutant_of_an_edited_file_is_refused(edits: list[Edit], server: ForkServer) -> None:
     wrong = of(edits, "silu_and_mul", "-1", "-2")
     with pytest.raises(ConformanceError, match=r"dense\.py has been edited"):
-        opened.__getattr__(opened.named(wrong, 0, "0" * 16))()
+        opened.__getattr__(opened.named(wrong, "0" * 16))()

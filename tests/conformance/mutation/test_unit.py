@@ -42,9 +42,7 @@ def test_a_file_has_the_tests_of_its_own_name(folder: Path, file: str, expected:
 
 
 def test_only_a_process_with_the_mutant_fails(tmp_path: Path, server: ForkServer) -> None:
-    edits = all_edits()
-    (edit,) = (e for e in edits if (e.function, e.before, e.after) == ("silu_and_mul", "-1", "-2"))
-    index = [e for e in edits if e.file == edit.file].index(edit)
+    (edit,) = (e for e in all_edits() if (e.function, e.before, e.after) == ("silu_and_mul", "-1", "-2"))
     test = tmp_path / "test_dense.py"
     test.write_text(
         "import torch\n"
@@ -52,7 +50,7 @@ def test_only_a_process_with_the_mutant_fails(tmp_path: Path, server: ForkServer
         "def test_silu():\n"
         "    assert silu_and_mul(torch.ones(4, 6)).shape == (4, 3)\n"
     )
-    name = named(edit, index, digests()[edit.file])
+    name = named(edit, digests()[edit.file])
     assert first_failure(name, [str(test)], server) == "unit test test_dense.py::test_silu"
     assert first_failure(HEALTHY, [str(test)], server) == ""
     assert first_failure(name, [], server) == ""

@@ -12,12 +12,11 @@ import numpy.typing as npt
 
 from polyaccel_conformance.case import Choice
 from polyaccel_conformance.formats import FORMATS
-from polyaccel_conformance.multi.registry import ranked_set
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
 from polyaccel_conformance.problems.sample import SampleProblem
 from tests.conformance import emulated
-from tests.conformance.drawn import Emulation, problems, remembered, worst
+from tests.conformance.drawn import Emulation, Ratio, bound_ratio, problem_set, problems, survey
 from tests.conformance.emulated import LEGITIMATE, Form
 from tests.conformance.emulated_activation import GELU, SILU, emulated_gelu, emulated_silu
 from tests.conformance.emulated_attention import ACCUMULATIONS, FORMS, Emulated
@@ -36,14 +35,8 @@ from tests.conformance.emulation import BF16, F16, LOWER, tf32
 
 Floats = npt.NDArray[np.float64]
 Axes = Mapping[str, tuple[Choice, ...]]
-Ratio = Callable[[Problem, Emulation], float]
 
 NOTHING: Axes = MappingProxyType({})
-
-
-def bound_ratio(problem: Problem, emulate: Emulation) -> float:
-    """Worst err / tol of all outputs that are numbers."""
-    return worst(problem, emulate(problem))
 
 
 def sample_ratio(problem: Problem, emulate: Emulation) -> float:
@@ -87,19 +80,14 @@ class Subject:
 
     def drawn(self, count: int, seed: int, **axes: tuple[Choice, ...]) -> Iterator[Problem]:
         """Problems of the axes of the survey, those named from ``axes``; names that the operator lacks are dropped."""
-        problem_set = PROBLEM_SETS.get(self.operator) or ranked_set(self.operator)
-        known = {*problem_set.axes(), *(("ranks",) if self.operator not in PROBLEM_SETS else ())}
+        cases = problem_set(self.operator)
+        known = {*cases.axes(), *(("ranks",) if self.operator not in PROBLEM_SETS else ())}
         named = {path: values for path, values in {**self.sizes, **axes}.items() if path.replace("__", ".") in known}
-        return problems(problem_set, count, seed, **named)
+        return problems(cases, count, seed, **named)
 
     def worst(self, emulations: Mapping[str, Emulation], found: Iterator[Problem]) -> dict[str, float]:
         """The worst err / tol of each implementation."""
-        ratios = dict.fromkeys(emulations, 0.0)
-        with np.errstate(all="ignore"):
-            for problem in map(remembered, found):
-                for name, emulate in emulations.items():
-                    ratios[name] = max(ratios[name], self.ratio(problem, emulate))
-        return ratios
+        return survey(emulations, found, self.ratio)
 
     def healthy(self, dtype: str, count: int, seed: int) -> float:
         """The worst err / tol of all legitimate implementations on random data of the survey's sizes."""

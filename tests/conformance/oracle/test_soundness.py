@@ -8,8 +8,7 @@ import pytest
 
 from polyaccel.backend import OPERATORS, STATIONS
 from polyaccel_conformance.formats import FORMATS
-from polyaccel_conformance.multi.registry import ranked_set
-from polyaccel_conformance.problems.registry import PROBLEM_SETS
+from tests.conformance.drawn import problem_set
 from tests.conformance.oracle.subjects import SUBJECTS
 from tests.conformance.oracle.survey import CASES, EACH, FIGURES, PAGE, rendered, soundness, stored
 
@@ -43,8 +42,7 @@ def test_every_legitimate_implementation_agrees_bit_for_bit_on_exact_data(operat
 
 
 def _kinds(operator: str) -> list[str]:
-    problem_set = PROBLEM_SETS.get(operator) or ranked_set(operator)
-    return [str(kind) for kind in problem_set.axes()["data"]]
+    return [str(kind) for kind in problem_set(operator).axes()["data"]]
 
 
 # -- the survey on the page --------------------------------------------------------------------------------------------

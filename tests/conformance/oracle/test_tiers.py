@@ -9,11 +9,12 @@ import pytest
 from polyaccel.backend import OPERATORS, STATIONS
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.checks.registry import CHECKS
-from polyaccel_conformance.multi.registry import RANKED_SETS, in_lockstep
+from polyaccel_conformance.multi.registry import in_lockstep
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.probes.registry import PROBES, RANKED_PROBES
-from polyaccel_conformance.problem import Exactly, Problem, ProblemSet
+from polyaccel_conformance.problem import Exactly, Problem
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
+from tests.conformance.drawn import problem_set
 from tests.conformance.oracle.subjects import SUBJECTS
 
 SPECS = {**OPERATORS, **STATIONS}
@@ -24,10 +25,6 @@ TIERS = {1: "values.exact", 2: "values.bound", 3: "numerics.measured"}
 USED: dict[str, Choice] = {"structure.segments": "one"}
 # Nothing comes out of it.
 SILENT = {"barrier"}
-
-
-def problem_set(operator: str) -> ProblemSet:
-    return PROBLEM_SETS.get(operator) or RANKED_SETS[operator]
 
 
 def of_every_kind(operator: str, **more: Choice) -> Iterator[Problem]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from polyaccel.backend import Backend, Weight
+from polyaccel.backend import Backend
+from polyaccel_conformance.mutants import devices
 from polyaccel_conformance.mutants.catalogue import MUTANTS
 from polyaccel_conformance.mutants.devices import wrapped
 from polyaccel_conformance.simulated import SimulatedBackend
@@ -23,10 +24,6 @@ def _planted(name: str) -> Backend:
     return MUTANTS[name].apply(SimulatedBackend())
 
 
-def _around(wrap: Callable[[Any, SimulatedBackend], Callable[..., Any]]) -> Backend:
-    return wrapped("linear", wrap)(SimulatedBackend())
-
-
 # -- devices -----------------------------------------------------------------------------------------------------------
 
 
@@ -39,16 +36,7 @@ def not_restored() -> Backend:
 
 
 def scratch_on_the_first_device() -> Backend:
-    """A workspace that is always taken from device 0."""
-
-    def wrap(fn: Any, backend: SimulatedBackend) -> Callable[..., object]:
-        def linear(x: torch.Tensor, weight: Weight) -> object:
-            backend.devices()[0].empty((max(x.numel(), 1),), torch.float32)
-            return fn(x, weight)
-
-        return linear
-
-    return _around(wrap)
+    return wrapped("linear", devices.first_device_scratch)(SimulatedBackend())
 
 
 def takes_any_device() -> Backend:
@@ -60,21 +48,11 @@ def takes_any_device() -> Backend:
 
         return linear
 
-    return _around(wrap)
+    return wrapped("linear", wrap)(SimulatedBackend())
 
 
 def leaks() -> Backend:
-    """Every call keeps its workspace."""
-    kept: list[torch.Tensor] = []
-
-    def wrap(fn: Any, backend: SimulatedBackend) -> Callable[..., object]:
-        def linear(x: torch.Tensor, weight: Weight) -> object:
-            kept.append(x.new_empty(64))
-            return fn(x, weight)
-
-        return linear
-
-    return _around(wrap)
+    return wrapped("linear", devices.leaks)(SimulatedBackend())
 
 
 # -- streams, errors ---------------------------------------------------------------------------------------------------

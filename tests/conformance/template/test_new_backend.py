@@ -85,15 +85,14 @@ def test_its_preflight_passes_on_the_cpu(installed: tuple[Path, dict[str, str]])
 def test_it_passes_quick_on_the_cpu_and_earns_levels(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     """The whole profile: every operator, as a composite."""
     words = ["conformance", "run", "--backend", "acme", "--profile", "quick", "--no-progress", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "polyaccel.cli.main", *words]
-    run = subprocess.run(command, env=installed[1], capture_output=True, text=True, timeout=900, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.startswith("preflight passed in ")
-    rows = [line.split() for line in run.stdout.splitlines()]
+    code, out, err = cli(installed[1], *words, timeout=900)
+    assert code == 0, out + err
+    assert out.startswith("preflight passed in ")
+    rows = [line.split() for line in out.splitlines()]
     for level in ("L0", "L1", "L2", "L3", "L4", "L5"):
         (row,) = [words for words in rows if words[:1] == [level]]
-        assert "granted" in row, run.stdout
-        assert "not" not in row, run.stdout
+        assert "granted" in row, out
+        assert "not" not in row, out
 
 
 @pytest.mark.slow
