@@ -36,6 +36,7 @@ from polyaccel.backend import (
 )
 from polyaccel.backend.adapter_store import PackedAdapter, PackedEntry
 from polyaccel.backend.step import AdapterRows
+from polyaccel.engine.graphs import rank_bucket
 from polyaccel_cuda.backend import CudaBackend
 
 EPS = 1e-5
@@ -59,6 +60,7 @@ class Model:
         self.shape, self.backend = shape, CudaBackend()
         self.device = self.backend.devices()[0]
         self.dtype = torch.bfloat16
+        self._packed: torch.Tensor | None = None
         torch.manual_seed(0)
         self.weights: dict[str, Weight] = {}
         heads, dim, kv = shape.heads, shape.head_dim, shape.kv_heads
@@ -132,7 +134,7 @@ class Model:
                     )
                 )
                 offset += rank * (k + n)
-        if not hasattr(self, "_packed"):
+        if self._packed is None:
             self._packed = torch.randn(offset, dtype=self.dtype) * 0.02
         packed = PackedAdapter(buffer=self._packed, entries=tuple(entries), max_rank=rank)
         self.store.write(SlotRange(slot=slot, first_rank_row=slot * rank, rank_rows=rank), packed).synchronize()
@@ -198,9 +200,10 @@ def timed(fn: object) -> float:
     return begin.elapsed_time(end)
 
 
-def measure(model: Model, rows: int, rank_rows: int, slots: list[int] | None, repeats: int) -> float:
+def measure(model: Model, rows: int, slots: list[int] | None, repeats: int) -> float:
     step = model.step(rows, slots)
-    graph = model.backend.capture(GraphKey(rows=rows, rank_rows=rank_rows), model, step)
+    key = GraphKey(rows=rows, rank_rows=rank_bucket(model.store.graph_rank_rows(slots or (), rows)))
+    graph = model.backend.capture(key, model, step)
     times = []
     for _ in range(repeats + 5):
         step = model.step(rows, slots)
@@ -235,14 +238,14 @@ def main() -> None:
     rows = []
     for batch in arguments.batches:
         floor = (weight_bytes + batch * kv_bytes) / speed * 1e3
-        base = measure(model, batch, 0, None, arguments.repeats)
+        base = measure(model, batch, None, arguments.repeats)
         print(f"batch {batch:3}  base {base:6.2f} ms  floor {floor:5.2f}  {batch / base * 1e3:7.0f} tok/s", flush=True)
-        cases = [(f"one of {n} loaded", n * rank, [n - 1]) for n in arguments.loaded]
+        cases = [(f"one of {n} loaded", [n - 1]) for n in arguments.loaded]
         if batch > 1:
-            cases = [("all rows one", rank, [0]), ("each row its own", batch * rank, list(range(batch)))]
+            cases = [("all rows one", [0]), ("each row its own", list(range(batch)))]
         row: dict[str, object] = {"batch": batch, "base_ms": base, "floor_ms": floor}
-        for name, rank_rows, slots in cases:
-            added = measure(model, batch, rank_rows, slots, arguments.repeats) - base
+        for name, slots in cases:
+            added = measure(model, batch, slots, arguments.repeats) - base
             least = len(slots) * adapter_bytes / speed * 1e3
             print(
                 f"           + rank {rank}, {name:18} {added:6.3f} ms ({added / base:5.1%})  floor {least:.3f}",

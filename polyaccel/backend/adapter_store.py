@@ -7,7 +7,7 @@ and loading one is a single copy of a packed buffer plus a scatter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,6 +104,15 @@ class AdapterStore(ABC):
     @abstractmethod
     def ranges(self) -> Sequence[SlotRange | None]:
         """The range of each slot, None where empty. Host-side."""
+
+    def graph_rank_rows(self, slots: Collection[int], rows: int) -> int:
+        """Rank rows that a graph of ``rows`` rows must cover to serve these slots. Host-side.
+
+        Default: all up to the last one of theirs. A backend whose products read only the rank rows that a step names
+        says how many those are.
+        """
+        ranges = self.ranges()
+        return max((r.first_rank_row + r.rank_rows for slot in slots if (r := ranges[slot]) is not None), default=0)
 
     @abstractmethod
     def true_rank(self, site: str, slice_index: int, slot: int, expert: int | None = None) -> int:

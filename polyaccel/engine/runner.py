@@ -265,13 +265,12 @@ class Runner:
         return self._forward({self.device.index: step})
 
     def _rank_rows(self, inputs: StepInput) -> int:
-        """Rank rows up to the last one that a step names: what its graph must cover."""
+        """What the step's graph must cover."""
         store = self._stores.get(self.device.index)
         if store is None or not inputs.has_adapters:
             return 0
-        ranges = store.ranges()
         named = {int(slot) for rows in inputs.adapters.values() for slot in rows.segment_slots}
-        return max((r.first_rank_row + r.rank_rows for slot in named if (r := ranges[slot]) is not None), default=0)
+        return store.graph_rank_rows(named, inputs.tokens)
 
     # -- adapters ----------------------------------------------------------------------------------------------------
 

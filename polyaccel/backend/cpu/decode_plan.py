@@ -143,14 +143,17 @@ class DecodePlanner:
                 mask = torch.zeros((sequences, 1, 1, keys), dtype=dtype)
                 mask.view(sequences, keys).masked_fill_(torch.from_numpy(unseen), -torch.inf)
         owned = self._keys_in_place(blocks, last - first) if keys_in_place else None
-        # A hidden infinity times a probability of 0 would be NaN.
-        seen = np.clip(position, low[:, None], lengths[:, None] - 1) - first[:, None] * size
+        summed = None
+        if values_in_place:
+            # A hidden infinity times a probability of 0 would be NaN.
+            seen = np.clip(position, low[:, None], lengths[:, None] - 1) - first[:, None] * size
+            summed = self._values_in_place(blocks, seen)
         return DecodeBatch(
             begin=begin,
             end=end,
             keys=keys,
             keys_in_place=owned,
-            values_in_place=self._values_in_place(blocks, seen) if values_in_place else None,
+            values_in_place=summed,
             matrices=self.matrices(blocks, keys=owned is None, values=not values_in_place),
             hidden=hidden,
             hidden_scores=hidden_scores,

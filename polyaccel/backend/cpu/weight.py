@@ -20,6 +20,10 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+# Rows that the packed layout is chosen for: a decode step's. Measured, see docs/cpu.md.
+ROWS = 8
+
+
 class PackedWeight(TensorWeight):
     """Plain while it is written; sealed, float matrices are kept in oneDNN's blocked layout and nowhere else.
 
@@ -96,5 +100,5 @@ class PackedWeight(TensorWeight):
 
 
 def _pack(plain: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain, ROWS)
     return packed

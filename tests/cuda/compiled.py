@@ -1,0 +1,119 @@
+"""Compiles every kernel for a GPU that need not be there: ``python -m tests.cuda.compiled``.
+
+The interpreter takes much that the compiler refuses: a name that changes its type in a loop, a tuple as an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from polyaccel.backend import RopeTable
+from polyaccel_cuda.kernels import activation, decode, expand, few, gather, norm, prefill, rope
+from polyaccel_cuda.kernels.rows import Units
+
+TARGETS = {"Ampere": 80, "Hopper": 90}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Absent:
+    """A driver of a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def units(b: torch.Tensor, rows: int, most: int) -> Units:
+    numbers = torch.zeros(4096, dtype=torch.int32)
+    tables = dict.fromkeys(("count", "members", "first", "place", "rank", "more"), numbers)
+    return Units(b=b, rows=rows, most=most, mix=torch.zeros(4096), **tables)
+
+
+def calls(dtype: torch.dtype) -> Iterator[str]:
+    """Make every kernel's calls, decode's and prefill's, and say which."""
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=kind)
+
+    ids = empty(128, kind=torch.int64)
+    numbers = empty(4096, kind=torch.int32)
+    table = RopeTable(cos=torch.zeros(8, 32), sin=torch.zeros(8, 32), rotary_dim=64)
+    for tokens in (1, 8, 32, 64):
+        for listed in (None, numbers):
+            for k, bias in ((256, empty(96)), (100, None)):
+                few.few_rows(empty(tokens, k), empty(128, k), 96, bias, listed, 8 if listed is not None else 0, 3)
+    yield "few_rows"
+    for rows, most in ((16, 1), (16, 4096), (64, 3)):
+        h = empty(128, 96)
+        for residual in (None, empty(128, 96)):
+            expand.expand(empty(128, 96), h, (0, 64, 96), units(empty(32, 96), rows, most), residual)
+        activation.silu_and_mul(empty(128, 96), 48, h, units(empty(32, 96), rows, most))
+        gather.embedding(empty(50, 96), ids, 0, empty(50, 32), units(empty(32, 96), rows, most))
+        for rotary, norms in ((64, None), (48, empty(64))):
+            turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=rotary)
+            cache = (empty(4, 2, 16, 64), empty(4, 2, 16, 64))
+            rope.rope_cache(
+                empty(128, 512),
+                (4, 2, 64),
+                turned,
+                (norms, norms, 1e-5),
+                cache,
+                ids,
+                ids,
+                empty(128, 96),
+                units(empty(32, 512), rows, most),
+            )
+            rope.rope_cache(empty(128, 512), (4, 2, 64), turned, (norms, norms, 1e-5), cache, ids, ids)
+    yield "adapters"
+    activation.silu_and_mul(empty(128, 96), 48)
+    activation.gelu(empty(128, 96), "tanh")
+    activation.gelu(empty(128, 96), "none")
+    gather.embedding(empty(50, 96), ids, 0)
+    norm.rms_norm(empty(128, 96), empty(96), 1e-5, empty(128, 96))
+    norm.rms_norm(empty(2, 40000), empty(40000), 1e-5)
+    norm.layer_norm(empty(128, 96), empty(96), empty(96), 1e-5)
+    rope.rotate(empty(128, 4, 64), table, ids)
+    yield "rows"
+    cache = (empty(16, 2, 16, 64), empty(16, 2, 16, 64))
+    rope.write_kv(empty(128, 2, 64), empty(128, 2, 64), cache, ids)
+    for window in (None, 32):
+        for splits in (1, 4):
+            q, out = empty(8, 4, 64), empty(8, 4, 64)
+            decode.decode(q, cache, numbers, numbers[:8], numbers[:8], 0.1, window, splits, out)
+        tiles = (numbers[:4], numbers[:4])
+        out = empty(128, 4, 64)
+        prefill.prefill(empty(128, 4, 64), cache, numbers, numbers, numbers, numbers, tiles, 0.1, window, out)
+    yield "attention"
+
+
+def main() -> None:
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **{**kwargs, "warmup": True})
+
+    for name, capability in TARGETS.items():
+        triton.runtime.driver.set_active(Absent(capability))
+        with mock.patch.object(JITFunction, "run", compiled):
+            for dtype in DTYPES:
+                for what in calls(dtype):
+                    print(f"{name} {dtype}: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
