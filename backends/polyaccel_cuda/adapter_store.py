@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from polyaccel.backend import Device, Event, PackedAdapter, SlotRange, Weight, WeightSpec
 from polyaccel.backend.composite.adapter_store import SiteBuffers, TensorAdapterStore
 from polyaccel.backend.errors import ConfigurationError
+from polyaccel_cuda.kernels.few import gathers
 from polyaccel_cuda.weight import FoldedWeight
 
 
@@ -53,6 +54,12 @@ class CudaAdapterStore(TensorAdapterStore):
         with self._device.scope():
             self.spans[slot].zero_()
             self._ranks_table[slot].zero_()
+
+    def graph_rank_rows(self, slots: Collection[int], rows: int) -> int:
+        if not gathers(rows):
+            return super().graph_rank_rows(slots, rows)
+        ranges = self.ranges()
+        return sum(r.rank_rows for slot in slots if (r := ranges[slot]) is not None)
 
     def covers(self, site: str) -> bool:
         """Whether the site has room for adapters in this store's own form."""

@@ -32,12 +32,12 @@ from polyaccel.backend import (
     WeightSpec,
 )
 from polyaccel.backend.backend import Implementations
-from polyaccel.backend.composite.linear import dequantize, linear
+from polyaccel.backend.composite.linear import dequantize
 from polyaccel_cuda.evidence import evidence
 from polyaccel_cuda.kv_cache import BLOCK_SIZE, BlockMajorKVCache
 from polyaccel_cuda.sampling_state import CudaSamplingState
 from polyaccel_cuda.support import supports
-from polyaccel_cuda.weight import FoldedWeight, allocate
+from polyaccel_cuda.weight import allocate
 
 if TYPE_CHECKING:
     from polyaccel_cuda.step import StepLoader
@@ -88,8 +88,9 @@ class CudaBackend(Backend):
         own: dict[str, Callable[..., object]] = {
             **CudaOperators(self.launcher).table(),
             **CudaStations(self.launcher).table(),
+            "dequantize": dequantize,
         }
-        entries: dict[str, Implementations] = {
+        return {
             name: Entry(
                 fn,
                 supports=supports(name),
@@ -99,19 +100,6 @@ class CudaBackend(Backend):
             )
             for name, fn in own.items()
         }
-        first = entries["linear"]
-        assert isinstance(first, Entry)
-        # Quantised weights and tables are plain tensors: their product is torch's, of the dequantised weight.
-        plain = Entry(self._linear, evidence=(*evidence("linear"), *evidence("dequantize")), name="cuda.linear")
-        return {**entries, "linear": plain, "dequantize": Entry(dequantize, evidence=evidence("dequantize"))}
-
-    def _linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        from polyaccel_cuda.operators import CudaOperators
-
-        operators = CudaOperators(self.launcher)
-        if isinstance(weight, FoldedWeight):
-            return operators.linear(x, weight)
-        return operators.launch("dequantised_linear", {"x": x}, linear, x, weight)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,10 @@ from types import MappingProxyType
 
 from polyaccel.backend.composite.linear import EVIDENCE as PLAIN
 
-_PRODUCT = ("aten::linear", "aten::addmm", "aten::mm")
+_PRODUCT = ("one_row_kernel", "few_rows_kernel", "aten::linear", "aten::addmm", "aten::mm")
 _EXPAND = ("expand_kernel",)
+_COPY = "*direct_copy_kernel_cuda*"
+"""Of an operand whose layout a kernel does not take; the ledger counts it."""
 _SAMPLE = (
     "aten::add",
     "aten::amax",
@@ -43,24 +45,24 @@ _SAMPLE = (
 )
 _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "embedding": ("embedding_kernel",),
-        "linear": _PRODUCT,
+        "embedding": ("embedding_kernel", "adapted_embedding_kernel"),
+        "linear": (*_PRODUCT, *PLAIN["linear"]),
         "dequantize": PLAIN["dequantize"],
-        "rms_norm": ("rms_norm_kernel",),
-        "layer_norm": ("layer_norm_kernel",),
-        "rotary_embedding": ("rotate_kernel",),
-        "silu_and_mul": ("silu_and_mul_kernel",),
-        "gelu": ("gelu_kernel", "direct_copy_kernel_cuda"),
+        "rms_norm": ("rms_norm_kernel", _COPY),
+        "layer_norm": ("layer_norm_kernel", _COPY),
+        "rotary_embedding": ("rotate_kernel", _COPY),
+        "silu_and_mul": ("silu_and_mul_kernel", _COPY),
+        "gelu": ("gelu_kernel", _COPY),
         "select_rows": ("aten::index_select",),
-        "write_kv_cache": ("write_kv_kernel",),
-        "paged_attention": ("decode_kernel", "combine_kernel", "prefill_kernel"),
+        "write_kv_cache": ("write_kv_kernel", _COPY),
+        "paged_attention": ("decode_kernel", "combine_kernel", "prefill_kernel", _COPY, "*FillFunctor*"),
         "sgmv": (*_PRODUCT, *_EXPAND),
         "sgmv_shrink": (*_PRODUCT, "take_rank_rows_kernel"),
-        "sgmv_expand": ("expand_triples_kernel",),
+        "sgmv_expand": ("expand_triples_kernel", _COPY),
         "sample": _SAMPLE,
         "column_linear": (*_PRODUCT, *_EXPAND),
         "qkv_rope_cache": (*_PRODUCT, "rope_cache_kernel"),
-        "gate_up_act": (*_PRODUCT, "silu_and_mul_kernel"),
+        "gate_up_act": (*_PRODUCT, "silu_and_mul_kernel", "adapted_silu_and_mul_kernel"),
         "row_parallel_linear": (*_PRODUCT, *_EXPAND),
         "row_parallel_add_norm": (*_PRODUCT, *_EXPAND, "rms_norm_kernel"),
     }

@@ -37,13 +37,7 @@ class CudaGraph(Graph):
     Captures are made when a step first needs them. Adapters never cause one.
     """
 
-    def __init__(
-        self,
-        key: GraphKey,
-        fn: StepFunction,
-        ledger: Ledger,
-        pool: Any,
-    ) -> None:
+    def __init__(self, key: GraphKey, fn: StepFunction, ledger: Ledger, pool: Any) -> None:
         self.key = key
         self._fn, self._ledger, self._pool = fn, ledger, pool
         self._captured: dict[object, _Captured] = {}

@@ -19,10 +19,12 @@ from polyaccel.backend import (
     Weight,
 )
 from polyaccel.backend.composite import sampling
+from polyaccel.backend.composite.linear import linear as dequantised_linear
 from polyaccel.backend.ledger import COPY_PREFIX
 from polyaccel_cuda import check
 from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rope
-from polyaccel_cuda.product import product
+from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
+from polyaccel_cuda.product import full_precision, product
 from polyaccel_cuda.step import CudaStep
 from polyaccel_cuda.weight import FoldedWeight
 
@@ -52,8 +54,8 @@ class Issuer:
 
     def dense_rows(self, operator: str, argument: str, x: torch.Tensor) -> torch.Tensor:
         """``x`` itself if its last dimension is dense, else a copy, which the ledger counts."""
-        if x.stride(-1) == 1 or x.shape[-1] <= 1 or x.numel() == 0:
-            return x if x.stride(-1) == 1 else x.contiguous()
+        if x.stride(-1) == 1 or x.shape[-1] <= 1 or not x.numel():
+            return x
         self._launcher.ledger.record(f"{COPY_PREFIX}{operator}.{argument}")
         return x.contiguous()
 
@@ -62,6 +64,23 @@ class Issuer:
             return x
         self._launcher.ledger.record(f"{COPY_PREFIX}{operator}.{argument}")
         return x.contiguous()
+
+    def multiply(
+        self, kernel: str, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x @ matrix.T + bias`` for dense rows x."""
+        operands = {"x": x, "weight": matrix}
+        if x.shape[0] <= MOST_ROWS and (x.dtype != torch.float32 or x.shape[0] == 1):
+            return self.launch(kernel, operands, few_rows, x, matrix, matrix.shape[0], bias)
+        return self.launch(kernel, operands, product, x, matrix, bias)
+
+    def rank_rows(self, x: torch.Tensor, weight: FoldedWeight, step: CudaStep) -> torch.Tensor:
+        """``[T, rank rows * slices]``: what the step's rank rows alone make of dense rows x."""
+        listed, slices = step.listed, len(weight.spec.slices)
+        if listed is None:
+            return self.multiply("sgmv_shrink", x, weight.rank_matrix(step.rank_rows))
+        operands, matrix = {"x": x, "weight": weight.ranks, "step": listed}, weight.ranks
+        return self.launch("sgmv_shrink", operands, few_rows, x, matrix, 0, None, listed, step.rank_rows, slices)
 
 
 class CudaOperators(Issuer):
@@ -89,20 +108,19 @@ class CudaOperators(Issuer):
 
     def embedding(self, weight: Weight, step: Step, vocabulary_start: int) -> torch.Tensor:
         stored, own = check.table("embedding", weight), CudaStep.of("embedding", step)
-        store, adapters = own.store(), own.adapters(weight.spec.site, "tokens")
-        h = None if store is None or adapters is None else store.lookup[weight.spec.site]
+        store, units = own.store(), own.units(weight.spec.site, "tokens")
+        h = None if store is None or units is None else store.lookup[weight.spec.site]
         ids = own.tensor("token_ids")
         return self.launch(
-            "embedding", {"weight": stored, "ids": ids}, gather.embedding, stored, ids, vocabulary_start, h, adapters
+            "embedding", {"weight": stored, "ids": ids}, gather.embedding, stored, ids, vocabulary_start, h, units
         )
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        own = check.folded("linear", weight)
-        check.rows("linear", "x", x, own, own.spec.k)
-        return self.multiply(self.dense_rows("linear", "x", x), own)
-
-    def multiply(self, x: torch.Tensor, weight: FoldedWeight) -> torch.Tensor:
-        return self.launch("linear", {"x": x, "weight": weight.tensor}, product, x, weight.tensor, weight.bias)
+        if not isinstance(weight, FoldedWeight):
+            # Quantised weights and tables are plain tensors: their product is torch's, of the dequantised weight.
+            return self.launch("dequantised_linear", {"x": x}, _dequantised_linear, x, weight)
+        check.rows("linear", "x", x, weight, weight.spec.k)
+        return self.multiply("linear", self.dense_rows("linear", "x", x), weight.tensor, weight.bias)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -236,17 +254,15 @@ class CudaOperators(Issuer):
         own, issued = check.folded("sgmv", weight), CudaStep.of("sgmv", step)
         check.rows("sgmv", "x", x, own, own.spec.k)
         check.rows("sgmv", "y", y, own, own.spec.n)
-        adapters = issued.adapters(own.spec.site, row_set)
-        if adapters is None:
+        units = issued.units(own.spec.site, row_set)
+        if units is None:
             return y
-        x = self.dense_rows("sgmv", "x", x)
-        matrix = own.rank_matrix(issued.rank_rows)
-        operands = {"y": y, "x": x, "weight": matrix}
-        h = self.launch("sgmv_shrink", operands, product, x, matrix)
+        h = self.rank_rows(self.dense_rows("sgmv", "x", x), own, issued)
+        operands = {"y": y, "h": h, "b": units.b}
         if y.stride(-1) == 1:
-            return self.launch("sgmv_expand", operands, expand.expand, y, h, own.spec.starts, adapters, None, y)
+            return self.launch("sgmv_expand", operands, expand.expand, y, h, own.spec.starts, units, None, y)
         dense = self.dense_rows("sgmv", "y", y)
-        self.launch("sgmv_expand", operands, expand.expand, dense, h, own.spec.starts, adapters, None, dense)
+        self.launch("sgmv_expand", operands, expand.expand, dense, h, own.spec.starts, units, None, dense)
         return y.copy_(dense)
 
     def sgmv_shrink(self, x: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens") -> torch.Tensor:
@@ -261,12 +277,11 @@ class CudaOperators(Issuer):
         if not width:
             return x.new_zeros((len(slots), slices, 0))
         x = self.dense_rows("sgmv_shrink", "x", x)
-        matrix = own.rank_matrix(issued.rank_rows)
-        u = self.launch("sgmv_shrink", {"x": x, "weight": matrix}, product, x, matrix)
+        u = self.multiply("sgmv_shrink", x, own.rank_matrix(issued.last_rank_row))
         rows, places, _ = issued.adapter_tensors(row_set)
-        operands = {"u": u, "rows": rows}
+        operands, ranks = {"u": u, "rows": rows}, store.ranks[own.spec.site]
         return self.launch(
-            "take_rank_rows", operands, gather.take_rank_rows, u, rows, places, store.spans, slices, width
+            "take_rank_rows", operands, gather.take_rank_rows, u, rows, places, store.spans, ranks, width
         )
 
     def sgmv_expand(
@@ -274,18 +289,24 @@ class CudaOperators(Issuer):
     ) -> torch.Tensor:
         own, issued = check.folded("sgmv_expand", weight), CudaStep.of("sgmv_expand", step)
         check.rows("sgmv_expand", "y", y, own, own.spec.n)
-        adapters = issued.adapters(own.spec.site, row_set)
-        if adapters is None or not h.numel():
-            return y
         store = issued.store()
-        assert store is not None
+        if store is None or not store.covers(own.spec.site) or not h.numel():
+            return y
         h, triples = self.contiguous("sgmv_expand", "h", h), issued.triples(own.spec.site, row_set, store)
         dense = self.dense_rows("sgmv_expand", "y", y)
-        operands = {"y": dense, "h": h, "b": adapters.b}
-        self.launch("sgmv_expand", operands, gather.expand_triples, dense, h, own.spec.starts, adapters.b, triples)
+        b = store.b[own.spec.site]
+        operands = {"y": dense, "h": h, "b": b}
+        self.launch("sgmv_expand", operands, gather.expand_triples, dense, h, own.spec.starts, b, triples)
         return y if dense is y else y.copy_(dense)
 
     # -- sampling ----------------------------------------------------------------------------------------------------
 
     def sample(self, logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutput:
         return self.launch("sample", {"logits": logits}, sampling.sample, logits, state, step)
+
+
+def _dequantised_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    if x.device.type != "cuda":
+        return dequantised_linear(x, weight)
+    with full_precision():
+        return dequantised_linear(x, weight)

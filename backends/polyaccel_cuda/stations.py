@@ -6,24 +6,21 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from polyaccel.backend import Communicator, KVCache, Launcher, OperatorError, RopeTable, RowSet, Step, Weight
+from polyaccel.backend import Communicator, KVCache, OperatorError, RopeTable, RowSet, Step, Weight
 from polyaccel_cuda import check
 from polyaccel_cuda.kernels import activation, expand, norm, rope
-from polyaccel_cuda.kernels.rows import TileAdapters
+from polyaccel_cuda.kernels.few import few_rows
+from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.operators import Issuer
-from polyaccel_cuda.product import product
 from polyaccel_cuda.step import CudaStep
 from polyaccel_cuda.weight import FoldedWeight
 
-Adapted = tuple[torch.Tensor, torch.Tensor | None, TileAdapters | None]
+Adapted = tuple[torch.Tensor, torch.Tensor | None, Units | None]
 """Rows of at least n columns, the rank rows of each, and its adapters; None without any."""
 
 
 class CudaStations(Issuer):
     """Stations of one backend instance. In a row-parallel layer the rank rows ride on the sum over ranks."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        super().__init__(launcher)
 
     def table(self) -> Mapping[str, Callable[..., object]]:
         return {
@@ -52,6 +49,7 @@ class CudaStations(Issuer):
         head_dim: int,
     ) -> torch.Tensor:
         own, issued = check.folded("qkv_rope_cache", weight), CudaStep.of("qkv_rope_cache", step)
+        check.rows("qkv_rope_cache", "x", x, own, own.spec.k)
         cache = check.cache("qkv_rope_cache", kv)
         for name, norm_weight in (("q_norm", q_norm), ("k_norm", k_norm)):
             if norm_weight is not None and tuple(norm_weight.shape) != (head_dim,):
@@ -60,7 +58,7 @@ class CudaStations(Issuer):
         heads = (widths[0] // head_dim, cache.spec.kv_heads, head_dim)
         if widths[1:] != [heads[1] * head_dim] * 2 or cache.spec.head_dim != head_dim or cache.spec.dtype != x.dtype:
             raise OperatorError("qkv_rope_cache", f"slices {widths} and heads of {head_dim} do not fit {cache.spec}")
-        y, h, adapters = self._product("qkv_rope_cache", x, own, issued, "tokens")
+        y, h, units = self._product("qkv_rope_cache", x, own, issued, "tokens")
         stored, slots, positions = cache.layer(layer), issued.tensor("kv_slots"), issued.tensor("positions")
         operands = {"x": y, "q_norm": q_norm, "k_norm": k_norm, "rope": table.cos, "kv": stored[0], "step": slots}
         norms = (
@@ -69,13 +67,13 @@ class CudaStations(Issuer):
             eps,
         )
         return self.launch(
-            "rope_cache", operands, rope.rope_cache, y, heads, table, norms, stored, slots, positions, h, adapters
+            "rope_cache", operands, rope.rope_cache, y, heads, table, norms, stored, slots, positions, h, units
         )
 
     def gate_up_act(self, x: torch.Tensor, weight: Weight, step: Step, act: str = "silu") -> torch.Tensor:
         own, issued = check.folded("gate_up_act", weight), CudaStep.of("gate_up_act", step)
-        y, h, adapters = self._product("gate_up_act", x, own, issued, "tokens")
-        return self.launch("silu_and_mul", {"x": y}, activation.silu_and_mul, y, own.spec.n // 2, h, adapters)
+        y, h, units = self._product("gate_up_act", x, own, issued, "tokens")
+        return self.launch("silu_and_mul", {"x": y}, activation.silu_and_mul, y, own.spec.n // 2, h, units)
 
     def row_parallel_linear(
         self, x: torch.Tensor, weight: Weight, step: Step, comm: Communicator, reduce: bool = True
@@ -107,14 +105,13 @@ class CudaStations(Issuer):
         norm_weight = self.contiguous("row_parallel_add_norm", "norm_weight", norm_weight)
         adapted = self._product("row_parallel_add_norm", x, own, issued, "tokens")
         self._sum(adapted, comm)
-        y, h, adapters = adapted
+        y, h, units = adapted
         operands = {"x": y, "residual": residual, "norm_weight": norm_weight}
-        if h is None or adapters is None:
-            rows = y if y.shape[1] == own.spec.n else y[:, : own.spec.n]
-            normed, total = self.launch("rms_norm", operands, norm.rms_norm, rows, norm_weight, eps, residual)
+        if h is None or units is None:
+            normed, total = self.launch("rms_norm", operands, norm.rms_norm, y, norm_weight, eps, residual)
             assert total is not None
             return normed, total
-        total = self.launch("expand", operands, expand.expand, y, h, own.spec.starts, adapters, residual)
+        total = self.launch("expand", operands, expand.expand, y, h, own.spec.starts, units, residual)
         normed, _ = self.launch("rms_norm", operands, norm.rms_norm, total, norm_weight, eps)
         return normed, total
 
@@ -123,22 +120,25 @@ class CudaStations(Issuer):
     def _product(self, station: str, x: torch.Tensor, weight: FoldedWeight, step: CudaStep, row_set: RowSet) -> Adapted:
         check.rows(station, "x", x, weight, weight.spec.k)
         x = self.dense_rows(station, "x", x)
-        adapters = step.adapters(weight.spec.site, row_set)
-        operands = {"x": x, "weight": weight.tensor}
-        if adapters is None:
-            return self.launch("linear", operands, product, x, weight.tensor, weight.bias), None, None
-        if not weight.folded:
-            y = self.launch("linear", operands, product, x, weight.tensor, weight.bias)
-            h = self.launch("sgmv_shrink", operands, product, x, weight.rank_matrix(step.rank_rows))
-            return y, h, adapters
-        y = self.launch("linear", operands, product, x, *weight.covering(step.rank_rows))
-        return y, y[:, weight.n_padded :], adapters
+        units, whole = step.units(weight.spec.site, row_set), weight.whole
+        if units is None:
+            return self.multiply("linear", x, weight.tensor, weight.bias), None, None
+        if whole is None:
+            return self.multiply("linear", x, weight.tensor, weight.bias), self.rank_rows(x, weight, step), units
+        listed = step.listed
+        if listed is None:
+            y = self.multiply("linear", x, *weight.covering(step.rank_rows))
+        else:
+            operands, slices = {"x": x, "weight": whole, "step": listed}, len(weight.spec.slices)
+            place = (weight.n_padded, weight.bias, listed, step.rank_rows, slices)
+            y = self.launch("linear", operands, few_rows, x, whole, *place)
+        return y, y[:, weight.n_padded :], units
 
     def _landed(self, adapted: Adapted, weight: FoldedWeight) -> torch.Tensor:
-        y, h, adapters = adapted
-        if h is None or adapters is None:
+        y, h, units = adapted
+        if h is None or units is None:
             return y
-        return self.launch("expand", {"x": y}, expand.expand, y, h, weight.spec.starts, adapters)
+        return self.launch("expand", {"x": y}, expand.expand, y, h, weight.spec.starts, units)
 
     def _sum(self, adapted: Adapted, comm: Communicator) -> None:
         if comm.world_size > 1:

@@ -14,14 +14,14 @@ from polyaccel.backend import Device, DeviceState, Launcher, OperatorError, RowS
 from polyaccel.backend.step import DEVICE_ARRAYS, plan_key
 from polyaccel_cuda.adapter_store import CudaAdapterStore
 from polyaccel_cuda.arena import Arena, Field
+from polyaccel_cuda.kernels.few import gathers
 from polyaccel_cuda.kernels.gather import Triples
 from polyaccel_cuda.kernels.prefill import QUERY_TILE
-from polyaccel_cuda.kernels.rows import TileAdapters
+from polyaccel_cuda.kernels.rows import Units
+from polyaccel_cuda.units import ROW_SETS, UNIT_ROWS, RankRows, rows_of, triples_of, units_of
 
-ROW_SETS: tuple[RowSet, ...] = ("tokens", "logits")
+TABLES = ("count", "members", "first", "place", "rank", "mix", "more")
 _I32, _I64, _F32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
-# Rows of a tile of adapters: as few as tensor cores take at decode, enough to share what is read at prefill.
-TILE_ROWS = {TokenClass.DECODE: 16, TokenClass.MIXED: 64}
 
 
 @triton.jit
@@ -33,54 +33,12 @@ def resolve_tokens_kernel(sources, last_tokens, ids, count, BLOCK: tl.constexpr)
     tl.store(ids + index, tl.where(source < 0, sampled, source), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class HostTriples:
-    """A row set's triples: by tile and slot (:class:`TileAdapters`), by row, and as given (:class:`Triples`)."""
-
-    arrays: Mapping[str, np.ndarray]
-    last_rank_row: int
-
-
-def triples_of(
-    inputs: StepInput, row_set: RowSet, rows: int, tile: int, store: CudaAdapterStore | None
-) -> HostTriples | None:
-    """None without any.
-
-    Raises:
-        OperatorError: the step names adapters but has no store.
-    """
-    given = inputs.rows(row_set)
-    if not len(given):
-        return None
-    if store is None:
-        raise OperatorError("begin_step", "the step names adapters but its state has no adapter store")
-    ranges = store.ranges()
-    spans = np.array([(0, 0) if r is None else (r.first_rank_row, r.rank_rows) for r in ranges], dtype=np.int32)
-    keys = (given.rows.astype(np.int64) // tile) * len(spans) + given.slots
-    segments, which = np.unique(keys, return_inverse=True)
-    mix = np.zeros((len(segments), tile), dtype=np.float32)
-    np.add.at(mix, (which, given.rows % tile), given.weights)
-    first, rank = spans[segments % len(spans)].T
-    order = np.argsort(given.rows, kind="stable")
-    arrays = {
-        "starts": np.searchsorted(segments // len(spans), np.arange(-(-rows // tile) + 1)).astype(np.int32),
-        "first": first,
-        "rank": rank,
-        "mix": mix,
-        "row_starts": np.searchsorted(given.rows[order], np.arange(rows + 1)).astype(np.int32),
-        "order": order.astype(np.int32),
-        "slot": given.slots.astype(np.int64),
-        "row": given.rows.astype(np.int64),
-        "weight": given.weights,
-    }
-    return HostTriples(arrays, int((first + rank).max()))
-
-
 class CudaStep(Step):
     """A step as kernels take it.
 
     Attributes:
         rank_rows: rank rows that products cover; a graph's capture sets it to the graph's.
+        last_rank_row: rank rows up to the last one that the step names.
         tables, table_starts: block tables of all sequences one after the other, int32.
         tiles: sequence and first query of each tile of queries, int32, for sequences that are prefilled.
         decodes: sequences from the first on that have one query each; ``covered``: every token belongs to a sequence.
@@ -90,13 +48,12 @@ class CudaStep(Step):
     def __init__(self, inputs: StepInput, state: DeviceState, arena: Arena, host: _Host, device: Device) -> None:
         self.input, self.state = inputs, state
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
-        self.rank_rows = host.rank_rows
+        self.rank_rows, self.last_rank_row = host.rank_rows, host.last_rank_row
         self.arena = arena
         self._host, self._device = host, device
         self._lengths = {name: array.size for name, array in host.arrays.items()} | {"token_ids": inputs.tokens}
-        self._made: dict[str, torch.Tensor] = {}
-        self._sites: dict[tuple[str, RowSet], TileAdapters] = {}
-        self._tile = TILE_ROWS[inputs.token_class]
+        self._block_tables: torch.Tensor | None = None
+        self._sites: dict[tuple[str, RowSet], Units] = {}
 
     @classmethod
     def of(cls, operator: str, step: Step) -> CudaStep:
@@ -109,7 +66,10 @@ class CudaStep(Step):
         if name not in DEVICE_ARRAYS:
             raise OperatorError("Step.tensor", f"no array {name!r}; a step has {', '.join(DEVICE_ARRAYS)}")
         if name == "block_tables":
-            return self._block_tables()
+            # Kernels read them one after the other; only composites want a rectangle.
+            if self._block_tables is None:
+                self._block_tables = self._device.upload(np.ascontiguousarray(self.input.block_tables))
+            return self._block_tables
         return self.arena.view(name, self._lengths[name])
 
     def adapter_tensors(self, row_set: RowSet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -121,11 +81,6 @@ class CudaStep(Step):
         return rows, slots, self.arena.view(f"{row_set}.weight", count)
 
     # -- for kernels -------------------------------------------------------------------------------------------------
-
-    @property
-    def adapted(self) -> bool:
-        """Whether some row has an adapter, or might in a later step of the same graph."""
-        return self.rank_rows > 0
 
     @property
     def tables(self) -> torch.Tensor:
@@ -156,7 +111,13 @@ class CudaStep(Step):
         found = self.state.adapters
         return found if isinstance(found, CudaAdapterStore) else None
 
-    def adapters(self, site: str, row_set: RowSet) -> TileAdapters | None:
+    @property
+    def listed(self) -> torch.Tensor | None:
+        """int32, the rank rows that products take, at least :attr:`rank_rows`; None if they take the first ones."""
+        store = self.store()
+        return self.arena.view("listed", store.rank_rows) if store is not None and gathers(self.input.tokens) else None
+
+    def units(self, site: str, row_set: RowSet) -> Units | None:
         """The row set's adapters at a site; None where no product needs to cover rank rows."""
         store = self.store()
         if store is None or not self.rank_rows or not store.covers(site):
@@ -164,15 +125,12 @@ class CudaStep(Step):
         key = (site, row_set)
         found = self._sites.get(key)
         if found is None:
-            view, rooms = self.arena.view, self.arena.rooms
-            segments = rooms[f"{row_set}.first"]
-            found = self._sites[key] = TileAdapters(
+            room, view = self.arena.rooms, self.arena.view
+            found = self._sites[key] = Units(
                 b=store.b[site],
-                rows=self._tile,
-                starts=view(f"{row_set}.starts", -(-self._rows(row_set) // self._tile) + 1),
-                first=view(f"{row_set}.first", segments),
-                rank=view(f"{row_set}.rank", segments),
-                mix=view(f"{row_set}.mix", rooms[f"{row_set}.mix"]),
+                rows=UNIT_ROWS[self.input.token_class],
+                most=self._lengths[f"{row_set}.more"] - 1,
+                **{name: view(f"{row_set}.{name}", room[f"{row_set}.{name}"]) for name in TABLES},
             )
         return found
 
@@ -180,22 +138,13 @@ class CudaStep(Step):
         """The row set's triples one by one."""
         view, count = self.arena.view, len(self.input.rows(row_set))
         return Triples(
-            row_starts=view(f"{row_set}.row_starts", self._rows(row_set) + 1),
+            row_starts=view(f"{row_set}.row_starts", rows_of(self.input, row_set) + 1),
             order=view(f"{row_set}.order", count),
             slots=view(f"{row_set}.slot", count),
             weights=view(f"{row_set}.weight", count),
             spans=store.spans,
             ranks=store.ranks[site],
         )
-
-    def _rows(self, row_set: RowSet) -> int:
-        return self.input.tokens if row_set == "tokens" else len(self.input.logits_rows)
-
-    def _block_tables(self) -> torch.Tensor:
-        found = self._made.get("block_tables")
-        if found is None:
-            found = self._made["block_tables"] = self._device.upload(np.ascontiguousarray(self.input.block_tables))
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +153,7 @@ class _Host:
 
     arrays: Mapping[str, np.ndarray]
     rank_rows: int
+    last_rank_row: int
     decodes: int
     longest: int
 
@@ -228,15 +178,13 @@ class StepLoader:
     def _arrays(self, inputs: StepInput, state: DeviceState, store: CudaAdapterStore | None) -> _Host:
         arrays = {name: np.asarray(getattr(inputs, name)) for name in DEVICE_ARRAYS if name != "block_tables"}
         arrays["sources"] = arrays.pop("token_ids")
-        rank_rows = 0
-        for row_set, rows in (("tokens", inputs.tokens), ("logits", len(inputs.logits_rows))):
-            tile = TILE_ROWS[inputs.token_class]
-            triples = triples_of(inputs, row_set, rows, tile, store)  # type: ignore[arg-type]
-            if triples is None:
-                arrays[f"{row_set}.starts"] = np.zeros(-(-rows // tile) + 1, dtype=np.int32)
-                continue
-            rank_rows = max(rank_rows, triples.last_rank_row)
-            arrays |= {f"{row_set}.{name}": array for name, array in triples.arrays.items()}
+        where = RankRows(inputs, store)
+        if store is not None:
+            arrays["listed"] = np.zeros(store.rank_rows, dtype=np.int32)
+            arrays["listed"][: len(where.listed)] = where.listed
+            for row_set in ROW_SETS:
+                tables = {**units_of(inputs, row_set, where), **triples_of(inputs, row_set)}
+                arrays |= {f"{row_set}.{name}": array for name, array in tables.items()}
         decodes = _decodes(inputs)
         sequences, begins = _tiles(inputs.query_starts, decodes)
         arrays["tile_sequences"], arrays["tile_begins"] = sequences, begins
@@ -247,7 +195,7 @@ class StepLoader:
         arrays["table_starts"] = starts.astype(np.int32)
         arrays["tables"] = inputs.block_tables[used]
         longest = int(counts.max(initial=0)) * size
-        return _Host(arrays, rank_rows, decodes, longest)
+        return _Host(arrays, where.covered, where.last, decodes, longest)
 
     def _arena(self, inputs: StepInput, state: DeviceState, lengths: dict[str, int]) -> Arena:
         lengths["token_ids"] = inputs.tokens
@@ -263,10 +211,9 @@ class StepLoader:
                 # A block may be shared by several sequences; beyond twice their number the tables move.
                 blocks = 2 * state.kv.spec.blocks
         rows = 1 << (rows - 1).bit_length()
-        triples = max(4 * rows, *(lengths.get(f"{s}.order", 0) for s in ROW_SETS))
-        mix = max(rows, *(lengths.get(f"{s}.first", 0) for s in ROW_SETS)) * TILE_ROWS[inputs.token_class]
+        triples = max(4 * rows, *(lengths.get(f"{s}.{name}", 0) for s in ROW_SETS for name in ("order", "first")))
         tables, tiles = max(blocks, 2 * lengths["tables"], 64), 2 * lengths["tile_begins"] + 16
-        fields = _fields(rows, triples, tables, tiles, mix)
+        fields = _fields(rows, lengths.get("listed", 0), triples, tables, tiles, UNIT_ROWS[inputs.token_class])
         arena = self._arenas[inputs.token_class] = Arena(fields, self._device)
         return arena
 
@@ -304,16 +251,19 @@ def _tiles(query_starts: np.ndarray, decodes: int) -> tuple[np.ndarray, np.ndarr
     return sequences.astype(np.int32), begins.astype(np.int32)
 
 
-def _fields(rows: int, triples: int, tables: int, tiles: int, mix: int) -> list[Field]:
+def _fields(rows: int, listed: int, triples: int, tables: int, tiles: int, unit: int) -> list[Field]:
     fields = [Field(name, _I64, rows) for name in ("sources", "token_ids", "positions", "kv_slots")]
     fields += [Field(name, _I32, rows + 1) for name in ("query_starts", "context_lengths", "table_starts")]
     fields += [Field(name, _I32, rows) for name in ("request_slots", "logits_rows", "sample_slots")]
-    fields += [Field("uniforms", _F32, rows)]
+    fields += [Field("uniforms", _F32, rows), Field("listed", _I32, listed)]
     fields += [Field(name, _I32, tiles) for name in ("tile_sequences", "tile_begins")]
     for row_set in ROW_SETS:
-        fields += [Field(f"{row_set}.{name}", _I32, rows + 1) for name in ("starts", "row_starts")]
+        fields += [Field(f"{row_set}.count", _I32, 1)]
+        fields += [Field(f"{row_set}.{name}", _I32, rows + 1) for name in ("more", "row_starts")]
     for row_set in ROW_SETS:
-        fields += [Field(f"{row_set}.{name}", _I32, triples) for name in ("first", "rank", "order")]
+        # Each row a unit, at worst.
+        fields += [Field(f"{row_set}.members", _I32, rows * unit), Field(f"{row_set}.mix", _F32, triples * unit)]
+        fields += [Field(f"{row_set}.{name}", _I32, triples) for name in ("first", "place", "rank", "order")]
         fields += [Field(f"{row_set}.{name}", _I64, triples) for name in ("slot", "row")]
-        fields += [Field(f"{row_set}.weight", _F32, triples), Field(f"{row_set}.mix", _F32, mix)]
+        fields += [Field(f"{row_set}.weight", _F32, triples)]
     return [*fields, Field("tables", _I32, tables)]

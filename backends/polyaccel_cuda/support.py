@@ -27,6 +27,10 @@ def _plain(query: Query) -> list[Reason]:
     return reasons
 
 
+def _any_weight(query: Query) -> list[Reason]:
+    return []
+
+
 def _attention(query: Query) -> list[Reason]:
     reasons = _plain(query)
     heads, kv_heads, head_dim = query.integer("heads", 1), query.integer("kv_heads", 1), query.integer("head_dim", 64)
@@ -51,5 +55,11 @@ def _qkv_rope_cache(query: Query) -> list[Reason]:
 
 
 _SUPPORTS: Mapping[str, Supports] = MappingProxyType(
-    {"gate_up_act": _gate_up_act, "paged_attention": _attention, "qkv_rope_cache": _qkv_rope_cache}
+    {
+        "linear": _any_weight,
+        "dequantize": _any_weight,
+        "gate_up_act": _gate_up_act,
+        "paged_attention": _attention,
+        "qkv_rope_cache": _qkv_rope_cache,
+    }
 )

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, exp
-from polyaccel_cuda.kernels.rows import TileAdapters, pointers
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_two_deltas, exp, last_unit, segment
+from polyaccel_cuda.kernels.rows import Units, pointers
+
+BLOCK, WARPS = 128, 4
 
 
 @triton.jit
@@ -27,58 +29,74 @@ def adapted_silu_and_mul_kernel(
     x,
     out,
     x_stride,
-    count,
     n,
     h,
     h_stride,
     b,
-    starts,
+    count,
+    members,
     first,
+    place,
     rank,
     mix,
+    more,
+    LOOP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
-    mask = (rows < count)[:, None] & inside[None, :]
-    where = x + rows[:, None] * x_stride + columns[None, :]
-    gate = tl.load(where, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(where + n, mask=mask, other=0.0).to(tl.float32)
-    h += rows * h_stride
-    gate = add_delta(gate, h, 2, b, 2 * n, columns, inside, tile, starts, first, rank, mix, ROWS, BLOCK_R)
-    up = add_delta(up, h + 1, 2, b, 2 * n, n + columns, inside, tile, starts, first, rank, mix, ROWS, BLOCK_R)
-    y = gate / (1.0 + exp(-gate)) * up
-    tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
+    live = tl.load(count)
+    for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
+        member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
+        low, left, high, weight = segment(unit, first, place, rank, mix, ROWS)
+        begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
+        if unit < live:
+            present = member >= 0
+            rows = tl.where(present, member, 0).to(tl.int64)
+            mask = present[:, None] & inside[None, :]
+            where = x + rows[:, None] * x_stride + columns[None, :]
+            gate = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(where + n, mask=mask, other=0.0).to(tl.float32)
+            h1, right, both = h + rows * h_stride, n + columns, 2 * n
+            h2 = h1 + 1
+            gate, up = add_two_deltas(
+                gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, BLOCK_R
+            )
+            for extra in range(begin, end_more):
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS)
+                gate, up = add_two_deltas(
+                    gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, BLOCK_R
+                )
+            y = gate / (1.0 + exp(-gate)) * up
+            tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
-def silu_and_mul(
-    x: torch.Tensor, n: int, h: torch.Tensor | None = None, adapters: TileAdapters | None = None
-) -> torch.Tensor:
+def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: Units | None = None) -> torch.Tensor:
     """``[T, n]`` from ``x: [T, at least 2 n]``; ``h: [T, rank rows * 2]``, slices innermost."""
     tokens = x.shape[0]
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    if h is None or adapters is None:
+    if h is None or units is None:
         block = min(1024, max(128, triton.next_power_of_2(n)))
         silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, x.stride(0), n, BLOCK=block, num_warps=4)
         return out
-    block = 64
-    adapted_silu_and_mul_kernel[(triton.cdiv(tokens, adapters.rows), triton.cdiv(n, block))](
+    block = min(BLOCK, max(16, triton.next_power_of_2(n)))
+    blocks = triton.cdiv(n, block)
+    lanes, loop = units.lanes(blocks)
+    adapted_silu_and_mul_kernel[(lanes, blocks)](
         x,
         out,
         x.stride(0),
-        tokens,
         n,
-        *pointers(h, adapters),
-        ROWS=adapters.rows,
+        *pointers(h, units),
+        LOOP=loop,
+        ROWS=units.rows,
         BLOCK=block,
         BLOCK_R=RANK_BLOCK,
-        num_warps=4,
+        num_warps=WARPS,
     )
     return out
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.softmax import attend_tile
+
 # Enough programs that every multiprocessor of a large chip has several.
 PROGRAMS = 528
 MOST_SPLITS = 64
@@ -70,18 +72,7 @@ def decode_kernel(
         rows = ((block * kv_heads + kv_head) * block_size + positions % block_size) * head_dim
         where = rows[:, None] + d[None, :]
         mask = seen[:, None] & inside[None, :]
-        k = tl.load(keys + where, mask=mask, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        # A tile has a key that is seen, so higher is minus infinity only where a score is.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp(scores - base[:, None])
-        fade = tl.exp(top - base)
-        weight = weight * fade + tl.sum(p, 1)
-        v = tl.load(values + where, mask=mask, other=0.0)
-        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        top = higher
+        top, weight, acc = attend_tile(q_tile, keys, values, where, mask, seen[None, :], scale, top, weight, acc)
     index = sequence * kv_heads * group + heads
     mask = known[:, None] & inside[None, :]
     if DIRECT:

@@ -1,4 +1,4 @@
-"""What adapters add to a tile of rows and columns: the expand, as a part of other kernels; and an exact exponential."""
+"""What adapters add to a unit of rows: the expand, as a part of other kernels; and an exact exponential."""
 
 from __future__ import annotations
 
@@ -8,47 +8,65 @@ import triton.language as tl
 RANK_BLOCK = 32
 
 
-@triton.jit
-def add_delta(
-    acc,
-    h,
-    h_stride,
-    b,
-    n,
-    columns,
-    inside,
-    tile,
-    starts,
-    first,
-    rank,
-    mix,
-    ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """``acc + sum_i mix_i * h[:, first_i + r] * b[first_i + r, columns]`` over the segments i of a tile of rows.
+# What a kernel reads of a unit does not depend on one another, and is read before anything of it is used: at decode a
+# kernel takes as long as its longest chain of reads.
 
-    ``acc: [ROWS, columns]`` float32. ``h: [ROWS]`` pointers to the rank rows of one slice, ``h_stride`` elements apart.
-    ``b: [rank rows, n]`` dense. ``starts: [tiles + 1]``, ``first, rank: [segments]``, ``mix: [segments, ROWS]``, 0 for
-    rows that are not of the segment: they get nothing, not even a NaN.
+
+@triton.jit
+def last_unit(live, LOOP: tl.constexpr):
+    """Where a program's units end: after its first one, of the ``live`` there are, unless it takes several."""
+    if LOOP:
+        return live
+    return tl.program_id(0) + 1
+
+
+@triton.jit
+def segment(i, first, place, rank, mix, ROWS: tl.constexpr):
+    """Where segment i begins in B and in h, its rank, and the weight of each row; see :class:`rows.Units`."""
+    low, left = tl.load(first + i).to(tl.int64), tl.load(place + i).to(tl.int64)
+    return low, left, tl.load(rank + i), tl.load(mix + i * ROWS + tl.arange(0, ROWS))
+
+
+@triton.jit
+def add_delta(acc, low, left, high, weight, h, h_stride, b, n, columns, inside, BLOCK_R: tl.constexpr):
+    """``acc + weight * h[:, left + r] * b[low + r, columns]``, summed over r.
+
+    ``acc: [rows, columns]`` float32. ``h: [rows]`` pointers to the rank rows of one slice, ``h_stride`` elements apart.
+    ``b: [rank rows, n]`` dense. Rows of weight 0 get nothing, not even a NaN.
     """
-    begin = tl.load(starts + tile)
-    end = tl.load(starts + tile + 1)
-    for i in range(begin, end):
-        low = tl.load(first + i)
-        high = tl.load(rank + i)
-        weight = tl.load(mix + i * ROWS + tl.arange(0, ROWS))
-        own = weight != 0.0
-        part = tl.zeros_like(acc)
-        for r in range(0, high, BLOCK_R):
-            ranks = r + tl.arange(0, BLOCK_R)
-            known = ranks < high
-            index = (low + ranks).to(tl.int64)
-            hr = tl.load(h[:, None] + index[None, :] * h_stride, mask=own[:, None] & known[None, :], other=0.0)
-            where = b + index[:, None] * n + columns[None, :]
-            br = tl.load(where, mask=known[:, None] & inside[None, :], other=0.0)
-            part = tl.dot(hr, br, part, input_precision="ieee")
-        acc += tl.where(own[:, None], weight[:, None] * part, 0.0)
-    return acc
+    own = weight != 0.0
+    delta = tl.zeros_like(acc)
+    for r in range(0, high, BLOCK_R):
+        ranks = r + tl.arange(0, BLOCK_R)
+        known = ranks < high
+        where = b + (low + ranks)[:, None] * n + columns[None, :]
+        br = tl.load(where, mask=known[:, None] & inside[None, :], other=0.0)
+        hr = tl.load(h[:, None] + (left + ranks)[None, :] * h_stride, mask=own[:, None] & known[None, :], other=0.0)
+        delta = tl.dot(hr, br, delta, input_precision="ieee")
+    return acc + tl.where(own[:, None], weight[:, None] * delta, 0.0)
+
+
+@triton.jit
+def add_two_deltas(
+    acc1, acc2, low, left, high, weight, h1, h2, h_stride, b, n, columns1, columns2, inside, BLOCK_R: tl.constexpr
+):
+    """:func:`add_delta` for two blocks of columns, all of which is read before any is multiplied."""
+    own = weight != 0.0
+    delta1, delta2 = tl.zeros_like(acc1), tl.zeros_like(acc2)
+    for r in range(0, high, BLOCK_R):
+        ranks = r + tl.arange(0, BLOCK_R)
+        known = ranks < high
+        rows, mask = b + (low + ranks)[:, None] * n, known[:, None] & inside[None, :]
+        b1 = tl.load(rows + columns1[None, :], mask=mask, other=0.0)
+        b2 = tl.load(rows + columns2[None, :], mask=mask, other=0.0)
+        index, mask = (left + ranks)[None, :] * h_stride, own[:, None] & known[None, :]
+        hr1 = tl.load(h1[:, None] + index, mask=mask, other=0.0)
+        hr2 = tl.load(h2[:, None] + index, mask=mask, other=0.0)
+        delta1 = tl.dot(hr1, b1, delta1, input_precision="ieee")
+        delta2 = tl.dot(hr2, b2, delta2, input_precision="ieee")
+    acc1 += tl.where(own[:, None], weight[:, None] * delta1, 0.0)
+    acc2 += tl.where(own[:, None], weight[:, None] * delta2, 0.0)
+    return acc1, acc2
 
 
 @triton.jit

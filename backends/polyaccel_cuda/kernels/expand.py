@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta
-from polyaccel_cuda.kernels.rows import TileAdapters, pointers
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, segment
+from polyaccel_cuda.kernels.rows import Units, pointers
+
+BLOCK, WARPS = 64, 4
 
 
 @triton.jit
@@ -18,43 +20,55 @@ def expand_kernel(
     y_stride,
     residual_stride,
     out_stride,
-    count,
     n,
-    begin,
-    end,
+    low_column,
+    high_column,
     part,
     slices,
     h,
     h_stride,
     b,
-    starts,
+    count,
+    members,
     first,
+    place,
     rank,
     mix,
+    more,
+    LOOP: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = begin + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < end
-    mask = (rows < count)[:, None] & inside[None, :]
-    acc = tl.load(y + rows[:, None] * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        where = residual + rows[:, None] * residual_stride + columns[None, :]
-        acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
-    h += rows * h_stride + part
-    acc = add_delta(acc, h, slices, b, n, columns, inside, tile, starts, first, rank, mix, ROWS, BLOCK_R)
-    tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < high_column
+    live = tl.load(count)
+    for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
+        member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
+        low, left, high, weight = segment(unit, first, place, rank, mix, ROWS)
+        begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
+        if unit < live:
+            present = member >= 0
+            rows = tl.where(present, member, 0).to(tl.int64)
+            mask = present[:, None] & inside[None, :]
+            acc = tl.load(y + rows[:, None] * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                where = residual + rows[:, None] * residual_stride + columns[None, :]
+                acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+            hp = h + rows * h_stride + part
+            acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
+            for extra in range(begin, end_more):
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS)
+                acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
+            tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 def expand(
     y: torch.Tensor,
     h: torch.Tensor,
     starts: tuple[int, ...],
-    adapters: TileAdapters,
+    units: Units,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -71,25 +85,27 @@ def expand(
         width = starts[i + 1] - starts[i]
         if not width:
             continue
-        block = min(64, max(16, triton.next_power_of_2(width)))
-        expand_kernel[(triton.cdiv(tokens, adapters.rows), triton.cdiv(width, block))](
+        block = min(BLOCK, max(16, triton.next_power_of_2(width)))
+        blocks = triton.cdiv(width, block)
+        lanes, loop = units.lanes(blocks)
+        expand_kernel[(lanes, blocks)](
             y,
             y if residual is None else residual,
             out,
             y.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
-            tokens,
             n,
             starts[i],
             starts[i + 1],
             i,
             slices,
-            *pointers(h, adapters),
+            *pointers(h, units),
             HAS_RESIDUAL=residual is not None,
-            ROWS=adapters.rows,
+            LOOP=loop,
+            ROWS=units.rows,
             BLOCK=block,
             BLOCK_R=RANK_BLOCK,
-            num_warps=4,
+            num_warps=WARPS,
         )
     return out

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta
-from polyaccel_cuda.kernels.rows import TileAdapters, pointers
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, segment
+from polyaccel_cuda.kernels.rows import Units, pointers
 
 
 @triton.jit
@@ -27,36 +27,49 @@ def adapted_embedding_kernel(
     table,
     ids,
     out,
-    count,
     rows,
     hidden,
     vocabulary_start,
     h,
     h_stride,
     b,
-    starts,
+    count,
+    members,
     first,
+    place,
     rank,
     mix,
+    more,
+    LOOP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    tokens = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
-    local = tl.load(ids + tokens, mask=tokens < count, other=0) - vocabulary_start
-    known = (tokens < count) & (local >= 0) & (local < rows)
-    local = tl.where(known, local, 0)
-    mask = known[:, None] & inside[None, :]
-    x = tl.load(table + local[:, None] * hidden + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    # Ids of other ranks read the first row, and what they add is dropped.
-    h += local * h_stride
-    y = add_delta(x, h, 1, b, hidden, columns, inside, tile, starts, first, rank, mix, ROWS, BLOCK_R)
-    y = tl.where(known[:, None], y, 0.0)
-    where = out + tokens[:, None] * hidden + columns[None, :]
-    tl.store(where, y.to(out.dtype.element_ty), mask=(tokens < count)[:, None] & inside[None, :])
+    live = tl.load(count)
+    for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
+        member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
+        # A table's rank rows are where the store has them, whatever a product left out.
+        low, left, high, weight = segment(unit, first, first, rank, mix, ROWS)
+        begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
+        if unit < live:
+            present = member >= 0
+            tokens = tl.where(present, member, 0).to(tl.int64)
+            local = tl.load(ids + tokens, mask=present, other=0) - vocabulary_start
+            known = present & (local >= 0) & (local < rows)
+            local = tl.where(known, local, 0)
+            mask = known[:, None] & inside[None, :]
+            x = tl.load(table + local[:, None] * hidden + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            # Ids of other ranks read the first row, and what they add is dropped.
+            hp = h + local * h_stride
+            y = add_delta(x, low, left, high, weight, hp, 1, b, hidden, columns, inside, BLOCK_R)
+            for extra in range(begin, end_more):
+                low, left, high, weight = segment(extra, first, first, rank, mix, ROWS)
+                y = add_delta(y, low, left, high, weight, hp, 1, b, hidden, columns, inside, BLOCK_R)
+            y = tl.where(known[:, None], y, 0.0)
+            where = out + tokens[:, None] * hidden + columns[None, :]
+            tl.store(where, y.to(out.dtype.element_ty), mask=present[:, None] & inside[None, :])
 
 
 def embedding(
@@ -64,7 +77,7 @@ def embedding(
     ids: torch.Tensor,
     vocabulary_start: int,
     h: torch.Tensor | None = None,
-    adapters: TileAdapters | None = None,
+    units: Units | None = None,
 ) -> torch.Tensor:
     """``[T, hidden]`` from ``table: [rows, hidden]`` dense and ``ids: [T]`` int64; ``h: [rows, rank rows]`` is A.T."""
     rows, hidden = table.shape
@@ -72,23 +85,25 @@ def embedding(
     out = torch.empty((tokens, hidden), dtype=table.dtype, device=table.device)
     if not out.numel():
         return out
-    if h is None or adapters is None or not rows:
+    if h is None or units is None or not rows:
         block = min(1024, triton.next_power_of_2(hidden))
         embedding_kernel[(tokens, triton.cdiv(hidden, block))](
             table, ids, out, rows, hidden, vocabulary_start, BLOCK=block
         )
         return out
     block = min(64, max(16, triton.next_power_of_2(hidden)))
-    adapted_embedding_kernel[(triton.cdiv(tokens, adapters.rows), triton.cdiv(hidden, block))](
+    blocks = triton.cdiv(hidden, block)
+    lanes, loop = units.lanes(blocks)
+    adapted_embedding_kernel[(lanes, blocks)](
         table,
         ids,
         out,
-        tokens,
         rows,
         hidden,
         vocabulary_start,
-        *pointers(h, adapters),
-        ROWS=adapters.rows,
+        *pointers(h, units),
+        LOOP=loop,
+        ROWS=units.rows,
         BLOCK=block,
         BLOCK_R=RANK_BLOCK,
     )
@@ -96,28 +111,36 @@ def embedding(
 
 
 @triton.jit
-def take_rank_rows_kernel(u, u_stride, rows, slots, spans, h, slices, width, BLOCK: tl.constexpr):
+def take_rank_rows_kernel(u, u_stride, rows, slots, spans, ranks, ranks_stride, h, slices, width, BLOCK: tl.constexpr):
     triple = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + triple)
     slot = tl.load(slots + triple)
-    first, count = tl.load(spans + 2 * slot), tl.load(spans + 2 * slot + 1)
+    first = tl.load(spans + 2 * slot)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part, r = index // width, index % width
     inside = index < slices * width
+    # Beyond a slice's own rank A is zero, which times NaN is none.
+    count = tl.load(ranks + slot * ranks_stride + part, mask=inside, other=0)
     value = tl.load(u + row * u_stride + (first + r) * slices + part, mask=inside & (r < count), other=0.0)
     tl.store(h + triple * slices * width + index, value, mask=inside)
 
 
 def take_rank_rows(
-    u: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, spans: torch.Tensor, slices: int, width: int
+    u: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    spans: torch.Tensor,
+    ranks: torch.Tensor,
+    width: int,
 ) -> torch.Tensor:
-    """``h: [triples, slices, width]`` from ``u: [T, rank rows * slices]``; ``rows, slots: [triples]`` int64 and
-    ``spans: [slots, 2]`` int32, first rank row and count."""
+    """``h: [triples, slices, width]`` from ``u: [T, rank rows * slices]``; ``rows, slots: [triples]`` int64, ``spans:
+    [slots, 2]`` int32, first rank row and count, and ``ranks: [slots, slices]`` int32, true ranks of the site."""
+    slices = ranks.shape[1]
     h = torch.empty((len(rows), slices, width), dtype=u.dtype, device=u.device)
     if h.numel():
         block = min(256, triton.next_power_of_2(slices * width))
         take_rank_rows_kernel[(len(rows), triton.cdiv(slices * width, block))](
-            u, u.stride(0), rows, slots, spans, h, slices, width, BLOCK=block
+            u, u.stride(0), rows, slots, spans, ranks, ranks.stride(0), h, slices, width, BLOCK=block
         )
     return h
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.softmax import attend_tile
+
 QUERY_TILE = 64
 
 
@@ -69,20 +71,10 @@ def prefill_kernel(
         where = ((block * kv_heads + kv_head) * block_size + positions % block_size) * head_dim
         where = where[:, None] + d[None, :]
         mask = known[:, None] & inside[None, :]
-        k = tl.load(keys + where, mask=mask, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
         seen = known[None, :] & (positions[None, :] <= index[:, None])
         if WINDOW:
             seen = seen & (positions[None, :] > index[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp(scores - base[:, None])
-        fade = tl.exp(top - base)
-        weight = weight * fade + tl.sum(p, 1)
-        v = tl.load(values + where, mask=mask, other=0.0)
-        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        top = higher
+        top, weight, acc = attend_tile(q_tile, keys, values, where, mask, seen, scale, top, weight, acc)
     y = tl.where((index >= 0)[:, None], acc / weight[:, None], 0.0)
     place = (rows[:, None] * heads + head) * head_dim + d[None, :]
     tl.store(out + place, y.to(out.dtype.element_ty), mask=mask_q)

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from polyaccel.backend import RopeTable
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta
-from polyaccel_cuda.kernels.rows import TileAdapters, pointers
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, last_unit, segment
+from polyaccel_cuda.kernels.rows import Pointers, Units, pointers
+
+WARPS = 4
 
 
 @triton.jit
@@ -24,7 +26,6 @@ def rope_cache_kernel(
     q_norm,
     k_norm,
     y_stride,
-    tokens,
     n,
     q_heads,
     kv_heads,
@@ -35,10 +36,14 @@ def rope_cache_kernel(
     h,
     h_stride,
     b,
-    starts,
+    count,
+    members,
     first,
+    place,
     rank,
     mix,
+    more,
+    LOOP: tl.constexpr,
     ADAPTED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     Q_NORM: tl.constexpr,
@@ -49,12 +54,9 @@ def rope_cache_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    tile = tl.program_id(0)
     head = tl.program_id(1)
     is_q = head < q_heads
     is_v = head >= q_heads + kv_heads
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    present = rows < tokens
     i = tl.arange(0, BLOCK)
     turned = i < half
     if INTERLEAVED:
@@ -62,60 +64,84 @@ def rope_cache_kernel(
     else:
         one, two = i, i + half
     base = head * head_dim
-    here = y + rows[:, None] * y_stride + base
-    mask = present[:, None] & turned[None, :]
-    x1 = tl.load(here + one[None, :], mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(here + two[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ADAPTED:
-        hp = h + rows * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
-        x1 = add_delta(x1, hp, 3, b, n, base + one, turned, tile, starts, first, rank, mix, ROWS, BLOCK_R)
-        x2 = add_delta(x2, hp, 3, b, n, base + two, turned, tile, starts, first, rank, mix, ROWS, BLOCK_R)
-    square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
     rest = 2 * half + tl.arange(0, BLOCK_REST)
     over = rest < head_dim
-    mask_rest = present[:, None] & over[None, :]
-    if HAS_REST:
-        x3 = tl.load(here + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
-        if ADAPTED:
-            x3 = add_delta(x3, hp, 3, b, n, base + rest, over, tile, starts, first, rank, mix, ROWS, BLOCK_R)
-        square += tl.sum(x3 * x3, 1)
-    scale = (1.0 / tl.sqrt_rn(square / head_dim + eps))[:, None]
-    if Q_NORM:
-        if is_q:
-            x1 *= scale * tl.load(q_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
-            x2 *= scale * tl.load(q_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
-            if HAS_REST:
-                x3 *= scale * tl.load(q_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
-    if K_NORM:
-        if (head >= q_heads) & (head < q_heads + kv_heads):
-            x1 *= scale * tl.load(k_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
-            x2 *= scale * tl.load(k_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
-            if HAS_REST:
-                x3 *= scale * tl.load(k_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
-    position = tl.load(positions + rows, mask=present, other=0)
-    c = tl.load(cos + position[:, None] * half + i[None, :], mask=mask, other=1.0)
-    s = tl.load(sin + position[:, None] * half + i[None, :], mask=mask, other=0.0)
-    o1 = tl.where(is_v, x1, x1 * c - x2 * s)
-    o2 = tl.where(is_v, x2, x2 * c + x1 * s)
-    slot = tl.load(kv_slots + rows, mask=present, other=-1)
-    if is_q:
-        out = q_out + (rows * q_heads + head) * head_dim
-        kept = present
-    else:
-        kept = slot >= 0
-        kv_head = tl.where(is_v, head - q_heads - kv_heads, head - q_heads)
-        offset = ((slot // block_size * kv_heads + kv_head) * block_size + slot % block_size) * head_dim
-        offset = tl.where(kept, offset, 0)
-        if is_v:
-            out = values + offset
-        else:
-            out = keys + offset
     kind = q_out.dtype.element_ty
-    mask = kept[:, None] & turned[None, :]
-    tl.store(out[:, None] + one[None, :], o1.to(kind), mask=mask)
-    tl.store(out[:, None] + two[None, :], o2.to(kind), mask=mask)
-    if HAS_REST:
-        tl.store(out[:, None] + rest[None, :], x3.to(kind), mask=kept[:, None] & over[None, :])
+    if ADAPTED:
+        live = tl.load(count)
+    else:
+        live = tl.num_programs(0)
+    for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
+        if ADAPTED:
+            member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
+            low, left, high, weight = segment(unit, first, place, rank, mix, ROWS)
+            begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
+        else:
+            member = unit + tl.arange(0, ROWS)
+        if unit < live:
+            present = member >= 0
+            rows = tl.where(present, member, 0).to(tl.int64)
+            position = tl.load(positions + rows, mask=present, other=0)
+            slot = tl.load(kv_slots + rows, mask=present, other=-1)
+            here = y + rows[:, None] * y_stride + base
+            mask = present[:, None] & turned[None, :]
+            x1 = tl.load(here + one[None, :], mask=mask, other=0.0).to(tl.float32)
+            x2 = tl.load(here + two[None, :], mask=mask, other=0.0).to(tl.float32)
+            c = tl.load(cos + position[:, None] * half + i[None, :], mask=mask, other=1.0)
+            s = tl.load(sin + position[:, None] * half + i[None, :], mask=mask, other=0.0)
+            if ADAPTED:
+                hp = h + rows * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
+                x1, x2 = add_two_deltas(
+                    x1, x2, low, left, high, weight, hp, hp, 3, b, n, base + one, base + two, turned, BLOCK_R
+                )
+                for extra in range(begin, end_more):
+                    low, left, high, weight = segment(extra, first, place, rank, mix, ROWS)
+                    x1, x2 = add_two_deltas(
+                        x1, x2, low, left, high, weight, hp, hp, 3, b, n, base + one, base + two, turned, BLOCK_R
+                    )
+            square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+            mask_rest = present[:, None] & over[None, :]
+            if HAS_REST:
+                x3 = tl.load(here + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
+                if ADAPTED:
+                    low, left, high, weight = segment(unit, first, place, rank, mix, ROWS)
+                    x3 = add_delta(x3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
+                    for extra in range(begin, end_more):
+                        low, left, high, weight = segment(extra, first, place, rank, mix, ROWS)
+                        x3 = add_delta(x3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
+                square += tl.sum(x3 * x3, 1)
+            scale = (1.0 / tl.sqrt_rn(square / head_dim + eps))[:, None]
+            if Q_NORM:
+                if is_q:
+                    x1 *= scale * tl.load(q_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+                    x2 *= scale * tl.load(q_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+                    if HAS_REST:
+                        x3 *= scale * tl.load(q_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+            if K_NORM:
+                if (head >= q_heads) & (head < q_heads + kv_heads):
+                    x1 *= scale * tl.load(k_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+                    x2 *= scale * tl.load(k_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+                    if HAS_REST:
+                        x3 *= scale * tl.load(k_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+            o1 = tl.where(is_v, x1, x1 * c - x2 * s)
+            o2 = tl.where(is_v, x2, x2 * c + x1 * s)
+            if is_q:
+                out = q_out + (rows * q_heads + head) * head_dim
+                kept = present
+            else:
+                kept = slot >= 0
+                kv_head = tl.where(is_v, head - q_heads - kv_heads, head - q_heads)
+                offset = ((slot // block_size * kv_heads + kv_head) * block_size + slot % block_size) * head_dim
+                offset = tl.where(kept, offset, 0)
+                if is_v:
+                    out = values + offset
+                else:
+                    out = keys + offset
+            mask = kept[:, None] & turned[None, :]
+            tl.store(out[:, None] + one[None, :], o1.to(kind), mask=mask)
+            tl.store(out[:, None] + two[None, :], o2.to(kind), mask=mask)
+            if HAS_REST:
+                tl.store(out[:, None] + rest[None, :], x3.to(kind), mask=kept[:, None] & over[None, :])
 
 
 def rope_cache(
@@ -127,7 +153,7 @@ def rope_cache(
     kv_slots: torch.Tensor,
     positions: torch.Tensor,
     h: torch.Tensor | None = None,
-    adapters: TileAdapters | None = None,
+    units: Units | None = None,
 ) -> torch.Tensor:
     """Queries ``[T, q_heads, head_dim]`` from ``y: [T, at least n]``; keys and values go to the cache.
 
@@ -141,10 +167,14 @@ def rope_cache(
         return out
     half = rope.rotary_dim // 2
     q_norm, k_norm, eps = norms
-    rows = 1 if adapters is None else adapters.rows
-    adapted = (y, 0, y, y, y, y, y) if h is None or adapters is None else pointers(h, adapters)
-    least = 2 if adapters is None else 16
-    rope_cache_kernel[(triton.cdiv(tokens, rows), q_heads + 2 * kv_heads)](
+    programs = q_heads + 2 * kv_heads
+    if h is None or units is None:
+        adapted: Pointers = (y, 0, *(y,) * 8)
+        rows, least, lanes, loop = 1, 2, tokens, False
+    else:
+        adapted, rows, least = pointers(h, units), units.rows, 16
+        lanes, loop = units.lanes(programs)
+    rope_cache_kernel[(lanes, programs)](
         y,
         out,
         *cache,
@@ -155,8 +185,7 @@ def rope_cache(
         y if q_norm is None else q_norm,
         y if k_norm is None else k_norm,
         y.stride(0),
-        tokens,
-        (q_heads + 2 * kv_heads) * head_dim,
+        programs * head_dim,
         q_heads,
         kv_heads,
         head_dim,
@@ -164,7 +193,8 @@ def rope_cache(
         cache[0].shape[2],
         eps,
         *adapted,
-        ADAPTED=adapters is not None,
+        LOOP=loop,
+        ADAPTED=units is not None,
         INTERLEAVED=rope.style == "interleaved",
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
@@ -173,7 +203,7 @@ def rope_cache(
         BLOCK=max(least, triton.next_power_of_2(max(1, half))),
         BLOCK_REST=max(least, triton.next_power_of_2(max(1, head_dim - 2 * half))),
         BLOCK_R=RANK_BLOCK,
-        num_warps=2 if adapters is None else 4,
+        num_warps=2 if units is None else WARPS,
     )
     return out
 

@@ -1,34 +1,53 @@
-"""The adapters of a step's rows, in device memory, as kernels take them: by tile of rows, one segment a slot."""
+"""The adapters of a step's rows, in device memory, as kernels take them: rows with the same adapters are one unit."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
+# Enough programs that every multiprocessor of a large chip has several; beyond, each takes unit after unit.
+PROGRAMS = 2048
 
-class TileAdapters(NamedTuple):
-    """Segments by tile of ``rows`` rows: tile t has ``starts[t]:starts[t + 1]``.
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Units:
+    """Units of at most ``rows`` rows that name the same slots; every row is in one, those without adapters too.
+
+    A unit's first slot is the segment of the unit's own number; its other slots are segments from :attr:`most` on.
 
     Attributes:
         b: ``[rank rows, n]`` of one site, dense, slices side by side.
-        rows: rows of a tile.
-        starts: ``[tiles + 1]`` int32.
-        first, rank: ``[segments]`` int32, the slot's first rank row and how many there are.
-        mix: ``[segments, rows]`` float32, 0 for rows of other segments.
+        rows: rows of a unit.
+        most: units that a launch serves; count: ``[1]`` int32, how many there are. What is beyond has no members.
+        members: ``[most, rows]`` int32, -1 beyond a unit's own.
+        first, place, rank: ``[segments]`` int32, the slot's first rank row in B and in what the product left, and how
+            many there are; 0 of a unit without adapters.
+        mix: ``[segments, rows]`` float32.
+        more: ``[most + 1]`` int32, where a unit's other segments begin.
     """
 
     b: torch.Tensor
     rows: int
-    starts: torch.Tensor
+    most: int
+    count: torch.Tensor
+    members: torch.Tensor
     first: torch.Tensor
+    place: torch.Tensor
     rank: torch.Tensor
     mix: torch.Tensor
+    more: torch.Tensor
+
+    def lanes(self, programs: int) -> tuple[int, bool]:
+        """Programs that share the units, where each unit takes ``programs``; and whether any takes several."""
+        lanes = max(1, min(self.most, -(-PROGRAMS // programs)))
+        return lanes, lanes < self.most
 
 
-Pointers = tuple[torch.Tensor, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Pointers = tuple[torch.Tensor | int, ...]
 
 
-def pointers(h: torch.Tensor, adapters: TileAdapters) -> Pointers:
+def pointers(h: torch.Tensor, units: Units) -> Pointers:
     """``h``, its row stride and the tables, as kernels take them."""
-    return h, h.stride(0), adapters.b, adapters.starts, adapters.first, adapters.rank, adapters.mix
+    tables = (units.count, units.members, units.first, units.place, units.rank, units.mix, units.more)
+    return h, h.stride(0), units.b, *tables
