@@ -24,11 +24,16 @@ def folded(operator: str, weight: Weight) -> FoldedWeight:
     return weight
 
 
+def plain(operator: str, weight: Weight) -> TensorWeight:
+    """A weight stored as plain or quantised tensors, of one matrix."""
+    if not isinstance(weight, TensorWeight) or weight.spec.experts is not None:
+        raise OperatorError(operator, f"takes one matrix of the cuda backend, not {weight.spec}")
+    return weight
+
+
 def table(operator: str, weight: Weight) -> torch.Tensor:
     """An embedding table's storage."""
-    if not isinstance(weight, TensorWeight) or weight.spec.experts is not None:
-        raise OperatorError(operator, f"takes a table of the cuda backend, not {weight.spec}")
-    return weight.tensor
+    return plain(operator, weight).tensor
 
 
 def rows(operator: str, name: str, x: torch.Tensor, weight: Weight, width: int) -> None:

@@ -19,12 +19,12 @@ from polyaccel.backend import (
     Weight,
 )
 from polyaccel.backend.composite import sampling
-from polyaccel.backend.composite.linear import linear as dequantised_linear
+from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.ledger import COPY_PREFIX
 from polyaccel_cuda import check
 from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rope
 from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
-from polyaccel_cuda.product import full_precision, product
+from polyaccel_cuda.product import product
 from polyaccel_cuda.step import CudaStep
 from polyaccel_cuda.weight import FoldedWeight
 
@@ -116,11 +116,13 @@ class CudaOperators(Issuer):
         )
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        if not isinstance(weight, FoldedWeight):
-            # Quantised weights and tables are plain tensors: their product is torch's, of the dequantised weight.
-            return self.launch("dequantised_linear", {"x": x}, _dequantised_linear, x, weight)
+        if isinstance(weight, FoldedWeight):
+            matrix, bias = weight.tensor, weight.bias
+        else:
+            stored = check.plain("linear", weight)
+            matrix, bias = self.launch("dequantize", {"x": x}, dequantize, stored), stored.bias
         check.rows("linear", "x", x, weight, weight.spec.k)
-        return self.multiply("linear", self.dense_rows("linear", "x", x), weight.tensor, weight.bias)
+        return self.multiply("linear", self.dense_rows("linear", "x", x), matrix, bias)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -303,10 +305,3 @@ class CudaOperators(Issuer):
 
     def sample(self, logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutput:
         return self.launch("sample", {"logits": logits}, sampling.sample, logits, state, step)
-
-
-def _dequantised_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    if x.device.type != "cuda":
-        return dequantised_linear(x, weight)
-    with full_precision():
-        return dequantised_linear(x, weight)

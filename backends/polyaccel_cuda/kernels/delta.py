@@ -21,17 +21,25 @@ def last_unit(live, LOOP: tl.constexpr):
 
 
 @triton.jit
-def segment(i, first, place, rank, mix, ROWS: tl.constexpr):
-    """Where segment i begins in B and in h, its rank, and the weight of each row; see :class:`rows.Units`."""
+def segment(i, first, place, rank, mix, ROWS: tl.constexpr, R: tl.constexpr):
+    """Where segment i begins in B and in h, its rank, and the weight of its first R rows; see :class:`rows.Units`."""
     low, left = tl.load(first + i).to(tl.int64), tl.load(place + i).to(tl.int64)
-    return low, left, tl.load(rank + i), tl.load(mix + i * ROWS + tl.arange(0, ROWS))
+    return low, left, tl.load(rank + i), tl.load(mix + i * ROWS + tl.arange(0, R))
 
 
 @triton.jit
-def add_delta(acc, low, left, high, weight, h, h_stride, b, n, columns, inside, BLOCK_R: tl.constexpr):
+def _product(h, b, delta, R: tl.constexpr):
+    """``delta + h @ b``. One row is no work for tensor cores: they would take it for sixteen."""
+    if R == 1:
+        return delta + tl.sum(tl.trans(h).to(tl.float32) * b.to(tl.float32), 0)[None, :]
+    return tl.dot(h, b, delta, input_precision="ieee")
+
+
+@triton.jit
+def add_delta(acc, low, left, high, weight, h, h_stride, b, n, columns, inside, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """``acc + weight * h[:, left + r] * b[low + r, columns]``, summed over r.
 
-    ``acc: [rows, columns]`` float32. ``h: [rows]`` pointers to the rank rows of one slice, ``h_stride`` elements apart.
+    ``acc: [R, columns]`` float32. ``h: [R]`` pointers to the rank rows of one slice, ``h_stride`` elements apart.
     ``b: [rank rows, n]`` dense. Rows of weight 0 get nothing, not even a NaN.
     """
     own = weight != 0.0
@@ -42,13 +50,28 @@ def add_delta(acc, low, left, high, weight, h, h_stride, b, n, columns, inside, 
         where = b + (low + ranks)[:, None] * n + columns[None, :]
         br = tl.load(where, mask=known[:, None] & inside[None, :], other=0.0)
         hr = tl.load(h[:, None] + (left + ranks)[None, :] * h_stride, mask=own[:, None] & known[None, :], other=0.0)
-        delta = tl.dot(hr, br, delta, input_precision="ieee")
+        delta = _product(hr, br, delta, R)
     return acc + tl.where(own[:, None], weight[:, None] * delta, 0.0)
 
 
 @triton.jit
 def add_two_deltas(
-    acc1, acc2, low, left, high, weight, h1, h2, h_stride, b, n, columns1, columns2, inside, BLOCK_R: tl.constexpr
+    acc1,
+    acc2,
+    low,
+    left,
+    high,
+    weight,
+    h1,
+    h2,
+    h_stride,
+    b,
+    n,
+    columns1,
+    columns2,
+    inside,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """:func:`add_delta` for two blocks of columns, all of which is read before any is multiplied."""
     own = weight != 0.0
@@ -62,8 +85,8 @@ def add_two_deltas(
         index, mask = (left + ranks)[None, :] * h_stride, own[:, None] & known[None, :]
         hr1 = tl.load(h1[:, None] + index, mask=mask, other=0.0)
         hr2 = tl.load(h2[:, None] + index, mask=mask, other=0.0)
-        delta1 = tl.dot(hr1, b1, delta1, input_precision="ieee")
-        delta2 = tl.dot(hr2, b2, delta2, input_precision="ieee")
+        delta1 = _product(hr1, b1, delta1, R)
+        delta2 = _product(hr2, b2, delta2, R)
     acc1 += tl.where(own[:, None], weight[:, None] * delta1, 0.0)
     acc2 += tl.where(own[:, None], weight[:, None] * delta2, 0.0)
     return acc1, acc2

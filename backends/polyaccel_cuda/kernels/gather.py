@@ -51,7 +51,7 @@ def adapted_embedding_kernel(
     for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
         member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
         # A table's rank rows are where the store has them, whatever a product left out.
-        low, left, high, weight = segment(unit, first, first, rank, mix, ROWS)
+        low, left, high, weight = segment(unit, first, first, rank, mix, ROWS, ROWS)
         begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
         if unit < live:
             present = member >= 0
@@ -63,10 +63,10 @@ def adapted_embedding_kernel(
             x = tl.load(table + local[:, None] * hidden + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             # Ids of other ranks read the first row, and what they add is dropped.
             hp = h + local * h_stride
-            y = add_delta(x, low, left, high, weight, hp, 1, b, hidden, columns, inside, BLOCK_R)
+            y = add_delta(x, low, left, high, weight, hp, 1, b, hidden, columns, inside, ROWS, BLOCK_R)
             for extra in range(begin, end_more):
-                low, left, high, weight = segment(extra, first, first, rank, mix, ROWS)
-                y = add_delta(y, low, left, high, weight, hp, 1, b, hidden, columns, inside, BLOCK_R)
+                low, left, high, weight = segment(extra, first, first, rank, mix, ROWS, ROWS)
+                y = add_delta(y, low, left, high, weight, hp, 1, b, hidden, columns, inside, ROWS, BLOCK_R)
             y = tl.where(known[:, None], y, 0.0)
             where = out + tokens[:, None] * hidden + columns[None, :]
             tl.store(where, y.to(out.dtype.element_ty), mask=present[:, None] & inside[None, :])

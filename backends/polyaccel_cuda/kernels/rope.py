@@ -14,6 +14,130 @@ WARPS = 4
 
 
 @triton.jit
+def _rope_rows(
+    y,
+    q_out,
+    keys,
+    values,
+    kv_slots,
+    positions,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    y_stride,
+    n,
+    q_heads,
+    kv_heads,
+    head_dim,
+    half,
+    block_size,
+    eps,
+    h,
+    h_stride,
+    b,
+    unit,
+    member,
+    low,
+    left,
+    high,
+    weight,
+    begin,
+    end_more,
+    first,
+    place,
+    rank,
+    mix,
+    head,
+    ADAPTED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    is_q = head < q_heads
+    is_v = head >= q_heads + kv_heads
+    i = tl.arange(0, BLOCK)
+    turned = i < half
+    if INTERLEAVED:
+        one, two = 2 * i, 2 * i + 1
+    else:
+        one, two = i, i + half
+    base = head * head_dim
+    rest = 2 * half + tl.arange(0, BLOCK_REST)
+    over = rest < head_dim
+    kind = q_out.dtype.element_ty
+    present = member >= 0
+    rows = tl.where(present, member, 0).to(tl.int64)
+    position = tl.load(positions + rows, mask=present, other=0)
+    slot = tl.load(kv_slots + rows, mask=present, other=-1)
+    here = y + rows[:, None] * y_stride + base
+    mask = present[:, None] & turned[None, :]
+    x1 = tl.load(here + one[None, :], mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(here + two[None, :], mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cos + position[:, None] * half + i[None, :], mask=mask, other=1.0)
+    s = tl.load(sin + position[:, None] * half + i[None, :], mask=mask, other=0.0)
+    if ADAPTED:
+        hp = h + rows * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
+        x1, x2 = add_two_deltas(
+            x1, x2, low, left, high, weight, hp, hp, 3, b, n, base + one, base + two, turned, R, BLOCK_R
+        )
+        for extra in range(begin, end_more):
+            low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
+            x1, x2 = add_two_deltas(
+                x1, x2, low, left, high, weight, hp, hp, 3, b, n, base + one, base + two, turned, R, BLOCK_R
+            )
+    square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+    mask_rest = present[:, None] & over[None, :]
+    if HAS_REST:
+        x3 = tl.load(here + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
+        if ADAPTED:
+            low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, R)
+            x3 = add_delta(x3, low, left, high, weight, hp, 3, b, n, base + rest, over, R, BLOCK_R)
+            for extra in range(begin, end_more):
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
+                x3 = add_delta(x3, low, left, high, weight, hp, 3, b, n, base + rest, over, R, BLOCK_R)
+        square += tl.sum(x3 * x3, 1)
+    scale = (1.0 / tl.sqrt_rn(square / head_dim + eps))[:, None]
+    if Q_NORM:
+        if is_q:
+            x1 *= scale * tl.load(q_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+            x2 *= scale * tl.load(q_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+            if HAS_REST:
+                x3 *= scale * tl.load(q_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+    if K_NORM:
+        if (head >= q_heads) & (head < q_heads + kv_heads):
+            x1 *= scale * tl.load(k_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+            x2 *= scale * tl.load(k_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+            if HAS_REST:
+                x3 *= scale * tl.load(k_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+    o1 = tl.where(is_v, x1, x1 * c - x2 * s)
+    o2 = tl.where(is_v, x2, x2 * c + x1 * s)
+    if is_q:
+        out = q_out + (rows * q_heads + head) * head_dim
+        kept = present
+    else:
+        kept = slot >= 0
+        kv_head = tl.where(is_v, head - q_heads - kv_heads, head - q_heads)
+        offset = ((slot // block_size * kv_heads + kv_head) * block_size + slot % block_size) * head_dim
+        offset = tl.where(kept, offset, 0)
+        if is_v:
+            out = values + offset
+        else:
+            out = keys + offset
+    mask = kept[:, None] & turned[None, :]
+    tl.store(out[:, None] + one[None, :], o1.to(kind), mask=mask)
+    tl.store(out[:, None] + two[None, :], o2.to(kind), mask=mask)
+    if HAS_REST:
+        tl.store(out[:, None] + rest[None, :], x3.to(kind), mask=kept[:, None] & over[None, :])
+
+
+@triton.jit
 def rope_cache_kernel(
     y,
     q_out,
@@ -55,93 +179,39 @@ def rope_cache_kernel(
     BLOCK_R: tl.constexpr,
 ):
     head = tl.program_id(1)
-    is_q = head < q_heads
-    is_v = head >= q_heads + kv_heads
-    i = tl.arange(0, BLOCK)
-    turned = i < half
-    if INTERLEAVED:
-        one, two = 2 * i, 2 * i + 1
-    else:
-        one, two = i, i + half
-    base = head * head_dim
-    rest = 2 * half + tl.arange(0, BLOCK_REST)
-    over = rest < head_dim
-    kind = q_out.dtype.element_ty
     if ADAPTED:
         live = tl.load(count)
-    else:
-        live = tl.num_programs(0)
-    for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-        if ADAPTED:
+        for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
+            lead, second = tl.load(members + unit * ROWS), tl.load(members + unit * ROWS + 1)
             member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
-            low, left, high, weight = segment(unit, first, place, rank, mix, ROWS)
+            low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
+            alone = tl.load(mix + unit * ROWS + tl.arange(0, 1))
             begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
-        else:
-            member = unit + tl.arange(0, ROWS)
-        if unit < live:
-            present = member >= 0
-            rows = tl.where(present, member, 0).to(tl.int64)
-            position = tl.load(positions + rows, mask=present, other=0)
-            slot = tl.load(kv_slots + rows, mask=present, other=-1)
-            here = y + rows[:, None] * y_stride + base
-            mask = present[:, None] & turned[None, :]
-            x1 = tl.load(here + one[None, :], mask=mask, other=0.0).to(tl.float32)
-            x2 = tl.load(here + two[None, :], mask=mask, other=0.0).to(tl.float32)
-            c = tl.load(cos + position[:, None] * half + i[None, :], mask=mask, other=1.0)
-            s = tl.load(sin + position[:, None] * half + i[None, :], mask=mask, other=0.0)
-            if ADAPTED:
-                hp = h + rows * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
-                x1, x2 = add_two_deltas(
-                    x1, x2, low, left, high, weight, hp, hp, 3, b, n, base + one, base + two, turned, BLOCK_R
-                )
-                for extra in range(begin, end_more):
-                    low, left, high, weight = segment(extra, first, place, rank, mix, ROWS)
-                    x1, x2 = add_two_deltas(
-                        x1, x2, low, left, high, weight, hp, hp, 3, b, n, base + one, base + two, turned, BLOCK_R
-                    )
-            square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
-            mask_rest = present[:, None] & over[None, :]
-            if HAS_REST:
-                x3 = tl.load(here + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
-                if ADAPTED:
-                    low, left, high, weight = segment(unit, first, place, rank, mix, ROWS)
-                    x3 = add_delta(x3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
-                    for extra in range(begin, end_more):
-                        low, left, high, weight = segment(extra, first, place, rank, mix, ROWS)
-                        x3 = add_delta(x3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
-                square += tl.sum(x3 * x3, 1)
-            scale = (1.0 / tl.sqrt_rn(square / head_dim + eps))[:, None]
-            if Q_NORM:
-                if is_q:
-                    x1 *= scale * tl.load(q_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
-                    x2 *= scale * tl.load(q_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
-                    if HAS_REST:
-                        x3 *= scale * tl.load(q_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
-            if K_NORM:
-                if (head >= q_heads) & (head < q_heads + kv_heads):
-                    x1 *= scale * tl.load(k_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
-                    x2 *= scale * tl.load(k_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
-                    if HAS_REST:
-                        x3 *= scale * tl.load(k_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
-            o1 = tl.where(is_v, x1, x1 * c - x2 * s)
-            o2 = tl.where(is_v, x2, x2 * c + x1 * s)
-            if is_q:
-                out = q_out + (rows * q_heads + head) * head_dim
-                kept = present
-            else:
-                kept = slot >= 0
-                kv_head = tl.where(is_v, head - q_heads - kv_heads, head - q_heads)
-                offset = ((slot // block_size * kv_heads + kv_head) * block_size + slot % block_size) * head_dim
-                offset = tl.where(kept, offset, 0)
-                if is_v:
-                    out = values + offset
+            if unit < live:
+                if second < 0:
+                    one = tl.zeros((1,), tl.int32) + lead
+                    _rope_rows(
+                        y, q_out, keys, values, kv_slots, positions, cos, sin, q_norm, k_norm, y_stride, n,
+                        q_heads, kv_heads, head_dim, half, block_size, eps, h, h_stride, b, unit,
+                        one, low, left, high, alone, begin, end_more, first, place, rank, mix, head,
+                        ADAPTED, INTERLEAVED, Q_NORM, K_NORM, HAS_REST, ROWS, 1, BLOCK, BLOCK_REST, BLOCK_R,
+                    )  # fmt: skip
                 else:
-                    out = keys + offset
-            mask = kept[:, None] & turned[None, :]
-            tl.store(out[:, None] + one[None, :], o1.to(kind), mask=mask)
-            tl.store(out[:, None] + two[None, :], o2.to(kind), mask=mask)
-            if HAS_REST:
-                tl.store(out[:, None] + rest[None, :], x3.to(kind), mask=kept[:, None] & over[None, :])
+                    _rope_rows(
+                        y, q_out, keys, values, kv_slots, positions, cos, sin, q_norm, k_norm, y_stride, n,
+                        q_heads, kv_heads, head_dim, half, block_size, eps, h, h_stride, b, unit,
+                        member, low, left, high, weight, begin, end_more, first, place, rank, mix, head,
+                        ADAPTED, INTERLEAVED, Q_NORM, K_NORM, HAS_REST, ROWS, ROWS, BLOCK, BLOCK_REST, BLOCK_R,
+                    )  # fmt: skip
+    else:
+        unit = tl.program_id(0)
+        member = unit + tl.arange(0, 1)
+        _rope_rows(
+            y, q_out, keys, values, kv_slots, positions, cos, sin, q_norm, k_norm, y_stride, n, q_heads, kv_heads,
+            head_dim, half, block_size, eps, h, h_stride, b, unit, member, 0, 0, 0, 0.0, 0, 0,
+            first, place, rank, mix, head, ADAPTED, INTERLEAVED, Q_NORM, K_NORM, HAS_REST, ROWS, 1,
+            BLOCK, BLOCK_REST, BLOCK_R,
+        )  # fmt: skip
 
 
 def rope_cache(
