@@ -25,50 +25,6 @@ def silu_and_mul_kernel(x, out, x_stride, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _adapted_rows(
-    x,
-    out,
-    x_stride,
-    n,
-    h,
-    h_stride,
-    b,
-    member,
-    low,
-    left,
-    high,
-    weight,
-    begin,
-    end_more,
-    first,
-    place,
-    rank,
-    mix,
-    columns,
-    ROWS: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    inside = columns < n
-    present = member >= 0
-    rows = tl.where(present, member, 0).to(tl.int64)
-    mask = present[:, None] & inside[None, :]
-    where = x + rows[:, None] * x_stride + columns[None, :]
-    gate = tl.load(where, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(where + n, mask=mask, other=0.0).to(tl.float32)
-    h1, right, both = h + rows * h_stride, n + columns, 2 * n
-    h2 = h1 + 1
-    gate, up = add_two_deltas(gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, R, BLOCK_R)
-    for extra in range(begin, end_more):
-        low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
-        gate, up = add_two_deltas(
-            gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, R, BLOCK_R
-        )
-    y = gate / (1.0 + exp(-gate)) * up
-    tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def adapted_silu_and_mul_kernel(
     x,
     out,
@@ -90,25 +46,31 @@ def adapted_silu_and_mul_kernel(
     BLOCK_R: tl.constexpr,
 ):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
     live = tl.load(count)
     for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-        lead, second = tl.load(members + unit * ROWS), tl.load(members + unit * ROWS + 1)
         member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
         low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
-        alone = tl.load(mix + unit * ROWS + tl.arange(0, 1))
         begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
         if unit < live:
-            if second < 0:
-                one = tl.zeros((1,), tl.int32) + lead
-                _adapted_rows(
-                    x, out, x_stride, n, h, h_stride, b, one, low, left, high, alone, begin, end_more, first, place,
-                    rank, mix, columns, ROWS, 1, BLOCK_R,
-                )  # fmt: skip
-            else:
-                _adapted_rows(
-                    x, out, x_stride, n, h, h_stride, b, member, low, left, high, weight, begin, end_more, first,
-                    place, rank, mix, columns, ROWS, ROWS, BLOCK_R,
-                )  # fmt: skip
+            present = member >= 0
+            rows = tl.where(present, member, 0).to(tl.int64)
+            mask = present[:, None] & inside[None, :]
+            where = x + rows[:, None] * x_stride + columns[None, :]
+            gate = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(where + n, mask=mask, other=0.0).to(tl.float32)
+            h1, right, both = h + rows * h_stride, n + columns, 2 * n
+            h2 = h1 + 1
+            gate, up = add_two_deltas(
+                gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
+            )
+            for extra in range(begin, end_more):
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, ROWS)
+                gate, up = add_two_deltas(
+                    gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
+                )
+            y = gate / (1.0 + exp(-gate)) * up
+            tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
 def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: Units | None = None) -> torch.Tensor:

@@ -29,7 +29,7 @@ def segment(i, first, place, rank, mix, ROWS: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _product(h, b, delta, R: tl.constexpr):
-    """``delta + h @ b``. One row is no work for tensor cores: they would take it for sixteen."""
+    """``delta + h @ b``. For one row tensor cores would have to be given sixteen."""
     if R == 1:
         return delta + tl.sum(tl.trans(h).to(tl.float32) * b.to(tl.float32), 0)[None, :]
     return tl.dot(h, b, delta, input_precision="ieee")

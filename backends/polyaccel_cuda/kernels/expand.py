@@ -13,52 +13,6 @@ BLOCK, WARPS = 64, 4
 
 
 @triton.jit
-def _expanded_rows(
-    y,
-    residual,
-    out,
-    y_stride,
-    residual_stride,
-    out_stride,
-    n,
-    slices,
-    h,
-    h_stride,
-    b,
-    member,
-    low,
-    left,
-    high,
-    weight,
-    begin,
-    end_more,
-    first,
-    place,
-    rank,
-    mix,
-    columns,
-    inside,
-    HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    present = member >= 0
-    rows = tl.where(present, member, 0).to(tl.int64)
-    mask = present[:, None] & inside[None, :]
-    acc = tl.load(y + rows[:, None] * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        where = residual + rows[:, None] * residual_stride + columns[None, :]
-        acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
-    h += rows * h_stride
-    acc = add_delta(acc, low, left, high, weight, h, slices, b, n, columns, inside, R, BLOCK_R)
-    for extra in range(begin, end_more):
-        low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
-        acc = add_delta(acc, low, left, high, weight, h, slices, b, n, columns, inside, R, BLOCK_R)
-    tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def expand_kernel(
     y,
     residual,
@@ -90,27 +44,24 @@ def expand_kernel(
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
     live = tl.load(count)
-    h += part
     for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-        lead, second = tl.load(members + unit * ROWS), tl.load(members + unit * ROWS + 1)
         member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
         low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
-        alone = tl.load(mix + unit * ROWS + tl.arange(0, 1))
         begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
         if unit < live:
-            if second < 0:
-                one = tl.zeros((1,), tl.int32) + lead
-                _expanded_rows(
-                    y, residual, out, y_stride, residual_stride, out_stride, n, slices, h, h_stride, b, one, low, left,
-                    high, alone, begin, end_more, first, place, rank, mix, columns, inside, HAS_RESIDUAL, ROWS, 1,
-                    BLOCK_R,
-                )  # fmt: skip
-            else:
-                _expanded_rows(
-                    y, residual, out, y_stride, residual_stride, out_stride, n, slices, h, h_stride, b, member, low,
-                    left, high, weight, begin, end_more, first, place, rank, mix, columns, inside, HAS_RESIDUAL, ROWS,
-                    ROWS, BLOCK_R,
-                )  # fmt: skip
+            present = member >= 0
+            rows = tl.where(present, member, 0).to(tl.int64)
+            mask = present[:, None] & inside[None, :]
+            acc = tl.load(y + rows[:, None] * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                where = residual + rows[:, None] * residual_stride + columns[None, :]
+                acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+            hp = h + rows * h_stride + part
+            acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, ROWS, BLOCK_R)
+            for extra in range(begin, end_more):
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, ROWS)
+                acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, ROWS, BLOCK_R)
+            tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 def expand(
