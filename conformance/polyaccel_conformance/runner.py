@@ -17,6 +17,7 @@ from polyaccel_conformance import SUITE_REVISION
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.casefile import CaseFile, spec_revision
 from polyaccel_conformance.check import CaseResult, Failure
+from polyaccel_conformance.checks.registry import CHECKS
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.grouping import Key, failure_groups, key_of
 from polyaccel_conformance.log import ResultsLog, read_log
@@ -39,6 +40,8 @@ __all__ = ["CASES", "RESULTS", "WORKER", "Options", "Silent", "Watch", "lost_res
 WORKER = "worker"
 """Under this name failures are reported that are no check's: the process died or hung, or the suite itself failed."""
 CONTROL_SECONDS = 120.0
+POSSIBLE = "possible"
+"""What is said of a check that no case asks although the device could be asked it."""
 HEAVY_PATIENCE = 4
 """A case of a heavy set may take so many times as long as any other."""
 MAX_DEATHS = 12
@@ -260,16 +263,22 @@ class _Run:
             raise UsageError(f"nothing is selected by {header.selection}")
 
     def _controls(self, header: RunHeader, log: ResultsLog) -> None:
-        """Of the checks that were asked, on the same device."""
+        """Of the checks that were asked, on the same device; and why others cannot be asked on it."""
         asked = self.tally.asked(several=False)
         jobs = [
-            Job(name=check, request={"do": "control", "check": check}, seconds=CONTROL_SECONDS)
+            Job(
+                name=check,
+                request={"do": "control" if check in asked else "possible", "check": check},
+                seconds=CONTROL_SECONDS,
+            )
             for check in header.checks
-            if check in asked and check not in self.tally.controls
+            if check in CHECKS and check not in self.tally.controls
         ]
         for answer in self.pool.run(jobs):
             check = str(answer.job.name)
             said = _control(answer)
+            if said == POSSIBLE:
+                continue
             self.tally.controls[check] = said
             log.write("control", {"check": check, "control": said})
 

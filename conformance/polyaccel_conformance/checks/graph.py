@@ -137,7 +137,7 @@ class AdapterCost(ModelCheck):
                 output = model.forward(step)
             return output
 
-        costs = {}
+        costs: dict[str, int] = {}
         for name, own, key, inputs in (
             ("none", model, WITHOUT, idle),
             ("nothing loaded", plain, WITHOUT, idle),

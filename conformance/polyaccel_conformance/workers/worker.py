@@ -52,6 +52,12 @@ class Worker:
         reason = check.unavailable(self.bench)
         return {"control": "impossible here" if reason else check.control(self.bench), "reason": reason}
 
+    def possible(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether a check that no case asks could be asked here."""
+        (check,) = checks_named([request["check"]])
+        reason = check.unavailable(self.bench)
+        return {"control": "impossible here" if reason else "possible", "reason": reason}
+
     def dump(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from polyaccel_conformance.dump import dump
 
@@ -90,6 +96,7 @@ def main(connection: Connection, subject: Mapping[str, str], device: int) -> Non
     actions: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "case": worker.case,
         "control": worker.control,
+        "possible": worker.possible,
         "dump": worker.dump,
     }
     while True:

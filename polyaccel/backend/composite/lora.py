@@ -86,8 +86,8 @@ def sgmv(y: torch.Tensor, x: torch.Tensor, weight: Weight, step: Step, row_set: 
     Raises:
         OperatorError: x or y is not of the weight's dtype and width, or they are on two devices.
     """
-    _check_rows("sgmv", "y", y, weight.spec.n, weight, x.device)
-    _check_rows("sgmv", "x", x, weight.spec.k, weight, x.device)
+    _check_rows("sgmv", "y", y, weight.spec.n, weight, x=x)
+    _check_rows("sgmv", "x", x, weight.spec.k, weight)
     if len(step.input.rows(row_set)) == 0:
         return y
     store, spec = adapter_store("sgmv", step), _plain_spec("sgmv", weight)
@@ -136,7 +136,7 @@ def sgmv_expand(
     Raises:
         OperatorError: y is not of the weight's dtype and width, or not on h's device.
     """
-    _check_rows("sgmv_expand", "y", y, weight.spec.n, weight, h.device)
+    _check_rows("sgmv_expand", "y", y, weight.spec.n, weight, h=h)
     if len(step.input.rows(row_set)) == 0:
         return y
     store, spec = adapter_store("sgmv_expand", step), _plain_spec("sgmv_expand", weight)
@@ -153,11 +153,17 @@ def sgmv_expand(
     return y
 
 
-def _check_rows(operator: str, name: str, rows: torch.Tensor, width: int, weight: Weight, device: torch.device) -> None:
-    """Refuse rows that are not of the weight's dtype, of ``width`` and on ``device``, before anything is written."""
-    if rows.dtype != weight.spec.dtype or rows.shape[-1] != width or rows.device != device:
-        reason = f"{name} must be {weight.spec.dtype} rows of {width} on {device}"
-        raise OperatorError.describe(operator, reason, {name: rows})
+def _check_rows(
+    operator: str, name: str, rows: torch.Tensor, width: int, weight: Weight, **beside: torch.Tensor
+) -> None:
+    """Refuse rows that are not of the weight's dtype, of ``width`` and on the device of the operand ``beside`` them,
+    before anything is written."""
+    if rows.dtype != weight.spec.dtype or rows.shape[-1] != width:
+        raise OperatorError.describe(operator, f"{name} must be {weight.spec.dtype} rows of {width}", {name: rows})
+    for other, operand in beside.items():
+        if operand.device != rows.device:
+            reason = f"{name} and {other} are on two devices"
+            raise OperatorError.describe(operator, reason, {name: rows, other: operand})
 
 
 def _plain_spec(operator: str, weight: Weight) -> WeightSpec:

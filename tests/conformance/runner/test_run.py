@@ -342,3 +342,10 @@ def test_a_file_that_is_no_case_file_is_a_usage_error(tmp_path: Path, text: str)
     path.write_text(text)
     with pytest.raises(UsageError, match="case file"):
         CaseFile.read(path)
+
+
+def test_a_check_that_the_device_cannot_be_asked_is_recorded_with_the_reason() -> None:
+    result = run(Subject(kind="backend", name="cpu"), Options(profile="quick", operators=("silu_and_mul",)))
+    (state,) = (check for check in result.checks if check.check == "device.wrong_current")
+    assert (state.cases, state.verdict) == (0, "not exercised")
+    assert state.control == f"impossible here: {state.reason}"
