@@ -265,22 +265,15 @@ class _Run:
     def _controls(self, header: RunHeader, log: ResultsLog) -> None:
         """Of the checks that were asked, on the same device; and why others cannot be asked on it."""
         asked = self.tally.asked(several=False)
-        jobs = [
-            Job(
-                name=check,
-                request={"do": "control" if check in asked else "possible", "check": check},
-                seconds=CONTROL_SECONDS,
-            )
-            for check in header.checks
-            if check in CHECKS and check not in self.tally.controls
-        ]
+        left = [check for check in header.checks if check in CHECKS and check not in self.tally.controls]
+        do = {check: "control" if check in asked else "possible" for check in left}
+        jobs = [Job(name=check, request={"do": do[check], "check": check}, seconds=CONTROL_SECONDS) for check in left]
         for answer in self.pool.run(jobs):
             check = str(answer.job.name)
             said = _control(answer)
-            if said == POSSIBLE:
-                continue
-            self.tally.controls[check] = said
-            log.write("control", {"check": check, "control": said})
+            if said != POSSIBLE:
+                self.tally.controls[check] = said
+                log.write("control", {"check": check, "control": said})
 
     def _run_chunk(
         self,
