@@ -1,11 +1,12 @@
-"""Compiles every kernel for a GPU that need not be there: ``python -m tests.cuda.compiled``.
+"""Compiles every kernel for GPUs that need not be there: ``python -m tests.cuda.compiled [Hopper:bfloat16 ...]``.
 
 The interpreter takes much that the compiler refuses: a name that changes its type in a loop, a tuple as an argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -101,19 +102,20 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
     yield "attention"
 
 
-def main() -> None:
+def main(chosen: Sequence[str]) -> None:
+    """``chosen``: targets and dtypes, all without any."""
     run = JITFunction.run
 
     def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
         return run(self, *args, **{**kwargs, "warmup": True})
 
-    for name, capability in TARGETS.items():
-        triton.runtime.driver.set_active(Absent(capability))
+    for name in chosen or [f"{target}:{str(dtype).removeprefix('torch.')}" for target in TARGETS for dtype in DTYPES]:
+        target, _, dtype = name.partition(":")
+        triton.runtime.driver.set_active(Absent(TARGETS[target]))
         with mock.patch.object(JITFunction, "run", compiled):
-            for dtype in DTYPES:
-                for what in calls(dtype):
-                    print(f"{name} {dtype}: {what}", flush=True)
+            for what in calls(getattr(torch, dtype)):
+                print(f"{name} {what}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
