@@ -79,7 +79,8 @@ class Issuer:
         listed, slices = step.listed, len(weight.spec.slices)
         if listed is None:
             return self.multiply("sgmv_shrink", x, weight.rank_matrix(step.rank_rows))
-        operands, matrix = {"x": x, "weight": weight.ranks, "step": listed}, weight.ranks
+        matrix = weight.rank_matrix(weight.spec.rank_rows)
+        operands = {"x": x, "weight": matrix, "step": listed}
         return self.launch("sgmv_shrink", operands, few_rows, x, matrix, 0, None, listed, step.rank_rows, slices)
 
 

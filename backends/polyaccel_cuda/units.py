@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -56,9 +57,24 @@ class RankRows:
 
 
 def units_of(inputs: StepInput, row_set: RowSet, where: RankRows) -> Mapping[str, Ints]:
-    """The tables of :class:`polyaccel_cuda.kernels.rows.Units` for a row set; units in order of their first row."""
-    given, rows, size = inputs.rows(row_set), rows_of(inputs, row_set), UNIT_ROWS[inputs.token_class]
-    slots, weights = _by_row(given.rows, given.slots, given.weights, rows)
+    """The tables of :class:`polyaccel_cuda.kernels.rows.Units` for a row set; units in order of their slots."""
+    given, rows = inputs.rows(row_set), rows_of(inputs, row_set)
+    if not len(given):
+        return _without_adapters(rows, inputs.token_class)
+    return _units(*_by_row(given.rows, given.slots, given.weights, rows), where.tables, inputs.token_class)
+
+
+@functools.lru_cache(maxsize=64)
+def _without_adapters(rows: int, token_class: TokenClass) -> Mapping[str, Ints]:
+    # Most steps of an engine that could serve adapters have none at some row set; theirs differ in nothing else.
+    none = np.full((rows, 1), -1, dtype=np.int64)
+    nowhere = dict.fromkeys(("first", "place", "rank"), np.zeros(1, dtype=np.int32))
+    return _units(none, np.zeros((rows, 1), dtype=np.float32), nowhere, token_class)
+
+
+def _units(slots: Ints, weights: Ints, where: Mapping[str, Ints], token_class: TokenClass) -> Mapping[str, Ints]:
+    """From what :func:`_by_row` gives; ``where``: :attr:`RankRows.tables`."""
+    rows, size = len(slots), UNIT_ROWS[token_class]
     if slots.shape[1] == 1:
         _, group = np.unique(slots[:, 0], return_inverse=True)
     else:
@@ -67,15 +83,15 @@ def units_of(inputs: StepInput, row_set: RowSet, where: RankRows) -> Mapping[str
     order = np.argsort(group, kind="stable")
     sizes = np.bincount(group)
     begins = np.cumsum(sizes) - sizes
-    # Place of each row in its group, then which unit of the group and where in that.
-    rank_in_group = np.arange(rows) - np.repeat(begins, sizes)
+    # Whose turn in its group a row is, then which unit of the group and where in that.
+    turn = np.arange(rows) - np.repeat(begins, sizes)
     counts = -(-sizes // size)
     first_unit = np.cumsum(counts) - counts
-    unit = np.repeat(first_unit, sizes) + rank_in_group // size
-    seat = rank_in_group % size
+    unit = np.repeat(first_unit, sizes) + turn // size
+    seat = turn % size
     total = int(counts.sum())
     # A graph's launches serve as many units as there can be, each row one; other launches those that there are.
-    most = rows if inputs.token_class is TokenClass.DECODE else total
+    most = rows if token_class is TokenClass.DECODE else total
     members = np.full((most, size), -1, dtype=np.int32)
     members[unit, seat] = order
     own = slots[members[:, 0]]
@@ -93,7 +109,7 @@ def units_of(inputs: StepInput, row_set: RowSet, where: RankRows) -> Mapping[str
     return {
         "count": np.array([total], dtype=np.int32),
         "members": members,
-        **{name: np.where(named, table[slot], 0) for name, table in where.tables.items()},
+        **{name: np.where(named, table[slot], 0) for name, table in where.items()},
         "mix": mix,
         "more": more,
     }
@@ -115,8 +131,6 @@ def triples_of(inputs: StepInput, row_set: RowSet) -> Mapping[str, Ints]:
 def _by_row(rows: Ints, slots: Ints, weights: Ints, count: int) -> tuple[Ints, Ints]:
     """Slots ``[count, most of a row]``, ascending, -1 beyond a row's own, and their weights; a slot that a row names
     twice has the sum of both."""
-    if not len(rows):
-        return np.full((count, 1), -1, dtype=np.int64), np.zeros((count, 1), dtype=np.float32)
     width = int(slots.max()) + 1
     keys, which = np.unique(rows.astype(np.int64) * width + slots, return_inverse=True)
     sums = np.zeros(len(keys), dtype=np.float32)

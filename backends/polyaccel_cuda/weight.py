@@ -62,11 +62,6 @@ class FoldedWeight(TensorWeight):
         height = self.n_padded + up(rank_rows * len(self.spec.slices))
         return self._whole[:height], None if self._wide_bias is None else self._wide_bias[:height]
 
-    @property
-    def ranks(self) -> torch.Tensor:
-        """``[rank rows * slices, k]``: all rank rows."""
-        return self._rank_matrix
-
     def rank_matrix(self, rank_rows: int) -> torch.Tensor:
         """``[at least rank_rows * slices, k]``: the first rank rows alone."""
         return self._rank_matrix[: up(rank_rows * len(self.spec.slices))]

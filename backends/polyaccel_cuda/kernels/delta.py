@@ -28,6 +28,14 @@ def segment(i, first, place, rank, mix, ROWS: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def read_unit(unit, members, first, place, rank, mix, more, ROWS: tl.constexpr):
+    """Rows of a unit, -1 beyond its own; its first :func:`segment`; where its other segments begin and end."""
+    member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
+    low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
+    return member, low, left, high, weight, tl.load(more + unit), tl.load(more + unit + 1)
+
+
+@triton.jit
 def _product(h, b, delta, R: tl.constexpr):
     """``delta + h @ b``. For one row tensor cores would have to be given sixteen."""
     if R == 1:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, segment
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, read_unit, segment
 from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 64, 4
@@ -45,9 +45,7 @@ def expand_kernel(
     inside = columns < high_column
     live = tl.load(count)
     for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-        member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
-        low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
-        begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
+        member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
         if unit < live:
             present = member >= 0
             rows = tl.where(present, member, 0).to(tl.int64)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, segment
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, read_unit, segment
 from polyaccel_cuda.kernels.rows import Units, pointers
 
 
@@ -49,10 +49,8 @@ def adapted_embedding_kernel(
     inside = columns < hidden
     live = tl.load(count)
     for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-        member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
         # A table's rank rows are where the store has them, whatever a product left out.
-        low, left, high, weight = segment(unit, first, first, rank, mix, ROWS, ROWS)
-        begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
+        member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, first, rank, mix, more, ROWS)
         if unit < live:
             present = member >= 0
             tokens = tl.where(present, member, 0).to(tl.int64)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from polyaccel.backend import RopeTable
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, last_unit, segment
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, last_unit, read_unit, segment
 from polyaccel_cuda.kernels.rows import Pointers, Units, pointers
 
 WARPS = 4
@@ -183,10 +183,10 @@ def rope_cache_kernel(
         live = tl.load(count)
         for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
             lead, second = tl.load(members + unit * ROWS), tl.load(members + unit * ROWS + 1)
-            member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
-            low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
+            member, low, left, high, weight, begin, end_more = read_unit(
+                unit, members, first, place, rank, mix, more, ROWS
+            )
             alone = tl.load(mix + unit * ROWS + tl.arange(0, 1))
-            begin, end_more = tl.load(more + unit), tl.load(more + unit + 1)
             if unit < live:
                 if second < 0:
                     one = tl.zeros((1,), tl.int32) + lead

@@ -49,8 +49,8 @@ class Worker:
 
     def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
         (check,) = checks_named([request["check"]])
-        reason = check.unavailable(self.bench)
-        return {"control": "impossible here" if reason else check.control(self.bench), "reason": reason}
+        said = self.possible(request)
+        return said if said["reason"] else {**said, "control": check.control(self.bench)}
 
     def possible(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Whether a check that no case asks could be asked here."""
