@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,8 @@ class Form:
         h: format in which h is kept, ``"x"`` for x's dtype.
         mix: whether the mix weight multiplies h or the delta.
         parts: results are rounded between a station's parts.
-        residual_first: the residual is added before the deltas.
+        residual: whether it is added last, to the product without deltas, to the deltas, or is where the
+            accumulator of the product starts.
     """
 
     how: str
@@ -50,20 +52,20 @@ class Form:
     h: str = "float32"
     mix: str = "h"
     parts: bool = False
-    residual_first: bool = False
+    residual: Literal["last", "product", "deltas", "start"] = "last"
 
 
 LEGITIMATE: Mapping[str, Form] = {
     "sequential": Form(how="sequential"),
-    "sequential from y": Form(how="sequential", first=True),
+    "sequential from y": Form(how="sequential", first=True, residual="start"),
     "pairwise": Form(how="pairwise", h="x"),
     "pairwise, parts": Form(how="pairwise", h="x", parts=True),
     "chunk16 truncating": Form(how="chunk16 truncating", h="x", mix="delta", parts=True),
     "chunk16 truncating from y": Form(how="chunk16 truncating", first=True, parts=True),
     "chunk16 aligned": Form(how="chunk16 aligned", first=True, h="x"),
-    "split-K": Form(how="split-K", mix="delta"),
-    "split-K, parts": Form(how="split-K", h="x", parts=True, residual_first=True),
-    "fused multiply-add": Form(how="fused multiply-add", first=True, h="x", parts=True),
+    "split-K": Form(how="split-K", mix="delta", residual="deltas"),
+    "split-K, parts": Form(how="split-K", h="x", parts=True, residual="product"),
+    "fused multiply-add": Form(how="fused multiply-add", first=True, h="x", parts=True, residual="deltas"),
 }
 """Every accumulation, with every permitted intermediate format and place of a rounding."""
 
@@ -74,7 +76,7 @@ def product(x: Floats, w: Floats, bias: Floats | None, form: Form) -> Floats:
     terms = left[:, :, None] * right.T[None]
     if bias is None:
         return sum_terms(terms, form.how)
-    start = np.broadcast_to(bias, (len(x), 1, len(bias)))
+    start = np.broadcast_to(bias, (len(x), w.shape[0]))[:, None]
     if form.first:
         return sum_terms(np.concatenate([start, terms], axis=1), form.how)
     return f32(sum_terms(terms, form.how) + bias)
@@ -199,14 +201,22 @@ def between(problem: Problem, form: Form) -> Round:
 
 
 def projected(problem: StationProblem, form: Form, start: Floats | None = None) -> Floats:
-    """linear (plus ``start``) and adapters, before the result is stored."""
+    """linear (plus ``start``, where the form's residual is not last) and adapters, before the result is stored."""
     bias = problem.weight.bias
     w = problem.weight.matrix.values.astype(np.float64)
-    y = product(operand(problem, "x"), w, None if bias is None else bias.values.astype(np.float64), form)
+    first = np.zeros(w.shape[0]) if bias is None else bias.values.astype(np.float64)
+    if start is not None and form.residual == "start":
+        y = product(operand(problem, "x"), w, f32(first + start), replace(form, first=True))
+        start = None
+    else:
+        y = product(operand(problem, "x"), w, None if bias is None else first, form)
+    if not len(problem.rows):
+        return y if start is None else f32(y + start)
+    if start is not None and form.residual == "deltas":
+        extra = deltas(start, operand(problem, "x"), *_adapters(problem), form, problem.case.dtype)
+        return f32(y + between(problem, form)(extra))
     if start is not None:
         y = f32(y + start)
-    if not len(problem.rows):
-        return y
     y = between(problem, form)(y)
     return deltas(y, operand(problem, "x"), *_adapters(problem), form, problem.case.dtype)
 
@@ -233,8 +243,8 @@ def _normed(s: Floats, weight: Floats, eps: float, form: Form, kept: Round) -> F
 def row_parallel_add_norm(problem: Problem, form: Form) -> Mapping[str, Floats]:
     assert isinstance(problem, RowParallelAddNormProblem)
     to, residual = between(problem, form), operand(problem, "residual")
-    first = form.residual_first
-    s = projected(problem, form, residual) if first else f32(to(projected(problem, form)) + residual)
+    last = form.residual == "last"
+    s = f32(to(projected(problem, form)) + residual) if last else projected(problem, form, residual)
     eps = problem.case.attributes["eps"]
     assert isinstance(eps, float)
     return {"normed": _normed(to(s), operand(problem, "norm_weight"), eps, form, to), "residual": s}

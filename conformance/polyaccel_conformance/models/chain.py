@@ -20,7 +20,7 @@ import numpy.typing as npt
 from polyaccel_conformance.formats import FORMATS, Format
 from polyaccel_conformance.multi.problem import summed
 from polyaccel_conformance.oracle.attention import attention
-from polyaccel_conformance.oracle.bounded import Bounded, cast, concatenate
+from polyaccel_conformance.oracle.bounded import Bounded, cast, coarser, concatenate
 from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.oracle.lora import Delta, Module, Triples, sgmv, shrink
 from polyaccel_conformance.oracle.moe import Projection as Experts
@@ -276,22 +276,20 @@ class Chain:
         witness: Witness,
     ) -> tuple[Floats, Floats]:
         """``row_parallel_add_norm`` of what ``source`` gave on every rank."""
-        y, base = self._summed(witness.ranks(source), [weight.columns(own) for own in columns])
-        # The residual may be added before the adapters' deltas.
-        sooner = np.maximum(np.abs(base + residual) - np.abs(y.value), 0.0)
-        y = cast(y, self.out).plus("residual before deltas", self.out.unit * sooner)
-        s = add(y, Bounded.exact(residual))
+        xs, parts = witness.ranks(source), [weight.columns(own) for own in columns]
+        last = add(cast(self._summed(xs, parts), self.out), Bounded.exact(residual))
+        s = coarser(last, self._summed(xs, parts, residual))
         normed = rms_norm(cast(s, self.out), norm, self.weights.eps, normed=self.out, rsqrt_ulps=self.allowed.rsqrt)
         return witness.see(station, normed, self.out), witness.see(f"{station} residual", s, self.out)
 
-    def _summed(self, xs: Sequence[Floats], parts: Sequence[Linear]) -> tuple[Bounded, Floats]:
-        """The sum over ranks before its last rounding, for the coarser of the two legal forms of an adapter; and its
-        value without adapters."""
+    def _summed(self, xs: Sequence[Floats], parts: Sequence[Linear], addend: Floats | None = None) -> Bounded:
+        """The sum over ranks before its last rounding, for the coarser of the two legal forms of an adapter;
+        ``addend``: a term of the first rank's product."""
         out, triples = self.out, self.tokens.triples
-        plain = [cast(linear(x, part.matrix), out) for x, part in zip(xs, parts, strict=True)]
-        base = np.sum([y.value for y in plain], axis=0)
+        addends = [addend, *[None] * (len(parts) - 1)]
+        plain = [cast(linear(x, part.matrix, addend=own), out) for x, part, own in zip(xs, parts, addends, strict=True)]
         if not len(triples.rows):
-            return summed(plain, out, last=True), base
+            return summed(plain, out, last=True)
         added = []
         for y, x, part in zip(plain, xs, parts, strict=True):
             modules = {slot: (module,) for slot, module in part.adapters.items()}
@@ -305,7 +303,7 @@ class Chain:
             ]
             if held:
                 ridden.add(triples.rows[members], 0, summed(held, out), parts[0].adapters[slot].b, triples.mix[members])
-        return _coarser(summed(added, out, last=True), ridden.total()), base
+        return coarser(summed(added, out, last=True), ridden.total())
 
 
 def visible(queries: int, context: int, window: int | None) -> Mask:
@@ -315,11 +313,3 @@ def visible(queries: int, context: int, window: int | None) -> Mask:
     j = np.arange(context)[None, :]
     seen: Mask = (j <= i) & (i - j < (context + 1 if window is None else window))
     return seen
-
-
-def _coarser(a: Bounded, b: Bounded) -> Bounded:
-    """Elementwise the looser of two bounds of the same value."""
-    looser = b.bound > a.bound
-    terms = [(name, np.where(looser, 0.0, term)) for name, term in a.terms]
-    terms += [(name, np.where(looser, term, 0.0)) for name, term in b.terms]
-    return Bounded(a.value, np.maximum(a.bound, b.bound), tuple(terms))

@@ -101,6 +101,14 @@ class Bounded:
         return replace(self, value=-self.value)
 
 
+def coarser(a: Bounded, b: Bounded) -> Bounded:
+    """Elementwise the looser of two bounds of the same value: both forms are permitted."""
+    looser = b.bound > a.bound
+    terms = [(name, np.where(looser, 0.0, term)) for name, term in a.terms]
+    terms += [(name, np.where(looser, term, 0.0)) for name, term in b.terms]
+    return Bounded(a.value, np.maximum(a.bound, b.bound), tuple(terms))
+
+
 def concatenate(parts: list[Bounded], axis: int = -1) -> Bounded:
     """Joined along an axis; the terms are merged into one name each."""
     value = np.concatenate([p.value for p in parts], axis)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyaccel_conformance.formats import Format
-from polyaccel_conformance.oracle.bounded import Bounded, cast
+from polyaccel_conformance.oracle.bounded import Bounded, cast, coarser
 from polyaccel_conformance.oracle.functions import silu
 from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.oracle.lora import Adapter, Triples, sgmv
@@ -43,9 +43,11 @@ class Projection:
     starts: tuple[int, ...]
 
 
-def column_linear(x: Floats, projection: Projection, kept: Format, order: Order = "random") -> Bounded:
-    """linear and sgmv, before the last rounding: ``[T, n]``."""
-    base = linear(x, projection.weight, projection.bias, order)
+def column_linear(
+    x: Floats, projection: Projection, kept: Format, order: Order = "random", addend: Floats | None = None
+) -> Bounded:
+    """linear (plus ``addend: [T, n]``) and sgmv, before the last rounding: ``[T, n]``."""
+    base = linear(x, projection.weight, projection.bias, order, addend)
     if not len(projection.triples.rows):
         return base
     y, touched = sgmv(
@@ -109,7 +111,7 @@ def turned_heads(
 
 def add_norm(
     y: Bounded,
-    base: Floats,
+    joined: Bounded,
     residual: Floats,
     weight: Floats,
     eps: float,
@@ -120,13 +122,12 @@ def add_norm(
 ) -> tuple[Bounded, Bounded]:
     """``(normed, s)`` with ``s = y + residual``, both before their last rounding: ``[T, n]``.
 
-    ``base``: y without its deltas. The residual may be added before them, and that sum be rounded instead of y.
+    ``joined``: the same sum with the residual as a term of the product, as where an accumulator starts with it.
     """
     if order == "exact":
         s = Bounded.exact(y.value + residual)
         return rms_norm(s, weight, eps, normed=normed, rsqrt_ulps=rsqrt_ulps, exact_sum=True), s
-    sooner = np.maximum(np.abs(base + residual) - np.abs(y.value), 0.0)
-    s = add(between(y, kept, order).plus("residual before deltas", kept.unit * sooner), Bounded.exact(residual))
+    s = coarser(add(between(y, kept, order), Bounded.exact(residual)), joined)
     return rms_norm(cast(s, kept, "sum"), weight, eps, normed=normed, rsqrt_ulps=rsqrt_ulps), s
 
 

@@ -16,7 +16,7 @@ from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import format_of
 from polyaccel_conformance.multi.problem import RankedProblem, Shares, cut, nbytes, place_value, radix, summed
 from polyaccel_conformance.operand import Operand
-from polyaccel_conformance.oracle.bounded import Bounded, Expected, cast, finish
+from polyaccel_conformance.oracle.bounded import Bounded, Expected, cast, coarser, finish
 from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.oracle.lora import Adapter, Delta, Module, Triples, sgmv, shrink
 from polyaccel_conformance.oracle.norm import rms_norm
@@ -230,11 +230,11 @@ class ShardedProblem(RankedProblem):
             rows=rows.rows.astype(np.int64), slots=rows.slots.astype(np.int64), mix=rows.weights.astype(float)
         )
 
-    def partial(self, rank: int) -> Bounded:
-        """A rank's product, before any rounding."""
+    def partial(self, rank: int, addend: Floats | None = None) -> Bounded:
+        """A rank's product (plus ``addend``), before any rounding."""
         share = self.share(rank)
         x = self.rows_of_x(rank).values.astype(np.float64)
-        return linear(x, self.weight.matrix_of(share), self.weight.bias_of(share))
+        return linear(x, self.weight.matrix_of(share), self.weight.bias_of(share), addend=addend)
 
     def adapted(self, y: Bounded, rank: int) -> Bounded:
         """``y`` with what the rank's part of the adapters adds, before the rounding."""
@@ -329,17 +329,18 @@ class RowParallelProblem(ShardedProblem):
         # No step uses more rank rows than the store has; whole buckets of them may ride.
         return nbytes((self.tokens, self.rank_rows), "float32") if len(self.triples) else 0
 
-    def total(self) -> Bounded:
-        """The sum over ranks, for the coarser of the two legal forms of an adapter."""
+    def total(self, addend: Floats | None = None) -> Bounded:
+        """The sum over ranks, for the coarser of the two legal forms of an adapter; ``addend``: a term of the first
+        rank's product."""
         out = format_of(self.case.dtype)
         if not self.reduces:
             return self.adapted(cast(self.partial(self.rank), out), self.rank)
-        world = range(self.world_size)
+        addends = [addend, *[None] * (self.world_size - 1)]
+        partials = [cast(self.partial(rank, own), out) for rank, own in enumerate(addends)]
         if not len(self.triples):
-            return summed([cast(self.partial(rank), out) for rank in world], out, last=True)
-        partials = [cast(self.partial(rank), out) for rank in world]
+            return summed(partials, out, last=True)
         added = summed([cast(self.adapted(y, rank), out) for rank, y in enumerate(partials)], out, last=True)
-        return _coarser(added, self._ridden(partials))
+        return coarser(added, self._ridden(partials))
 
     def _ridden(self, partials: list[Bounded]) -> Bounded:
         """Rank rows are summed beside the output, in its format, and expanded after the sum."""
@@ -395,7 +396,10 @@ class RowParallelAddNormProblem(RowParallelProblem):
         out, exact = format_of(self.case.dtype), self.exact
         residual = Bounded.exact(self.operands["residual"].values.astype(np.float64))
         y = self.total()
-        s = Bounded.exact(y.value + residual.value) if exact else add(cast(y, out), residual)
+        if exact:
+            s = Bounded.exact(y.value + residual.value)
+        else:
+            s = coarser(add(cast(y, out), residual), self.total(residual.value))
         norm = rms_norm(
             s if exact else cast(s, out),
             self.operands["norm_weight"].values.astype(np.float64),
@@ -405,14 +409,6 @@ class RowParallelAddNormProblem(RowParallelProblem):
             exact_sum=exact,
         )
         return {"normed": finish(norm, out), "residual": finish(s, out, exact=exact)}
-
-
-def _coarser(a: Bounded, b: Bounded) -> Bounded:
-    """Elementwise the looser of two bounds of the same value."""
-    looser = b.bound > a.bound
-    terms = [(name, np.where(looser, 0.0, term)) for name, term in a.terms]
-    terms += [(name, np.where(looser, term, 0.0)) for name, term in b.terms]
-    return Bounded(a.value, np.maximum(a.bound, b.bound), tuple(terms))
 
 
 def _number(value: Choice) -> float:

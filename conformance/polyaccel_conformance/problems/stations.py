@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 
 from polyaccel.backend import STATIONS, AdapterRows, DeviceState, StepInput
 from polyaccel.backend.support import Static
@@ -118,10 +119,10 @@ class StationProblem(Problem):
             starts=self.weight.starts,
         )
 
-    def product(self) -> Bounded:
-        """linear and adapters, before the last rounding."""
+    def product(self, addend: npt.NDArray[np.float64] | None = None) -> Bounded:
+        """linear (plus ``addend``) and adapters, before the last rounding."""
         with np.errstate(invalid="ignore", over="ignore"):
-            return column_linear(self.values("x"), self.projection(), self.format, self.order)
+            return column_linear(self.values("x"), self.projection(), self.format, self.order, addend)
 
     # -- placing -----------------------------------------------------------------------------------------------------
 

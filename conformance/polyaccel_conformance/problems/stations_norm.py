@@ -76,11 +76,11 @@ class RowParallelAddNormProblem(StationProblem):
         spec, eps = OPERATORS["rms_norm"], self.case.attributes["eps"]
         assert isinstance(eps, float)
         with np.errstate(invalid="ignore", over="ignore"):
-            bias = 0.0 if self.weight.bias is None else self.weight.bias.values.astype(np.float64)
+            residual = self.values("residual")
             normed, total = add_norm(
                 self.product(),
-                self.values("x") @ self.weight.matrix.values.astype(np.float64).T + bias,
-                self.values("residual"),
+                self.product(residual),
+                residual,
                 self.values("norm_weight"),
                 eps,
                 self.format,

@@ -49,7 +49,7 @@ def triples(golden: Golden) -> Triples:
     return Triples(rows=rows, slots=slots, mix=np.array(golden.get("mix", []), dtype=np.float64))
 
 
-def projected(golden: Golden, dtype: str) -> Bounded:
+def projected(golden: Golden, dtype: str, addend: Floats | None = None) -> Bounded:
     projection = Projection(
         weight=array(golden, "w"),
         bias=array(golden, "bias") if "bias" in golden else None,
@@ -57,7 +57,7 @@ def projected(golden: Golden, dtype: str) -> Bounded:
         triples=triples(golden),
         starts=tuple(golden["starts"]),
     )
-    return column_linear(array(golden, "x"), projection, FORMATS[dtype])
+    return column_linear(array(golden, "x"), projection, FORMATS[dtype], addend=addend)
 
 
 def attended(golden: Golden, dtype: str) -> Bounded:
@@ -178,10 +178,10 @@ def results(golden: Golden, dtype: str) -> dict[str, Bounded]:
             y = projected(golden, dtype)
             return {"expected": gate_up_act(y, kept, kept, exp_ulps=EXP_ULPS, divide_ulps=DIVIDE_ULPS)}
         case "row_parallel_add_norm":
-            base, residual = array(golden, "x") @ array(golden, "w").T, array(golden, "residual")
+            residual = array(golden, "residual")
             weight, eps = array(golden, "norm_weight"), golden["eps"]
-            y = projected(golden, dtype)
-            normed, total = add_norm(y, base, residual, weight, eps, kept, kept, RSQRT_ULPS)
+            y, joined = projected(golden, dtype), projected(golden, dtype, residual)
+            normed, total = add_norm(y, joined, residual, weight, eps, kept, kept, RSQRT_ULPS)
             return {"expected": total, "normed": normed}
         case _:
             y = projected(golden, dtype)
