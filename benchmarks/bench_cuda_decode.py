@@ -253,7 +253,7 @@ def main() -> None:
             )
             row[name] = added
         rows.append(row)
-    save("cuda_decode", rows, enabled=not arguments.no_save)
+    save("cuda_decode", rows, enabled=not arguments.no_save, device=torch.cuda.get_device_name())
 
 
 if __name__ == "__main__":

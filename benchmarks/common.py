@@ -34,10 +34,10 @@ def processor() -> str:
     return platform.processor() or "unknown"
 
 
-def device_slug() -> str:
-    """Folder name of this machine's results, such as ``amd-epyc-2c``."""
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    return f"{name}-{os.cpu_count()}c"
+def device_slug(device: str | None = None) -> str:
+    """Folder name of a device's results, of this machine's by default: ``nvidia-h100-80gb-hbm3``, ``amd-epyc-2c``."""
+    name = re.sub(r"[^a-z0-9]+", "-", (device or processor()).lower()).strip("-")
+    return name if device else f"{name}-{os.cpu_count()}c"
 
 
 def environment() -> dict[str, object]:
@@ -74,13 +74,14 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-save", action="store_true", help="print only, write no file")
 
 
-def save(name: str, rows: list[dict[str, object]], *, enabled: bool) -> None:
-    """Write ``results/<device>/<name>.json`` and print each row."""
+def save(name: str, rows: list[dict[str, object]], *, enabled: bool, device: str | None = None) -> None:
+    """Write ``results/<device>/<name>.json`` and print each row. ``device``: the one measured, if not the processor."""
     for row in rows:
         print(json.dumps(row))
     if not enabled:
         return
-    folder = RESULTS / device_slug()
+    folder = RESULTS / device_slug(device)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": name, "environment": environment(), "rows": rows}
+    measured = environment() if device is None else {**environment(), "device": device, "cuda": torch.version.cuda}
+    content = {"benchmark": name, "environment": measured, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

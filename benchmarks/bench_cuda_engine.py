@@ -1,0 +1,290 @@
+"""A Mistral-7B shape with random weights on a GPU through the public API: start-up, decode, adapters, the host's share.
+
+    python benchmarks/bench_cuda_engine.py [--layers 32] [--batches 1 32 64] [--adapters 32] [--folder /dev/shm/bench]
+
+Writes a checkpoint (14.5 GB at 32 layers) and one adapter of rank 32 on all linear layers into the folder, then:
+
+- ``start-up``: a process of its own, with an empty kernel cache and again with a full one, from import to the first
+  token; ``without_copy_s`` leaves out the time between the first and the last weight.
+- ``decode``: tokens a second after the first token, prompts of 512 random tokens, 128 new ones, greedy; the median of
+  the repeats. Adapters are loads of the same file under several names.
+- ``host gap``: the share of a decode step in which no kernel runs, from the profiler's records of 30 steps.
+- ``correct``: transformers reads the same folder. In float32 it must like our tokens best, or less than its best by no
+  more than twice what bfloat16 changes in its own logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import save
+
+import polyaccel
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCABULARY = 4096, 32, 8, 128, 14336, 32000
+SHAPES = {
+    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+    "mlp.gate_proj": (FFN, HIDDEN),
+    "mlp.up_proj": (FFN, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FFN),
+}
+
+
+def drawn(n: int, k: int) -> torch.Tensor:
+    return (torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5).cpu()
+
+
+def write_checkpoint(folder: Path, layers: int) -> None:
+    """Config and one safetensors file a layer."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    where: dict[str, str] = {}
+
+    def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, name))
+
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {f"{prefix}{module}.weight": drawn(n, k) for module, (n, k) in SHAPES.items()}
+        norms = {f"{prefix}{norm}_layernorm.weight": ones.clone() for norm in ("input", "post_attention")}
+        write(f"model-{layer:05}.safetensors", {**tensors, **norms})
+    ends = {
+        "model.embed_tokens.weight": drawn(VOCABULARY, HIDDEN),
+        "lm_head.weight": drawn(VOCABULARY, HIDDEN),
+        "model.norm.weight": ones,
+    }
+    write("model-ends.safetensors", ends)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_adapter(folder: Path, layers: int, rank: int) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    tensors = {}
+    for layer in range(layers):
+        for module, (n, k) in SHAPES.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = drawn(rank, k)
+            tensors[f"{name}.lora_B.weight"] = drawn(n, rank) * 0.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = [module.rpartition(".")[2] for module in SHAPES]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+# -- start-up ----------------------------------------------------------------------------------------------------------
+
+
+def start(model: Path) -> None:
+    """What the process of its own does: prints its seconds as JSON."""
+    begun = float(os.environ["BEGUN"])
+    copied: list[float] = []
+    llm = polyaccel.LLM(model, **OPTIONS, load_progress=lambda done, total: copied.append(time.time()))
+    loaded = time.time()
+    out = llm.generate([list(range(3, 515))], polyaccel.SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
+    llm.close()
+    first = loaded + out[0].timing.first_token
+    seconds = {
+        "to_first_token_s": first - begun,
+        "copy_s": copied[-1] - copied[0],
+        "without_copy_s": first - begun - (copied[-1] - copied[0]),
+        "import_s": IMPORTED - begun,
+        "load_s": loaded - IMPORTED,
+        "first_token_s": out[0].timing.first_token,
+    }
+    print(json.dumps({name: round(value, 2) for name, value in seconds.items()}))
+
+
+def start_up(folder: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as cache:
+        for kernels in ("cold", "warm"):
+            variables = {**os.environ, "TRITON_CACHE_DIR": cache, "POLYACCEL_CACHE": cache, "BEGUN": str(time.time())}
+            command = [sys.executable, __file__, "--start", str(folder / "model")]
+            found = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True, text=True).stdout
+            rows.append({"what": "start-up", "kernels": kernels, **json.loads(found.splitlines()[-1])})
+            print(rows[-1], flush=True)
+    return rows
+
+
+# -- decode ------------------------------------------------------------------------------------------------------------
+
+
+def decode(
+    llm: polyaccel.LLM, prompts: list[list[int]], names: list[str | None], new: int, repeats: int
+) -> tuple[float, list[list[int]]]:
+    """Decode tokens a second, the median, and the ids of the last run."""
+    params = polyaccel.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    speeds, ids = [], []
+    for repeat in range(repeats + 1):
+        out = llm.generate(prompts, params, adapter=names)
+        first = max(o.timing.first_token for o in out)
+        whole = max(o.timing.first_token + o.timing.decode for o in out)
+        if repeat:
+            speeds.append(len(prompts) * (new - 1) / (whole - first))
+        ids = [list(o.token_ids) for o in out]
+    return statistics.median(speeds), ids
+
+
+def busy_share(llm: polyaccel.LLM, prompts: list[list[int]], names: list[str | None]) -> tuple[float, float]:
+    """Share of the time in which a kernel or copy runs, and microseconds a step, over the middle of a decode."""
+    from torch.profiler import ProfilerActivity, profile
+
+    params = polyaccel.SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
+    llm.generate(prompts, params, adapter=names)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        llm.generate(prompts, params, adapter=names)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    spans = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"]), e["name"]) for e in device)
+    # A step ends with its sampling; the last 30 steps are decode alone.
+    ends = [end for _, end, name in spans if "sample" in name.lower()]
+    marks = ends or [end for _, end, name in spans if "argmax" in name.lower()]
+    low, high = marks[-31], marks[-1]
+    busy, reached = 0.0, low
+    for begin, end, _ in spans:
+        begin, end = max(begin, reached), min(end, high)
+        if end > begin:
+            busy += end - begin
+            reached = end
+    return busy / (high - low), (high - low) / 30
+
+
+def correct(model: Path, prompt: list[int], ids: list[int]) -> dict[str, object]:
+    from transformers import AutoModelForCausalLM
+
+    theirs: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).cuda()
+    whole = torch.tensor([prompt + ids], device="cuda")
+    with torch.inference_mode():
+        rough = theirs(whole).logits[0, len(prompt) - 1 : -1].float()
+        fine = theirs.float()(whole).logits[0, len(prompt) - 1 : -1]
+    chosen = torch.tensor(ids, device="cuda")[:, None]
+    short = (fine.amax(-1) - fine.gather(1, chosen)[:, 0]).max().item()
+    noise = (rough - fine).abs().max().item()
+    same = (fine.argmax(-1) == chosen[:, 0]).float().mean().item()
+    del theirs
+    torch.cuda.empty_cache()
+    row = {"what": "correct", "tokens": len(ids), "same_as_float32": same, "short_of_best": short, "bfloat16": noise}
+    if short > 2 * noise:
+        raise SystemExit(f"wrong tokens: {row}")
+    return row
+
+
+OPTIONS: dict[str, Any] = {
+    "backend": os.environ.get("BACKEND", "auto"),
+    "max_model_len": 1024,
+    "max_num_seqs": 64,
+    "prefix_caching": False,
+    "memory_fraction": 0.45,
+    "executor": "inline",
+}
+IMPORTED = time.time()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/polyaccel-bench"))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 64])
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-save", action="store_true", help="print only, write no file")
+    arguments = parser.parse_args()
+    if arguments.start is not None:
+        start(arguments.start)
+        return
+    model, adapter = arguments.folder / "model", arguments.folder / "adapter"
+    if not model.exists():
+        write_checkpoint(model, arguments.layers)
+        write_adapter(adapter, arguments.layers, arguments.rank)
+    torch.cuda.empty_cache()
+    rows = start_up(arguments.folder)
+    generator = np.random.default_rng(0)
+    own = [f"adapter-{i}" for i in range(arguments.adapters)]
+    slots = {"adapter_slots": arguments.adapters, "adapter_rank_rows": arguments.adapters * arguments.rank}
+    with polyaccel.LLM(model, **OPTIONS, **slots) as llm:
+        print(llm.explain(), flush=True)
+        kept: tuple[list[int], list[int]] | None = None
+        drawn_prompts = {
+            b: generator.integers(3, VOCABULARY, (b, arguments.prompt)).tolist() for b in arguments.batches
+        }
+        for loaded in (0, arguments.adapters):
+            for name in own[:loaded]:
+                llm.adapters.load(name, adapter)
+            for batch, prompts in drawn_prompts.items():
+                mixes: dict[str, list[str | None]] = {"none": [None] * batch}
+                if loaded:
+                    mixes["one" if batch == 1 else "all rows one"] = [own[-1]] * batch
+                if loaded and 1 < batch <= loaded:
+                    mixes["each row its own"] = list(own[:batch])
+                for mix, names in mixes.items():
+                    speed, ids = decode(llm, prompts, names, arguments.new_tokens, arguments.repeats)
+                    busy, step = busy_share(llm, prompts, names)
+                    kept = kept or (prompts[0], ids[0])
+                    row: dict[str, object] = {
+                        "what": "decode",
+                        "batch": batch,
+                        "loaded": loaded,
+                        "adapters": mix,
+                        "tokens_per_s": round(speed, 1),
+                        "ms_per_step": round(batch / speed * 1e3, 3),
+                        "profiled_ms_per_step": round(step / 1e3, 3),
+                        "host_gap": round(1 - busy, 4),
+                    }
+                    rows.append(row)
+                    print(row, flush=True)
+    assert kept is not None
+    torch.cuda.empty_cache()
+    rows.append(correct(model, *kept))
+    save("cuda_engine", rows, enabled=not arguments.no_save, device=torch.cuda.get_device_name())
+
+
+if __name__ == "__main__":
+    main()
