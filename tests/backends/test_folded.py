@@ -382,3 +382,9 @@ def test_the_parts_of_another_backend_are_refused_by_name() -> None:
         FoldedAdapterStore({"alien": weight}, rank_rows=1, slots=1, device=backend.device)
     with pytest.raises(OperatorError, match="TensorWeight of 'alien'"):
         backend.dequantize(weight)
+
+
+def test_a_router_refuses_a_bias_of_other_experts_when_it_is_called() -> None:
+    backend = FoldedBackend()
+    with pytest.raises(OperatorError, match="bias is not"):
+        backend.table()["moe_route"][0].fn(torch.zeros(1, 9), 2, "sigmoid", False, torch.zeros(8))

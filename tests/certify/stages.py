@@ -20,7 +20,7 @@ from tests.support.plugins import ROOT, environment
 
 RESULT = "result.json"
 RERUN = 100
-LARGEST = 1_000_000
+LARGEST = 2_500_000
 """Bytes of a certificate that is committed."""
 MARGIN = 20.0
 """Seconds of a part's budget that are kept for opening and closing."""

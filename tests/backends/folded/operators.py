@@ -137,19 +137,29 @@ class FoldedOperators(Issuer):
         return out
 
     def moe_route(
-        self, logits: torch.Tensor, top_k: int, *options: object, **named: object
+        self,
+        logits: torch.Tensor,
+        top_k: int,
+        scoring: str,
+        renormalise: bool,
+        bias: torch.Tensor | None = None,
+        groups: int = 1,
+        topk_groups: int = 1,
+        scale: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if logits.dim() != 2 or logits.dtype not in FLOATS:
             raise OperatorError.describe("moe_route", "logits are not [tokens, experts] floats", {"logits": logits})
+        if bias is not None and bias.shape != logits.shape[1:]:
+            raise OperatorError.describe("moe_route", "bias is not [experts]", {"logits": logits, "bias": bias})
         weights = self._device.empty((logits.shape[0], top_k), torch.float32)
         ids = self._device.empty((logits.shape[0], top_k), torch.int32)
 
         def run() -> None:
-            routed = moe.moe_route(logits, top_k, *options, **named)  # type: ignore[arg-type]
+            routed = moe.moe_route(logits, top_k, scoring, renormalise, bias, groups, topk_groups, scale)
             weights.copy_(routed[0])
             ids.copy_(routed[1])
 
-        self._launch("moe_route", (logits, weights, ids), run)
+        self._launch("moe_route", (logits, bias, weights, ids), run)
         return weights, ids
 
     def moe_experts(
