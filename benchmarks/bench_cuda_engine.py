@@ -139,7 +139,7 @@ def start_up(folder: Path) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as cache:
         for kernels in ("cold", "warm"):
-            variables = {**os.environ, "TRITON_CACHE_DIR": cache, "POLYACCEL_CACHE": cache, "BEGUN": str(time.time())}
+            variables = {**os.environ, "POLYACCEL_CACHE": cache, "BEGUN": str(time.time())}
             command = [sys.executable, __file__, "--start", str(folder / "model")]
             found = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True, text=True).stdout
             rows.append({"what": "start-up", "kernels": kernels, **json.loads(found.splitlines()[-1])})

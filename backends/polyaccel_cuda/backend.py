@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -37,16 +39,26 @@ from polyaccel_cuda.evidence import evidence
 from polyaccel_cuda.kv_cache import BLOCK_SIZE, BlockMajorKVCache
 from polyaccel_cuda.sampling_state import CudaSamplingState
 from polyaccel_cuda.support import supports
+from polyaccel_cuda.warm_up import WarmUp, prepare
 from polyaccel_cuda.weight import allocate
 
 if TYPE_CHECKING:
+    from polyaccel_cuda.communicator import CudaCommunicator
+    from polyaccel_cuda.kernel_cache import KernelCache
     from polyaccel_cuda.step import StepLoader
+
+logger = logging.getLogger("polyaccel.cuda")
 
 
 class CudaBackend(Backend):
     """NVIDIA GPUs of compute capability 8.0 and above.
 
-    Kernels, and Triton with them, are imported when operators are first asked for.
+    Kernels, and Triton with them, are imported when operators are first asked for; on a GPU already beside the copy of
+    the weights.
+
+    Attributes:
+        kernels: what was read from the kernel cache and what was compiled; None until operators are asked for, and
+            without a GPU.
     """
 
     name = "cuda"
@@ -59,7 +71,10 @@ class CudaBackend(Backend):
         self._devices: tuple[Device, ...] | None = None
         self._loaders: dict[int, StepLoader] = {}
         self._pool: object | None = None
-        self._world_size = 1
+        self._groups: list[CudaCommunicator] = []
+        self._own_device: torch.device | None = None
+        self._warm_up = WarmUp()
+        self.kernels: KernelCache | None = None
 
     def probe(self) -> Availability:
         if not torch.cuda.is_available():
@@ -78,19 +93,24 @@ class CudaBackend(Backend):
         if self._devices is None:
             from polyaccel_cuda.device import CudaDevice
 
-            self._devices = tuple(CudaDevice(i) for i in range(torch.cuda.device_count()))
+            self._devices = tuple(CudaDevice(i, self._check_groups) for i in range(torch.cuda.device_count()))
         return self._devices
 
     def operators(self) -> Mapping[str, Implementations]:
+        self._warm_up.finish()
+        self._keep_kernels()
+        from polyaccel_cuda.collectives import COLLECTIVES
         from polyaccel_cuda.operators import CudaOperators
         from polyaccel_cuda.stations import CudaStations
 
+        sums = self._groups[0].describe() if self._groups else ""
+        hosted = [group.hosted for group in self._groups if group.hosted]
         own: dict[str, Callable[..., object]] = {
             **CudaOperators(self.launcher).table(),
             **CudaStations(self.launcher).table(),
             "dequantize": dequantize,
         }
-        return {
+        entries = {
             name: Entry(
                 fn,
                 supports=supports(name),
@@ -100,11 +120,36 @@ class CudaBackend(Backend):
             )
             for name, fn in own.items()
         }
+        for name, fn in COLLECTIVES.items():
+            entries[name] = Entry(
+                fn,
+                supports=lambda query: list(hosted),
+                evidence=evidence(name),
+                name=f"cuda.{name}",
+                # Where sums change their form is a part of the plan, which ranks compare.
+                detail=sums if name == "all_reduce" else "",
+            )
+        return entries
+
+    def _keep_kernels(self) -> None:
+        """Before the first kernel is compiled. In the interpreter there are none."""
+        if self.kernels is None and torch.cuda.is_available():
+            from polyaccel_cuda import kernel_cache
+
+            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            self.kernels = kernel_cache.install(self.name, names)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
-        return allocate(spec, device, tied)
+        weight = allocate(spec, device, tied)
+        if device.torch_device.type == "cuda":
+            self._warm_up.begin(functools.partial(self._prepare, device.torch_device))
+        return weight
+
+    def _prepare(self, device: torch.device) -> None:
+        self._keep_kernels()
+        prepare(device)
 
     def allocate_adapters(
         self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device
@@ -133,7 +178,8 @@ class CudaBackend(Backend):
         return loader.begin(inputs, state)
 
     def graph_refusals(self) -> list[Reason]:
-        return ["ranks talk through host memory, which no graph holds"] if self._world_size > 1 else []
+        hosted = [group.hosted for group in self._groups if group.hosted]
+        return [f"ranks talk through host memory, which no graph holds: {reason}" for reason in hosted]
 
     def capture(self, key: GraphKey, fn: StepFunction, step: Step) -> Graph:
         from polyaccel_cuda.graph import CudaGraph
@@ -142,13 +188,39 @@ class CudaBackend(Backend):
         own = CudaStep.of("capture", step)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = CudaGraph(key, fn, self.ledger, self._pool)
+        graph = CudaGraph(key, fn, self.ledger, self._pool, self._replayed if self._groups else None)
         graph.capture(own)
         return graph
 
     def connect(self, address: RankAddress) -> Communicator:
-        self._world_size = address.world_size
-        return super().connect(address)
+        """One GPU a rank. The first group that this instance joins says which: later ones number their ranks anew."""
+        self._groups = [group for group in self._groups if not group.closed]
+        if address.world_size == 1:
+            return super().connect(address)
+        from polyaccel_cuda.communicator import CudaCommunicator
+
+        self._keep_kernels()
+        if self._own_device is None:
+            count = torch.cuda.device_count()
+            self._own_device = torch.device("cuda", min(address.rank, count - 1)) if count else torch.device("cpu")
+        group = CudaCommunicator(address, self.launcher, self._own_device)
+        self._groups.append(group)
+        return group
+
+    def _check_groups(self) -> None:
+        for group in self._groups:
+            group.check()
+
+    def _replayed(self) -> None:
+        for group in self._groups:
+            group.issued()
+
+    def close(self) -> None:
+        kernels, self.kernels = self.kernels, None
+        if kernels is not None:
+            logger.info("%s", kernels.report())
+            kernels.folder.close()
+        super().close()
 
 
 def _is_current(device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -11,11 +11,19 @@ import torch
 
 from polyaccel.backend import Event, HostCopy, MemoryInfo, OutOfMemory, TorchDevice
 
+Check = Callable[[], None]
+"""Raises if what the device computed is worth nothing, as after a collective that was given up."""
+
+
+def sound() -> None:
+    """The check of a device that no group of ranks uses."""
+
 
 class CudaEvent(Event):
     """A mark in the current stream of a device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, check: Check = sound) -> None:
+        self._check = check
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.device(device):
             self._event.record()
@@ -25,16 +33,17 @@ class CudaEvent(Event):
 
     def synchronize(self) -> None:
         self._event.synchronize()
+        self._check()
 
 
 class PinnedCopy(HostCopy):
     """A copy on its way into pinned memory of its own."""
 
-    def __init__(self, source: torch.Tensor) -> None:
+    def __init__(self, source: torch.Tensor, check: Check = sound) -> None:
         with torch.cuda.device(source.device):
             self._host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             self._host.copy_(source.detach(), non_blocking=True)
-        self._event = CudaEvent(source.device)
+        self._event = CudaEvent(source.device, check)
 
     def wait(self) -> np.ndarray:
         self._event.synchronize()
@@ -43,9 +52,10 @@ class PinnedCopy(HostCopy):
 
 
 class CudaDevice(TorchDevice):
-    """Asynchronous: everything is ordered on the device's current stream."""
+    """Asynchronous: everything is ordered on the device's current stream. ``check`` is asked after every wait."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, check: Check = sound) -> None:
+        self._check = check
         super().__init__(torch.device("cuda", index), index=index, name=torch.cuda.get_device_name(index))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -59,10 +69,14 @@ class CudaDevice(TorchDevice):
             destination.copy_(source, non_blocking=source.device.type != "cpu" or source.is_pinned())
 
     def download(self, source: torch.Tensor) -> HostCopy:
-        return PinnedCopy(source)
+        return PinnedCopy(source, self._check)
 
     def record(self) -> Event:
-        return CudaEvent(self.torch_device)
+        return CudaEvent(self.torch_device, self._check)
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        self._check()
 
     def memory(self) -> MemoryInfo:
         """Memory that the allocator has reserved and does not use counts as free."""

@@ -9,6 +9,8 @@ from polyaccel.backend.composite.linear import EVIDENCE as PLAIN
 
 _PRODUCT = ("one_row_kernel", "few_rows_kernel", "aten::linear", "aten::addmm", "aten::mm")
 _EXPAND = ("expand_kernel",)
+_NCCL = ("*nccl*DevKernel*",)
+_SUM = ("one_shot_all_reduce_kernel", *_NCCL)
 _COPY = "*direct_copy_kernel_cuda*"
 """Of an operand whose layout a kernel does not take; the ledger counts it."""
 _SAMPLE = (
@@ -63,8 +65,14 @@ _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "column_linear": (*_PRODUCT, *_EXPAND),
         "qkv_rope_cache": (*_PRODUCT, "rope_cache_kernel"),
         "gate_up_act": (*_PRODUCT, "silu_and_mul_kernel", "adapted_silu_and_mul_kernel"),
-        "row_parallel_linear": (*_PRODUCT, *_EXPAND),
-        "row_parallel_add_norm": (*_PRODUCT, *_EXPAND, "rms_norm_kernel"),
+        "row_parallel_linear": (*_PRODUCT, *_EXPAND, *_SUM, _COPY),
+        "row_parallel_add_norm": (*_PRODUCT, *_EXPAND, "rms_norm_kernel", *_SUM, _COPY),
+        "all_reduce": (*_SUM, _COPY),
+        "all_gather": (*_NCCL, _COPY),
+        "reduce_scatter": (*_NCCL, _COPY),
+        "all_to_all": (*_NCCL, _COPY),
+        "broadcast": (*_NCCL, _COPY),
+        "barrier": ("c10d::barrier",),
     }
 )
 

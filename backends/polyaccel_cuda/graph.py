@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,24 @@ class _Captured:
 class CudaGraph(Graph):
     """One or more captures of a key: one for each kind of sampling that its steps asked for.
 
-    Captures are made when a step first needs them. Adapters never cause one.
+    Captures are made when a step first needs them. Adapters never cause one. Collectives may be among what is captured:
+    all ranks run the same steps in the same order, and so capture alike.
+
+    Args:
+        replayed: told after each replay, whose collectives nobody else sees being issued.
     """
 
-    def __init__(self, key: GraphKey, fn: StepFunction, ledger: Ledger, pool: Any) -> None:
+    def __init__(
+        self,
+        key: GraphKey,
+        fn: StepFunction,
+        ledger: Ledger,
+        pool: Any,
+        replayed: Callable[[], None] | None = None,
+    ) -> None:
         self.key = key
         self._fn, self._ledger, self._pool = fn, ledger, pool
+        self._replayed = replayed
         self._captured: dict[object, _Captured] = {}
 
     def capture(self, step: CudaStep) -> None:
@@ -64,7 +76,9 @@ class CudaGraph(Graph):
                 self._fn(step)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with self._ledger.capture() as launches, torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # Other threads may use the device meanwhile: the collective library's own looks at what is under way.
+            capturing = torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local")
+            with self._ledger.capture() as launches, capturing:
                 output = self._fn(step)
             torch.cuda.current_stream().wait_stream(stream)
         self._captured[needs] = _Captured(graph, step.arena, output, dict(launches))
@@ -79,6 +93,8 @@ class CudaGraph(Graph):
         self._ledger.add(captured.launches)
         with torch.cuda.device(own.tensor("positions").device):
             captured.graph.replay()
+        if self._replayed is not None:
+            self._replayed()
         state.count_outputs(own.input.sample_slots)
         return captured.output
 

@@ -81,7 +81,7 @@ class CudaStations(Issuer):
         own, issued = check.folded("row_parallel_linear", weight), CudaStep.of("row_parallel_linear", step)
         adapted = self._product("row_parallel_linear", x, own, issued, "tokens")
         if reduce:
-            self._sum(adapted, comm)
+            self._sum(adapted, own, comm)
         return self._landed(adapted, own)
 
     def row_parallel_add_norm(
@@ -104,7 +104,7 @@ class CudaStations(Issuer):
         residual = self.dense_rows("row_parallel_add_norm", "residual", residual)
         norm_weight = self.contiguous("row_parallel_add_norm", "norm_weight", norm_weight)
         adapted = self._product("row_parallel_add_norm", x, own, issued, "tokens")
-        self._sum(adapted, comm)
+        self._sum(adapted, own, comm)
         y, h, units = adapted
         operands = {"x": y, "residual": residual, "norm_weight": norm_weight}
         if h is None or units is None:
@@ -140,7 +140,29 @@ class CudaStations(Issuer):
             return y
         return self.launch("expand", {"x": y}, expand.expand, y, h, weight.spec.starts, units)
 
-    def _sum(self, adapted: Adapted, comm: Communicator) -> None:
+    def _sum(self, adapted: Adapted, weight: FoldedWeight, comm: Communicator) -> None:
         if comm.world_size > 1:
-            # The rank rows are columns of the same tensor: they ride along.
-            self.launch("all_reduce", {"x": adapted[0]}, comm.all_reduce, adapted[0])
+            y, h, _ = adapted
+            n, rank_rows = weight.spec.n, weight.spec.rank_rows
+            if h is not None and (not weight.folded or weight.n_padded > n or h.shape[1] > rank_rows):
+                # Widths that are no multiple of vectors: what lies between and behind is no part of the sum.
+                parts = (y[:, :n], h[:, :rank_rows])
+                message = self.launch("pack", {"y": y, "h": h}, _packed, *parts)
+                comm.all_reduce(message)
+                self.launch("unpack", {"y": y, "h": h, "message": message}, _unpacked, message, *parts)
+            else:
+                # The rank rows are columns of the same tensor: they ride along.
+                comm.all_reduce(y)
+
+
+def _packed(y: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """Both side by side, dense."""
+    message = y.new_empty((y.shape[0], y.shape[1] + h.shape[1]))
+    message[:, : y.shape[1]].copy_(y)
+    message[:, y.shape[1] :].copy_(h)
+    return message
+
+
+def _unpacked(message: torch.Tensor, y: torch.Tensor, h: torch.Tensor) -> None:
+    y.copy_(message[:, : y.shape[1]])
+    h.copy_(message[:, y.shape[1] :])

@@ -90,8 +90,8 @@ STATIONS: MappingProxyType[str, OperatorSpec] = MappingProxyType(
             OperatorSpec(
                 name="row_parallel_add_norm",
                 group="station",
-                semantics="row_parallel_linear, then rms_norm with the residual: returns (normed, residual). The residual may be "
-                "added at any place of the sum.",
+                semantics="row_parallel_linear, then rms_norm with the residual: returns (normed, residual). "
+                "The residual may be added at any place of the sum.",
                 arguments=(
                     _X,
                     WEIGHT,

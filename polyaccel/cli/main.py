@@ -69,14 +69,14 @@ def _one_line(error: PolyaccelError) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, for the program, its help and its documentation test."""
     # Here, so that the conformance suite can be run without the engine's modules.
-    from polyaccel.cli import backends, bench, chat, explain, generate, new_backend
+    from polyaccel.cli import backends, bench, cache, chat, explain, generate, new_backend, warm
 
     parser = argparse.ArgumentParser(
         prog="polyaccel", description="An LLM inference engine whose hardware is a plugin."
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (generate, chat, backends, explain, bench, conformance, new_backend):
+    for module in (generate, chat, backends, explain, bench, warm, cache, conformance, new_backend):
         module.add_parser(commands)
     return parser
 

@@ -216,7 +216,7 @@ def projected(problem: StationProblem, form: Form, start: Floats | None = None) 
         extra = deltas(start, operand(problem, "x"), *_adapters(problem), form, problem.case.dtype)
         return f32(y + between(problem, form)(extra))
     if start is not None:
-        y = f32(y + start)
+        y = f32(between(problem, form)(y) + start)
     y = between(problem, form)(y)
     return deltas(y, operand(problem, "x"), *_adapters(problem), form, problem.case.dtype)
 

@@ -59,7 +59,7 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
             for k, bias in ((256, empty(96)), (100, None)):
                 few.few_rows(empty(tokens, k), empty(128, k), 96, bias, listed, 8 if listed is not None else 0, 3)
     yield "few_rows"
-    for rows, most in ((16, 1), (16, 4096), (64, 3)):
+    for rows, most in ((16, 1), (16, 8), (16, 4096), (64, 3)):
         h = empty(128, 96)
         for residual in (None, empty(128, 96)):
             expand.expand(empty(128, 96), h, (0, 64, 96), units(empty(32, 96), rows, most), residual)

@@ -79,4 +79,7 @@ def test_an_operator_computes_what_the_oracle_says(operator: str, bench: Bench) 
 
 
 def test_every_native_operator_is_tested(bench: Bench) -> None:
-    assert {*OPERATORS, "dequantize"} == set(bench.backend.table())
+    from polyaccel_cuda.collectives import COLLECTIVES
+
+    # What ranks do together has tests of its own.
+    assert {*OPERATORS, "dequantize"} == set(bench.backend.table()) - set(COLLECTIVES)

@@ -13,6 +13,14 @@ BLOCK, WARPS = 128, 4
 
 
 @triton.jit
+def _silu(x, kind: tl.constexpr):
+    """In float32; of 16 bits the hardware's exponential is far more than right: a result may be rounded to them."""
+    if kind == tl.float32:
+        return x / (1.0 + exp(-x))
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def silu_and_mul_kernel(x, out, x_stride, n, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -20,7 +28,7 @@ def silu_and_mul_kernel(x, out, x_stride, n, BLOCK: tl.constexpr):
     x += row * x_stride
     gate = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + n + columns, mask=inside, other=0.0).to(tl.float32)
-    y = gate / (1.0 + exp(-gate)) * up
+    y = _silu(gate, out.dtype.element_ty) * up
     tl.store(out + row * n + columns, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -67,7 +75,7 @@ def adapted_silu_and_mul_kernel(
                 gate, up = add_two_deltas(
                     gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
                 )
-            y = gate / (1.0 + exp(-gate)) * up
+            y = _silu(gate, out.dtype.element_ty) * up
             tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 

@@ -7,6 +7,9 @@ import triton.language as tl
 
 RANK_BLOCK = 32
 
+AHEAD = tl.constexpr(16)
+"""Rank rows of a row alone in its unit whose loads are under way together."""
+
 
 # What a kernel reads of a unit does not depend on one another, and is read before anything of it is used: at decode a
 # kernel takes as long as its longest chain of reads.
@@ -36,11 +39,10 @@ def read_unit(unit, members, first, place, rank, mix, more, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _product(h, b, delta, R: tl.constexpr):
-    """``delta + h @ b``. For one row tensor cores would have to be given sixteen."""
-    if R == 1:
-        return delta + tl.sum(tl.trans(h).to(tl.float32) * b.to(tl.float32), 0)[None, :]
-    return tl.dot(h, b, delta, input_precision="ieee")
+def read_lone(unit, members, mix, ROWS: tl.constexpr):
+    """A unit's first row and its weight in the first segment, ``[1]`` each; and its second row, -1 if it is alone."""
+    at = unit * ROWS + tl.arange(0, 1)
+    return tl.load(members + at), tl.load(mix + at), tl.load(members + unit * ROWS + 1)
 
 
 @triton.jit
@@ -48,17 +50,26 @@ def add_delta(acc, low, left, high, weight, h, h_stride, b, n, columns, inside, 
     """``acc + weight * h[:, left + r] * b[low + r, columns]``, summed over r.
 
     ``acc: [R, columns]`` float32. ``h: [R]`` pointers to the rank rows of one slice, ``h_stride`` elements apart.
-    ``b: [rank rows, n]`` dense. Rows of weight 0 get nothing, not even a NaN.
+    ``b: [rank rows, n]`` dense. Rows of weight 0 get nothing, not even a NaN. For one row tensor cores would have to be
+    given sixteen: it takes one rank row after the other.
     """
     own = weight != 0.0
     delta = tl.zeros_like(acc)
-    for r in range(0, high, BLOCK_R):
-        ranks = r + tl.arange(0, BLOCK_R)
-        known = ranks < high
-        where = b + (low + ranks)[:, None] * n + columns[None, :]
-        br = tl.load(where, mask=known[:, None] & inside[None, :], other=0.0)
-        hr = tl.load(h[:, None] + (left + ranks)[None, :] * h_stride, mask=own[:, None] & known[None, :], other=0.0)
-        delta = _product(hr, br, delta, R)
+    if R == 1:
+        for r in range(0, high, AHEAD):
+            for j in tl.static_range(AHEAD):
+                known = r + j < high
+                br = tl.load(b + (low + r + j) * n + columns, mask=inside & known, other=0.0).to(tl.float32)
+                hr = tl.load(h + (left + r + j) * h_stride, mask=own & known, other=0.0).to(tl.float32)
+                delta += hr[:, None] * br[None, :]
+    else:
+        for r in range(0, high, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            known = ranks < high
+            where = b + (low + ranks)[:, None] * n + columns[None, :]
+            br = tl.load(where, mask=known[:, None] & inside[None, :], other=0.0)
+            hr = tl.load(h[:, None] + (left + ranks)[None, :] * h_stride, mask=own[:, None] & known[None, :], other=0.0)
+            delta = tl.dot(hr, br, delta, input_precision="ieee")
     return acc + tl.where(own[:, None], weight[:, None] * delta, 0.0)
 
 
@@ -84,17 +95,29 @@ def add_two_deltas(
     """:func:`add_delta` for two blocks of columns, all of which is read before any is multiplied."""
     own = weight != 0.0
     delta1, delta2 = tl.zeros_like(acc1), tl.zeros_like(acc2)
-    for r in range(0, high, BLOCK_R):
-        ranks = r + tl.arange(0, BLOCK_R)
-        known = ranks < high
-        rows, mask = b + (low + ranks)[:, None] * n, known[:, None] & inside[None, :]
-        b1 = tl.load(rows + columns1[None, :], mask=mask, other=0.0)
-        b2 = tl.load(rows + columns2[None, :], mask=mask, other=0.0)
-        index, mask = (left + ranks)[None, :] * h_stride, own[:, None] & known[None, :]
-        hr1 = tl.load(h1[:, None] + index, mask=mask, other=0.0)
-        hr2 = tl.load(h2[:, None] + index, mask=mask, other=0.0)
-        delta1 = _product(hr1, b1, delta1, R)
-        delta2 = _product(hr2, b2, delta2, R)
+    if R == 1:
+        for r in range(0, high, AHEAD):
+            for j in tl.static_range(AHEAD):
+                known = r + j < high
+                rows, mask, index = b + (low + r + j) * n, inside & known, (left + r + j) * h_stride
+                b1 = tl.load(rows + columns1, mask=mask, other=0.0).to(tl.float32)
+                b2 = tl.load(rows + columns2, mask=mask, other=0.0).to(tl.float32)
+                hr1 = tl.load(h1 + index, mask=own & known, other=0.0).to(tl.float32)
+                hr2 = tl.load(h2 + index, mask=own & known, other=0.0).to(tl.float32)
+                delta1 += hr1[:, None] * b1[None, :]
+                delta2 += hr2[:, None] * b2[None, :]
+    else:
+        for r in range(0, high, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            known = ranks < high
+            rows, mask = b + (low + ranks)[:, None] * n, known[:, None] & inside[None, :]
+            b1 = tl.load(rows + columns1[None, :], mask=mask, other=0.0)
+            b2 = tl.load(rows + columns2[None, :], mask=mask, other=0.0)
+            index, mask = (left + ranks)[None, :] * h_stride, own[:, None] & known[None, :]
+            hr1 = tl.load(h1[:, None] + index, mask=mask, other=0.0)
+            hr2 = tl.load(h2[:, None] + index, mask=mask, other=0.0)
+            delta1 = tl.dot(hr1, b1, delta1, input_precision="ieee")
+            delta2 = tl.dot(hr2, b2, delta2, input_precision="ieee")
     acc1 += tl.where(own[:, None], weight[:, None] * delta1, 0.0)
     acc2 += tl.where(own[:, None], weight[:, None] * delta2, 0.0)
     return acc1, acc2

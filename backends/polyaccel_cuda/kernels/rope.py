@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from polyaccel.backend import RopeTable
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, last_unit, read_unit, segment
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, last_unit, read_lone, read_unit, segment
 from polyaccel_cuda.kernels.rows import Pointers, Units, pointers
 
 WARPS = 4
@@ -182,18 +182,16 @@ def rope_cache_kernel(
     if ADAPTED:
         live = tl.load(count)
         for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-            lead, second = tl.load(members + unit * ROWS), tl.load(members + unit * ROWS + 1)
+            lead, alone, second = read_lone(unit, members, mix, ROWS)
             member, low, left, high, weight, begin, end_more = read_unit(
                 unit, members, first, place, rank, mix, more, ROWS
             )
-            alone = tl.load(mix + unit * ROWS + tl.arange(0, 1))
             if unit < live:
                 if second < 0:
-                    one = tl.zeros((1,), tl.int32) + lead
                     _rope_rows(
                         y, q_out, keys, values, kv_slots, positions, cos, sin, q_norm, k_norm, y_stride, n,
                         q_heads, kv_heads, head_dim, half, block_size, eps, h, h_stride, b, unit,
-                        one, low, left, high, alone, begin, end_more, first, place, rank, mix, head,
+                        lead, low, left, high, alone, begin, end_more, first, place, rank, mix, head,
                         ADAPTED, INTERLEAVED, Q_NORM, K_NORM, HAS_REST, ROWS, 1, BLOCK, BLOCK_REST, BLOCK_R,
                     )  # fmt: skip
                 else:

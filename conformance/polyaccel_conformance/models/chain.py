@@ -21,13 +21,12 @@ from polyaccel_conformance.formats import FORMATS, Format
 from polyaccel_conformance.multi.problem import summed
 from polyaccel_conformance.oracle.attention import attention
 from polyaccel_conformance.oracle.bounded import Bounded, cast, coarser, concatenate
-from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.oracle.lora import Delta, Module, Triples, sgmv, shrink
 from polyaccel_conformance.oracle.moe import Projection as Experts
 from polyaccel_conformance.oracle.moe import Routing, experts, route
 from polyaccel_conformance.oracle.norm import residual_sum, rms_norm
 from polyaccel_conformance.oracle.primitives import add
-from polyaccel_conformance.oracle.stations import Projection, column_linear, gate_up_act, turned_heads
+from polyaccel_conformance.oracle.stations import Projection, column_linear, gate_up_act, joined, turned_heads
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -287,7 +286,10 @@ class Chain:
         ``addend``: a term of the first rank's product."""
         out, triples = self.out, self.tokens.triples
         addends = [addend, *[None] * (len(parts) - 1)]
-        plain = [cast(linear(x, part.matrix, addend=own), out) for x, part, own in zip(xs, parts, addends, strict=True)]
+        plain = [
+            cast(joined(x, part.matrix, None, out, addend=own), out)
+            for x, part, own in zip(xs, parts, addends, strict=True)
+        ]
         if not len(triples.rows):
             return summed(plain, out, last=True)
         added = []

@@ -43,11 +43,21 @@ class Projection:
     starts: tuple[int, ...]
 
 
+def joined(
+    x: Floats, weight: Floats, bias: Floats | None, kept: Format, order: Order = "random", addend: Floats | None = None
+) -> Bounded:
+    """linear plus ``addend: [T, n]``, before the last rounding: a term of its sum, or added to the rounded product."""
+    base = linear(x, weight, bias, order, addend)
+    if addend is None or order == "exact":
+        return base
+    return cast(base.at(base.value - addend), kept, "product").at(base.value)
+
+
 def column_linear(
     x: Floats, projection: Projection, kept: Format, order: Order = "random", addend: Floats | None = None
 ) -> Bounded:
     """linear (plus ``addend: [T, n]``) and sgmv, before the last rounding: ``[T, n]``."""
-    base = linear(x, projection.weight, projection.bias, order, addend)
+    base = joined(x, projection.weight, projection.bias, kept, order, addend)
     if not len(projection.triples.rows):
         return base
     y, touched = sgmv(

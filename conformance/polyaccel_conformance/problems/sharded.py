@@ -17,10 +17,10 @@ from polyaccel_conformance.formats import format_of
 from polyaccel_conformance.multi.problem import RankedProblem, Shares, cut, nbytes, place_value, radix, summed
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Bounded, Expected, cast, coarser, finish
-from polyaccel_conformance.oracle.gemm import linear
 from polyaccel_conformance.oracle.lora import Adapter, Delta, Module, Triples, sgmv, shrink
 from polyaccel_conformance.oracle.norm import rms_norm
 from polyaccel_conformance.oracle.primitives import add
+from polyaccel_conformance.oracle.stations import joined
 from polyaccel_conformance.problem import Exactly, Outputs, Prepared
 from polyaccel_conformance.problems.collectives import DIGITS
 from polyaccel_conformance.problems.rows import coarsest
@@ -234,7 +234,8 @@ class ShardedProblem(RankedProblem):
         """A rank's product (plus ``addend``), before any rounding."""
         share = self.share(rank)
         x = self.rows_of_x(rank).values.astype(np.float64)
-        return linear(x, self.weight.matrix_of(share), self.weight.bias_of(share), addend=addend)
+        out = format_of(self.case.dtype)
+        return joined(x, self.weight.matrix_of(share), self.weight.bias_of(share), out, addend=addend)
 
     def adapted(self, y: Bounded, rank: int) -> Bounded:
         """``y`` with what the rank's part of the adapters adds, before the rounding."""

@@ -118,6 +118,7 @@ _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "aten::amax",
             "aten::bitwise_not",
             "aten::bmm",
+            "aten::cat",
             "aten::div",
             "aten::exp",
             "aten::le",

@@ -116,7 +116,7 @@ def _shrink_rows(x: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     a, b = batch.a, batch.b
     if batch.gather is not None:
         gather = batch.gather
-        a = matrices.a.view(-1, matrices.k).index_select(0, gather.a)
+        a = matrices.a.view(matrices.slices * matrices.rank_rows, matrices.k).index_select(0, gather.a)
         a = a.view(segments, matrices.slices * rank, matrices.k).transpose(1, 2)
         b = matrices.b.view(-1, matrices.width).index_select(0, gather.b)
         b = b.view(segments * matrices.chunks, rank, matrices.width)

@@ -26,6 +26,7 @@ class SlotMatrices:
     """
 
     slices: int
+    rank_rows: int
     k: int
     n: int
     width: int
@@ -42,6 +43,7 @@ class SlotMatrices:
         owners = [index for index, count in enumerate(counts) for _ in range(count)]
         return cls(
             slices=len(spec.slices),
+            rank_rows=rank_rows,
             k=spec.k,
             n=spec.n,
             width=width,

@@ -1,0 +1,342 @@
+"""How ranks talk: NCCL between GPUs, a kernel of our own for small sums, host memory where ranks share a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+
+from polyaccel.backend import CommunicationError, Launcher, OperatorError, RankAddress, Reason
+from polyaccel.backend.composite.communicator import ProcessGroup, Store, TorchCommunicator
+from polyaccel.backend.errors import ConfigurationError
+from polyaccel.backend.ledger import COPY_PREFIX
+from polyaccel_cuda.nccl import NcclGroup
+from polyaccel_cuda.symmetric import OneShot, open_one_shot
+from polyaccel_cuda.threshold import measured_threshold
+from polyaccel_cuda.watch import Watch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CLOSE_SECONDS = 2.0
+"""How long a rank that leaves waits for the others to be done as well."""
+RENDEZVOUS_SECONDS = 20.0
+TRIAL_SECONDS = 20.0
+"""How long the one-shot kernel may take to compile and to be tried before ranks do without."""
+
+
+class CudaCommunicator(TorchCommunicator):
+    """Collectives of one rank's GPU, ordered with its current stream; they may be captured in graphs.
+
+    - Sums of at most :attr:`threshold` bytes are one kernel (:mod:`polyaccel_cuda.kernels.one_shot`): every rank adds
+      the same numbers in the order of ranks. Larger ones, and all other collectives, are NCCL, whose rings and trees
+      sum an element once and hand the number to all. Either way all ranks end with identical bits.
+    - Collectives of tensors in host memory, objects and barriers are gloo's, on the host.
+    - Where ranks share a GPU, which NCCL refuses, or torch has no NCCL, everything is gloo's and passes through host
+      memory: ``transport`` is ``gloo`` and :attr:`hosted` says why.
+
+    The ledger counts ``cuda.one_shot_all_reduce``, ``cuda.nccl_<collective>`` and ``cuda.host_<collective>``.
+
+    A rank that does not take part is noticed within the timeout: what waits for it is given up, and from then on every
+    collective, and every wait for the device that the backend hands out, raises a CommunicationError. Graphs must be
+    closed before the communicator.
+
+    Args:
+        address: where the ranks meet.
+        launcher: the backend's.
+        device: this rank's GPU; its current stream at the time of a call is used.
+
+    Attributes:
+        hosted: why collectives pass through host memory; empty if they do not.
+        refusal: why no sum uses symmetric memory; empty if some do.
+        threshold: bytes up to which they do, as measured by rank 0; 0 if none does.
+
+    Raises:
+        CommunicationError: not all ranks came within the timeout, or NCCL could not be set up.
+    """
+
+    def __init__(self, address: RankAddress, launcher: Launcher, device: torch.device) -> None:
+        self._store: Store | None = None
+        super().__init__(address)
+        self._launcher, self._device = launcher, device
+        self._nccl: NcclGroup | None = None
+        self._one_shot: OneShot | None = None
+        self._watch: Watch | None = None
+        self._closed = False
+        self.threshold = 0
+        self.refusal: Reason = ""
+        self.hosted = self._why_hosted()
+        if self.hosted:
+            self.refusal = self.hosted
+            return
+        self.transport = "nccl"
+        self._open_nccl()
+        self._open_one_shot(address)
+
+    def check(self) -> None:
+        """Raise if collectives were given up; called after every wait for the device.
+
+        Raises:
+            CommunicationError: a rank did not take part; results since are worth nothing.
+        """
+        if self._watch is not None and not self._closed:
+            self._watch.check()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the rank has left the group."""
+        return self._closed
+
+    def issued(self, kind: str = "graph") -> None:
+        """Note that collectives are on their way: for replays of graphs, which hold some."""
+        if self._watch is None or self._closed:
+            return
+        with torch.cuda.device(self._device):
+            if not torch.cuda.is_current_stream_capturing():
+                self._watch.issued(kind)
+
+    def describe(self) -> str:
+        """How sums travel, in words that are the same on all ranks."""
+        if self.hosted:
+            return f"through host memory: {self.hosted}"
+        if not self.threshold:
+            return f"nccl: {self.refusal}"
+        return f"one_shot up to {self.threshold} bytes, nccl beyond"
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        nccl, one_shot, watch = self._nccl, self._one_shot, self._watch
+        if nccl is not None:
+            self._leave(watch)
+            # Peers are done, or will never be: either way nobody is waited for.
+            with contextlib.suppress(RuntimeError):
+                nccl.abort()
+        if one_shot is not None:
+            one_shot.close()
+        self._nccl = self._one_shot = None
+        super().close()
+
+    # -- collectives -------------------------------------------------------------------------------------------------
+
+    def _all_reduce(self, x: torch.Tensor) -> None:
+        nccl = self._group("all_reduce", x)
+        if nccl is None:
+            self._on_host("all_reduce", x, super()._all_reduce, x)
+        elif x.numel():
+            one_shot, dense = self._one_shot, self._dense("all_reduce", x)
+            if one_shot is not None and self.by_one_shot(dense):
+                self._issue("one_shot_all_reduce", dense, one_shot.all_reduce, dense)
+            else:
+                self._issue("nccl_all_reduce", dense, nccl.all_reduce, dense)
+            if dense is not x:
+                x.copy_(dense)
+
+    def by_one_shot(self, x: torch.Tensor) -> bool:
+        """Whether the sum of x, dense, is one kernel. The same on all ranks, whose tensors are alike."""
+        one_shot = self._one_shot
+        return one_shot is not None and x.numel() * x.element_size() <= self.threshold and one_shot.takes(x)
+
+    def _all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        nccl = self._group("all_gather", x)
+        if nccl is None:
+            return self._on_host("all_gather", x, super()._all_gather, x, dim)
+        if not -x.dim() <= dim < x.dim():
+            raise ConfigurationError(f"all_gather along dim={dim} of {x.dim()} dimensions")
+        dim %= x.dim()
+        shape = (*x.shape[:dim], x.shape[dim] * self.world_size, *x.shape[dim + 1 :])
+        if not x.numel():
+            return x.new_empty(shape)
+
+        def gathered(dense: torch.Tensor) -> torch.Tensor:
+            return nccl.all_gather(dense).movedim(0, dim).reshape(shape)
+
+        dense = self._dense("all_gather", x)
+        return self._issue("nccl_all_gather", dense, gathered, dense)
+
+    def _reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        nccl = self._group("reduce_scatter", x)
+        if nccl is None:
+            return self._on_host("reduce_scatter", x, super()._reduce_scatter, x)
+        if not x.numel():
+            return x.new_empty((x.shape[0] // self.world_size, *x.shape[1:]))
+        dense = self._dense("reduce_scatter", x)
+        return self._issue("nccl_reduce_scatter", dense, nccl.reduce_scatter, dense)
+
+    def _all_to_all(self, x: torch.Tensor, send_rows: list[int], receive_rows: list[int]) -> torch.Tensor:
+        nccl = self._group("all_to_all", x)
+        if nccl is None:
+            return self._on_host("all_to_all", x, super()._all_to_all, x, send_rows, receive_rows)
+        world = self.world_size
+        if len(send_rows) != world or len(receive_rows) != world or min(*send_rows, *receive_rows) < 0:
+            raise ConfigurationError(
+                f"all_to_all sends {send_rows}, receives {receive_rows}; expected {world} counts >= 0"
+            )
+        if sum(send_rows) != x.shape[0]:
+            raise ConfigurationError(f"all_to_all sends {send_rows} rows of {x.shape[0]}")
+        dense = self._dense("all_to_all", x)
+        return self._issue("nccl_all_to_all", dense, nccl.all_to_all, dense, send_rows, receive_rows)
+
+    def _broadcast(self, x: torch.Tensor, source: int) -> None:
+        nccl = self._group("broadcast", x)
+        if nccl is None:
+            self._on_host("broadcast", x, super()._broadcast, x, source)
+            return
+        if not 0 <= source < self.world_size:
+            raise ConfigurationError(f"broadcast from rank {source} of {self.world_size}")
+        if x.numel():
+            dense = self._dense("broadcast", x)
+            self._issue("nccl_broadcast", dense, nccl.broadcast, dense, source)
+            if dense is not x:
+                x.copy_(dense)
+
+    def _barrier(self) -> None:
+        self.check()
+        self._launcher.ledger.record("cuda.host_barrier")
+        super()._barrier()
+
+    # -- issuing -----------------------------------------------------------------------------------------------------
+
+    def _group(self, collective: str, x: torch.Tensor) -> NcclGroup | None:
+        """NCCL's group if it is to carry x, None if gloo is."""
+        if self._closed:
+            raise CommunicationError(f"{collective} on rank {self.rank}: the group was closed")
+        self.check()
+        if x.device.type != "cuda" or self._nccl is None:
+            return None
+        if x.device != self._device:
+            raise OperatorError.describe(collective, f"the group is of {self._device}", {"x": x}, self.rank)
+        return self._nccl
+
+    def _dense(self, collective: str, x: torch.Tensor) -> torch.Tensor:
+        if x.is_contiguous():
+            return x
+        self._launcher.ledger.record(f"{COPY_PREFIX}{collective}.x")
+        return x.contiguous()
+
+    def _issue(self, kernel: str, x: torch.Tensor, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            result = self._launcher.launch(f"cuda.{kernel}", {"x": x}, fn, *args, **kwargs)
+        except dist.DistBackendError as error:
+            raise CommunicationError(f"{kernel} on rank {self.rank} of {self.world_size}: {error}") from error
+        self.issued(kernel)
+        return result
+
+    def _on_host(self, collective: str, x: torch.Tensor, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self._launcher.ledger.record(f"cuda.host_{collective}")
+        return fn(*args, **kwargs)
+
+    # -- the group ---------------------------------------------------------------------------------------------------
+
+    def _open(self, store: Store, address: RankAddress) -> ProcessGroup:
+        self._store = store
+        return super()._open(store, address)
+
+    def _why_hosted(self) -> Reason:
+        """Asked of all ranks, so that they choose alike."""
+        if not dist.is_nccl_available():
+            own: tuple[str, str] = ("this torch has no NCCL", "")
+        elif self._device.type != "cuda":
+            own = (f"rank {self.rank} has no GPU", "")
+        else:
+            own = ("", str(torch.cuda.get_device_properties(self._device).uuid))
+        answers = [answer for answer in self.gather_objects(own) if isinstance(answer, tuple)]
+        for reason, _ in answers:
+            if reason:
+                return str(reason)
+        return shared_device([str(uuid) for _, uuid in answers])
+
+    def _prefixed(self, name: str) -> c10d.Store:
+        return c10d.PrefixStore(name, self._store)  # type: ignore[arg-type]
+
+    def _open_nccl(self) -> None:
+        self._nccl = self._run(
+            "connect", lambda: NcclGroup(self._prefixed("nccl"), self.rank, self.world_size, self._device)
+        )
+        with torch.cuda.device(self._device):
+            self._watch = Watch(
+                f"rank {self.rank} of {self.world_size}",
+                self._timeout,
+                torch.cuda.Event,
+                self._give_up,
+            )
+
+    def _open_one_shot(self, address: RankAddress) -> None:
+        assert self._nccl is not None
+        opened = open_one_shot(
+            self._prefixed("symmetric"),
+            self._nccl,
+            self.rank,
+            self.world_size,
+            self.gather_objects,
+            min(address.timeout, RENDEZVOUS_SECONDS),
+        )
+        if isinstance(opened, Reason):
+            self.refusal = opened
+            return
+        # Rank 0's, since ranks that chose differently would wait for each other; and only where all could.
+        answers = [answer for answer in self.gather_objects(self._tried(opened)) if isinstance(answer, tuple)]
+        self.refusal = next((str(refusal) for _, refusal in answers if refusal), "")
+        if self.refusal:
+            opened.close()
+        else:
+            self.threshold, self._one_shot = int(answers[0][0]), opened
+
+    def _tried(self, one_shot: OneShot) -> tuple[int, Reason]:
+        """The threshold that this rank would choose, and why none."""
+        assert self._nccl is not None
+        who = f"rank {self.rank} of {self.world_size}"
+        with torch.cuda.device(self._device):
+            # Of its own, for the group itself must not end with a kernel that does not work here.
+            watch = Watch(who, min(self._timeout, TRIAL_SECONDS), torch.cuda.Event, one_shot.abort)
+            try:
+                issued = functools.partial(watch.issued, "one_shot_all_reduce")
+                found = measured_threshold(self._device, self.rank, self.world_size, one_shot, self._nccl, issued)
+                watch.check()
+            except Exception as error:
+                watch.close()
+                refusal = f"{who}: {type(error).__name__}: {str(error).partition(chr(10))[0]:.300}"
+                return 0, refusal
+            watch.close()
+        return found, "" if found else f"{who}: NCCL is faster at every size measured"
+
+    def _give_up(self) -> None:
+        """From the watch's thread."""
+        if self._one_shot is not None:
+            self._one_shot.abort()
+        if self._nccl is not None:
+            with contextlib.suppress(RuntimeError):
+                self._nccl.abort()
+
+    def _leave(self, watch: Watch | None) -> None:
+        """Wait until no rank uses this rank's memory any more, if that can be."""
+        if watch is None:
+            return
+        if not watch.broken:
+            # A device that fails here has said so to others before.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self._device)
+        watch.close()
+        if watch.broken:
+            return
+        # A peer may still read what this rank has shown it. The store rather than gloo, which a late rank would break.
+        store = self._prefixed("leave")
+        with contextlib.suppress(RuntimeError):
+            store.set(str(self.rank), "1")
+            store.wait([str(rank) for rank in range(self.world_size)], timedelta(seconds=CLOSE_SECONDS))
+
+
+def shared_device(uuids: Sequence[str]) -> Reason:
+    """Why ranks with these GPUs cannot use NCCL; empty if each has its own."""
+    for rank, uuid in enumerate(uuids):
+        first = list(uuids).index(uuid)
+        if first != rank:
+            return f"ranks {first} and {rank} share one GPU"
+    return ""

@@ -1,0 +1,353 @@
+"""What a rank on its own GPU tries: each function is one case, called by all ranks in the same order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from polyaccel.backend import CommunicationError, Device, RankAddress
+from polyaccel_cuda.backend import CudaBackend
+from polyaccel_cuda.communicator import CudaCommunicator
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((1, 1), (2, 5), (7, 129), (1, 4096), (33, 4608), (64, 8200), (300, 4096), (0, 5))
+"""Sums of a few bytes, odd ones, of one program and many, beyond what one kernel takes, and empty."""
+SHORT = 3.0
+SLACK = 10.0
+
+
+class Rank:
+    """A backend and its communicator in a process of its own."""
+
+    def __init__(self, rank: int, world: int, folder: Path) -> None:
+        self.rank, self.world, self.folder = rank, world, folder
+        self.backend = CudaBackend()
+        self.device: Device = self.backend.devices()[rank]
+        torch.cuda.set_device(self.device.torch_device)
+        self._groups = 0
+        self.comm = self.group(60.0)
+
+    def group(self, timeout: float) -> CudaCommunicator:
+        """A further group of all ranks."""
+        self._groups += 1
+        store = f"file://{self.folder}/group{self._groups}"
+        address = RankAddress(rank=self.rank, world_size=self.world, init_method=store, timeout=timeout)
+        found = self.backend.connect(address)
+        assert isinstance(found, CudaCommunicator)
+        return found
+
+    def drawn(self, shape: tuple[int, ...], dtype: torch.dtype, rank: int, seed: int = 0) -> torch.Tensor:
+        """What a rank contributes; every rank can say."""
+        generator = torch.Generator().manual_seed(1000 * seed + rank)
+        return torch.randn(shape, generator=generator).to(dtype).to(self.device.torch_device)
+
+    def same(self, x: torch.Tensor, what: str) -> None:
+        """All ranks have the same bits."""
+        bits = x.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        assert len(set(self.comm.gather_objects(bits))) == 1, f"{what}: ranks differ"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.comm.close()
+        self.backend.close()
+
+
+def connects(here: Rank) -> None:
+    comm = here.comm
+    print(f"transport {comm.transport}; sums: {comm.describe()}; refusal {comm.refusal!r}; hosted {comm.hosted!r}")
+    assert (comm.transport, comm.hosted) == ("nccl", "")
+    assert here.backend.graph_refusals() == []
+
+
+def sums_small_ones_by_one_kernel(here: Rank) -> None:
+    """Fails where symmetric memory is refused, with the reason: everything else works without it."""
+    assert here.comm.threshold >= 8 << 10, here.comm.describe()
+    here.backend.ledger.clear()
+    here.comm.all_reduce(torch.ones(8, device=here.device.torch_device))
+    here.comm.all_reduce(torch.ones(4 << 20, device=here.device.torch_device))
+    counts = here.backend.ledger.counts()
+    assert counts == {"cuda.one_shot_all_reduce": 1, "cuda.nccl_all_reduce": 1}, counts
+
+
+def all_reduce(here: Rank) -> None:
+    for dtype in DTYPES:
+        for seed, shape in enumerate(SHAPES):
+            parts = [here.drawn(shape, dtype, rank, seed) for rank in range(here.world)]
+            x = parts[here.rank].clone()
+            assert here.comm.all_reduce(x) is x
+            here.device.synchronize()
+            wanted = sum(part.double() for part in parts)
+            bound = sum(part.double().abs() for part in parts) * here.world * torch.finfo(dtype).eps
+            assert isinstance(wanted, torch.Tensor)
+            assert ((x.double() - wanted).abs() <= bound).all(), f"{shape} {dtype}"
+            if here.comm.by_one_shot(x) and x.numel():
+                total = parts[0].float()
+                for part in parts[1:]:
+                    total = total + part.float()
+                assert torch.equal(x, total.to(dtype)), f"{shape} {dtype}: not the sum in the order of ranks"
+            here.same(x, f"{shape} {dtype}")
+
+
+def all_reduce_of_views(here: Rank) -> None:
+    whole = here.drawn((9, 64), torch.float32, here.rank)
+    columns, offset = whole.clone()[:, 3:17], whole.clone().flatten()[1:100]
+    for x in (columns, offset):
+        before = x.clone()
+        here.comm.all_reduce(x)
+        wanted = before.clone()
+        here.comm.all_reduce(wanted)
+        assert torch.equal(x, wanted)
+
+
+def back_to_back(here: Rank) -> None:
+    for count in (100, 40_000, 4_000_000):
+        x = torch.full((count,), here.rank + 1.0, device=here.device.torch_device)
+        for _ in range(6):
+            here.comm.all_reduce(x)
+        here.device.synchronize()
+        first = here.world * (here.world + 1) // 2
+        assert (x == first * here.world**5).all(), count
+
+
+def many_in_a_row(here: Rank) -> None:
+    """Buffers are used in turn: a slower rank must never read what a faster one wrote for a later sum."""
+    wrong = torch.zeros((), device=here.device.torch_device)
+    for i in range(3000):
+        if i % 300 == 150 and here.rank == (i // 300) % here.world:
+            torch.cuda._sleep(3_000_000)  # type: ignore[attr-defined, unused-ignore]
+        count = (8, 5000, 70_001)[i % 3]
+        x = torch.full((count,), float(i % 50 + here.rank), device=here.device.torch_device)
+        here.comm.all_reduce(x)
+        wanted = here.world * (i % 50) + here.world * (here.world - 1) // 2
+        wrong += (x != wanted).sum()
+    here.device.synchronize()
+    assert wrong.item() == 0
+
+
+def all_gather(here: Rank) -> None:
+    for dtype in (*DTYPES, torch.int64):
+        for shape, dim in (((2, 3, 5), -1), ((2, 3, 5), 0), ((2, 3, 5), 1), ((64, 16000), -1), ((0, 4), -1), ((7,), 0)):
+            parts = [(here.drawn(shape, torch.float32, rank) * 9).to(dtype) for rank in range(here.world)]
+            got = here.comm.all_gather(parts[here.rank], dim)
+            assert torch.equal(got, torch.cat(parts, dim)), f"{shape} {dim} {dtype}"
+
+
+def reduce_scatter(here: Rank) -> None:
+    for dtype in DTYPES:
+        for rows in (0, 1, 5):
+            parts = [here.drawn((rows * here.world, 7), dtype, rank).round() for rank in range(here.world)]
+            got = here.comm.reduce_scatter(parts[here.rank])
+            total = torch.stack(parts).sum(0)[here.rank * rows : (here.rank + 1) * rows]
+            assert torch.equal(got, total), f"{rows} {dtype}"
+
+
+def all_to_all(here: Rank) -> None:
+    world = here.world
+    for counts in (
+        [[2] * world] * world,
+        [[(2 * i + 3 * j) % 4 for j in range(world)] for i in range(world)],
+        [[3 * (i == j) for j in range(world)] for i in range(world)],
+        [[3 * (i == 0) for j in range(world)] for i in range(world)],
+        [[0] * world] * world,
+    ):
+        sent = [here.drawn((sum(counts[r]), 5), torch.bfloat16, r) for r in range(world)]
+        receive = [counts[r][here.rank] for r in range(world)]
+        got = here.comm.all_to_all(sent[here.rank], counts[here.rank], receive)
+        parts = [part.split(counts[r])[here.rank] for r, part in enumerate(sent)]
+        assert torch.equal(got, torch.cat(parts)), counts
+
+
+def broadcast(here: Rank) -> None:
+    for source in range(here.world):
+        for dtype in (*DTYPES, torch.int64):
+            parts = [(here.drawn((3, 5), torch.float32, rank) * 9).to(dtype) for rank in range(here.world)]
+            x = parts[here.rank].clone()
+            assert here.comm.broadcast(x, source) is x
+            assert torch.equal(x, parts[source])
+
+
+def barrier(here: Rank) -> None:
+    time.sleep(0.3 * here.rank)
+    came = time.time()
+    here.comm.barrier()
+    left = time.time()
+    times = [moment for moment in here.comm.gather_objects((came, left)) if isinstance(moment, tuple)]
+    assert min(moment[1] for moment in times) >= max(moment[0] for moment in times)
+
+
+def objects(here: Rank) -> None:
+    assert here.comm.gather_objects({"rank": here.rank}) == [{"rank": rank} for rank in range(here.world)]
+
+
+def on_another_stream_and_device(here: Rank) -> None:
+    other = torch.device("cuda", (here.rank + 1) % here.world)
+    stream = torch.cuda.Stream(here.device.torch_device)  # type: ignore[no-untyped-call]
+    x = torch.full((5000,), here.rank + 1.0, device=here.device.torch_device)
+    here.device.synchronize()
+    with torch.cuda.stream(stream):
+        here.comm.all_reduce(x)
+    stream.synchronize()
+    wanted = here.world * (here.world + 1) / 2
+    assert (x == wanted).all()
+    with torch.cuda.device(other):
+        here.comm.all_reduce(x)
+        assert torch.cuda.current_device() == other.index
+    here.device.synchronize()
+    assert (x == wanted * here.world).all()
+
+
+def two_groups_do_not_mix(here: Rank) -> None:
+    other = here.group(60.0)
+    x = torch.full((5000,), here.rank + 1.0, device=here.device.torch_device)
+    y = torch.full((300,), 10.0 * (here.rank + 1), device=here.device.torch_device)
+    for _ in range(3):
+        here.comm.all_reduce(x)
+        other.all_reduce(y)
+    here.device.synchronize()
+    first = here.world * (here.world + 1) / 2 * here.world**2
+    assert (x == first).all()
+    assert (y == 10 * first).all()
+    other.close()
+
+
+def graphs(here: Rank) -> None:
+    """Sums of three sizes, a gather and an eager sum between, replayed 20 times with other data."""
+    device = here.device.torch_device
+    inputs = [torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in ((1, 4128), (32, 4608), (700, 4096))]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def step() -> list[torch.Tensor]:
+        sums = []
+        for x in inputs:
+            y = x * 2
+            here.comm.all_reduce(y)
+            here.comm.all_reduce(y)
+            sums.append(y)
+        return [*sums, here.comm.all_gather(inputs[0], -1)]
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        outputs = step()
+    for turn in range(20):
+        for i, x in enumerate(inputs):
+            x.copy_(here.drawn(tuple(x.shape), torch.bfloat16, here.rank, 10 * turn + i))
+        eager = [y.clone() for y in step()]
+        kept = [tuple(x.shape) for x in inputs]
+        graph.replay()
+        here.comm.issued()
+        here.device.synchronize()
+        for got, wanted, shape in zip(outputs, eager, [*kept, kept[0]], strict=True):
+            assert torch.equal(got, wanted), f"turn {turn}, {shape}"
+    here.same(outputs[1], "after 20 replays")
+    del outputs
+    graph.reset()
+
+
+def withheld_from_a_small_sum(here: Rank) -> None:
+    _withheld(here, lambda group: group.all_reduce(torch.ones(100, device=here.device.torch_device)))
+
+
+def withheld_from_a_large_sum(here: Rank) -> None:
+    _withheld(here, lambda group: group.all_reduce(torch.ones(4 << 20, device=here.device.torch_device)))
+
+
+def withheld_from_a_gather(here: Rank) -> None:
+    _withheld(here, lambda group: group.all_gather(torch.ones(100, device=here.device.torch_device)))
+
+
+def withheld_from_a_graph(here: Rank) -> None:
+    # Whoever was withheld before may still be closing that group, for longer than the short timeout.
+    here.comm.barrier()
+    group = here.group(SHORT)
+    x = torch.ones(100, device=here.device.torch_device)
+    stream = torch.cuda.Stream(here.device.torch_device)  # type: ignore[no-untyped-call]
+    group.all_reduce(x)
+    here.device.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(5):
+            group.all_reduce(x)
+
+    def replayed(_: CudaCommunicator) -> None:
+        graph.replay()
+        group.issued()
+
+    _withheld(here, replayed, group, graph.reset)
+
+
+def _withheld(
+    here: Rank,
+    call: Callable[[CudaCommunicator], object],
+    group: CudaCommunicator | None = None,
+    before_closing: Callable[[], object] = lambda: None,
+) -> None:
+    here.comm.barrier()
+    group = group or here.group(SHORT)
+    here.comm.barrier()
+    if here.rank == here.world - 1:
+        here.comm.gather_objects("stayed away")
+        before_closing()
+        group.close()
+        return
+    begun = time.monotonic()
+    error = ""
+    try:
+        call(group)
+        here.device.synchronize()
+    except CommunicationError as raised:
+        error = str(raised)
+    waited = time.monotonic() - begun
+    here.comm.gather_objects("gave up")
+    again = ""
+    try:
+        group.all_reduce(torch.ones(3, device=here.device.torch_device))
+    except CommunicationError as raised:
+        again = str(raised)
+    before_closing()
+    group.close()
+    here.device.synchronize()
+    print(f"after {waited:.1f} s: {error}")
+    assert "was given up after 3 s" in error
+    assert error == again
+    assert waited < SHORT + SLACK
+
+
+def the_first_group_still_works(here: Rank) -> None:
+    back_to_back(here)
+
+
+ALL = (
+    connects,
+    sums_small_ones_by_one_kernel,
+    all_reduce,
+    all_reduce_of_views,
+    back_to_back,
+    many_in_a_row,
+    all_gather,
+    reduce_scatter,
+    all_to_all,
+    broadcast,
+    barrier,
+    objects,
+    on_another_stream_and_device,
+    two_groups_do_not_mix,
+    graphs,
+    withheld_from_a_small_sum,
+    withheld_from_a_large_sum,
+    withheld_from_a_gather,
+    withheld_from_a_graph,
+    the_first_group_still_works,
+)
