@@ -17,7 +17,7 @@ from polyaccel_cuda.arena import Arena, Field
 from polyaccel_cuda.kernels.few import gathers
 from polyaccel_cuda.kernels.gather import Triples
 from polyaccel_cuda.kernels.prefill import QUERY_TILE
-from polyaccel_cuda.kernels.rows import Units
+from polyaccel_cuda.kernels.rows import Units, splits
 from polyaccel_cuda.units import ROW_SETS, UNIT_ROWS, RankRows, rows_of, triples_of, units_of
 
 TABLES = ("count", "members", "first", "place", "rank", "mix", "more")
@@ -126,10 +126,12 @@ class CudaStep(Step):
         found = self._sites.get(key)
         if found is None:
             room, view = self.arena.rooms, self.arena.view
+            most = self._lengths[f"{row_set}.more"] - 1
             found = self._sites[key] = Units(
                 b=store.b[site],
                 rows=UNIT_ROWS[self.input.token_class],
-                most=self._lengths[f"{row_set}.more"] - 1,
+                most=most,
+                split=self.input.token_class is TokenClass.DECODE and splits(most, self.rank_rows),
                 **{name: view(f"{row_set}.{name}", room[f"{row_set}.{name}"]) for name in TABLES},
             )
         return found
@@ -258,7 +260,7 @@ def _fields(rows: int, listed: int, triples: int, tables: int, tiles: int, unit:
     fields += [Field("uniforms", _F32, rows), Field("listed", _I32, listed)]
     fields += [Field(name, _I32, tiles) for name in ("tile_sequences", "tile_begins")]
     for row_set in ROW_SETS:
-        fields += [Field(f"{row_set}.count", _I32, 1)]
+        fields += [Field(f"{row_set}.count", _I32, 2)]
         fields += [Field(f"{row_set}.{name}", _I32, rows + 1) for name in ("more", "row_starts")]
     for row_set in ROW_SETS:
         # Each row a unit, at worst.

@@ -39,10 +39,10 @@ class Absent:
         return 0
 
 
-def units(b: torch.Tensor, rows: int, most: int) -> Units:
+def units(b: torch.Tensor, rows: int, most: int, split: bool) -> Units:
     numbers = torch.zeros(4096, dtype=torch.int32)
     tables = dict.fromkeys(("count", "members", "first", "place", "rank", "more"), numbers)
-    return Units(b=b, rows=rows, most=most, mix=torch.zeros(4096), **tables)
+    return Units(b=b, rows=rows, most=most, split=split, mix=torch.zeros(4096), **tables)
 
 
 def calls(dtype: torch.dtype) -> Iterator[str]:
@@ -59,12 +59,12 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
             for k, bias in ((256, empty(96)), (100, None)):
                 few.few_rows(empty(tokens, k), empty(128, k), 96, bias, listed, 8 if listed is not None else 0, 3)
     yield "few_rows"
-    for rows, most in ((16, 1), (16, 8), (16, 4096), (64, 3)):
+    for rows, most, split in ((16, 1, False), (16, 64, True), (16, 4096, False), (64, 3, False)):
         h = empty(128, 96)
         for residual in (None, empty(128, 96)):
-            expand.expand(empty(128, 96), h, (0, 64, 96), units(empty(32, 96), rows, most), residual)
-        activation.silu_and_mul(empty(128, 96), 48, h, units(empty(32, 96), rows, most))
-        gather.embedding(empty(50, 96), ids, 0, empty(50, 32), units(empty(32, 96), rows, most))
+            expand.expand(empty(128, 96), h, (0, 64, 96), units(empty(32, 96), rows, most, split), residual)
+        activation.silu_and_mul(empty(128, 96), 48, h, units(empty(32, 96), rows, most, split))
+        gather.embedding(empty(50, 96), ids, 0, empty(50, 32), units(empty(32, 96), rows, most, split))
         for rotary, norms in ((64, None), (48, empty(64))):
             turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=rotary)
             cache = (empty(4, 2, 16, 64), empty(4, 2, 16, 64))
@@ -77,7 +77,7 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
                 ids,
                 ids,
                 empty(128, 96),
-                units(empty(32, 512), rows, most),
+                units(empty(32, 512), rows, most, split),
             )
             rope.rope_cache(empty(128, 512), (4, 2, 64), turned, (norms, norms, 1e-5), cache, ids, ids)
     yield "adapters"

@@ -79,6 +79,9 @@ def test_units_hold_every_row_once_with_all_its_adapters(drawn: tuple[StepInput,
     assert members.shape[1] == size
     assert sorted(members[members >= 0].tolist()) == list(range(inputs.tokens))
     assert (members[total:] == -1).all()
+    several = int(tables["count"][1])
+    assert (members[:several, 1] >= 0).all()
+    assert (members[several:total, 1] < 0).all()
     assert (members[:total, 0] >= 0).all()
     wanted: dict[tuple[int, int], float] = {}
     for row, slot, weight in triples:

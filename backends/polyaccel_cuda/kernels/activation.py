@@ -6,18 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_two_deltas, exp, last_unit, read_unit, segment
+from polyaccel_cuda.kernels import alone
+from polyaccel_cuda.kernels.delta import (
+    RANK_BLOCK,
+    add_two_deltas,
+    exp,
+    last_unit,
+    live_units,
+    read_unit,
+    segment,
+    silu,
+)
 from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 128, 4
-
-
-@triton.jit
-def _silu(x, kind: tl.constexpr):
-    """In float32; of 16 bits the hardware's exponential is far more than right: a result may be rounded to them."""
-    if kind == tl.float32:
-        return x / (1.0 + exp(-x))
-    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def silu_and_mul_kernel(x, out, x_stride, n, BLOCK: tl.constexpr):
     x += row * x_stride
     gate = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + n + columns, mask=inside, other=0.0).to(tl.float32)
-    y = _silu(gate, out.dtype.element_ty) * up
+    y = silu(gate, out.dtype.element_ty) * up
     tl.store(out + row * n + columns, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -49,13 +51,14 @@ def adapted_silu_and_mul_kernel(
     mix,
     more,
     LOOP: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
-    live = tl.load(count)
+    live = live_units(count, SPLIT)
     for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
         member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
         if unit < live:
@@ -75,7 +78,7 @@ def adapted_silu_and_mul_kernel(
                 gate, up = add_two_deltas(
                     gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
                 )
-            y = _silu(gate, out.dtype.element_ty) * up
+            y = silu(gate, out.dtype.element_ty) * up
             tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -99,11 +102,14 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
         n,
         *pointers(h, units),
         LOOP=loop,
+        SPLIT=units.split,
         ROWS=units.rows,
         BLOCK=block,
         BLOCK_R=RANK_BLOCK,
         num_warps=WARPS,
     )
+    if units.split:
+        alone.silu_and_mul(x, out, h, units)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What adapters add to a unit of rows: the expand, as a part of other kernels; and an exact exponential."""
+"""What adapters add to a unit of rows: the expand, as a part of other kernels; an exact exponential, and silu."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ AHEAD = tl.constexpr(16)
 
 # What a kernel reads of a unit does not depend on one another, and is read before anything of it is used: at decode a
 # kernel takes as long as its longest chain of reads.
+
+
+@triton.jit
+def live_units(count, SPLIT: tl.constexpr):
+    """How many units a kernel for tiles of rows has to serve; see :class:`rows.Units`."""
+    if SPLIT:
+        return tl.load(count + 1)
+    return tl.load(count)
 
 
 @triton.jit
@@ -132,3 +140,11 @@ def exp(x):
     r = (bounded - n * 0.693359375) + n * 2.12194440e-4
     half = tl.floor(n * 0.5)
     return tl.where(x != x, x, tl.exp(r) * tl.exp2(half) * tl.exp2(n - half))
+
+
+@triton.jit
+def silu(x, kind: tl.constexpr):
+    """In float32; of 16 bits the hardware's exponential is far more than right: a result may be rounded to them."""
+    if kind == tl.float32:
+        return x / (1.0 + exp(-x))
+    return x / (1.0 + tl.exp(-x))

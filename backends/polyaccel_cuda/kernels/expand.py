@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, read_unit, segment
-from polyaccel_cuda.kernels.rows import Units, pointers
+from polyaccel_cuda.kernels import alone
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, live_units, read_unit, segment
+from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
 
 BLOCK, WARPS = 64, 4
 
@@ -36,6 +37,7 @@ def expand_kernel(
     mix,
     more,
     LOOP: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,7 +45,7 @@ def expand_kernel(
 ):
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
-    live = tl.load(count)
+    live = live_units(count, SPLIT)
     for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
         member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
         if unit < live:
@@ -79,6 +81,7 @@ def expand(
         out = torch.empty((tokens, n), dtype=y.dtype, device=y.device)
     if not tokens:
         return out
+    split = units.split and units.most >= SPLIT_EXPAND_ROWS
     for i in range(slices):
         width = starts[i + 1] - starts[i]
         if not width:
@@ -86,6 +89,7 @@ def expand(
         block = min(BLOCK, max(16, triton.next_power_of_2(width)))
         blocks = triton.cdiv(width, block)
         lanes, loop = units.lanes(blocks)
+        where = (n, starts[i], starts[i + 1], i, slices)
         expand_kernel[(lanes, blocks)](
             y,
             y if residual is None else residual,
@@ -93,17 +97,16 @@ def expand(
             y.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
-            n,
-            starts[i],
-            starts[i + 1],
-            i,
-            slices,
+            *where,
             *pointers(h, units),
             HAS_RESIDUAL=residual is not None,
             LOOP=loop,
+            SPLIT=split,
             ROWS=units.rows,
             BLOCK=block,
             BLOCK_R=RANK_BLOCK,
             num_warps=WARPS,
         )
+        if split:
+            alone.expand(y, residual, out, h, where, units)
     return out

@@ -11,6 +11,8 @@ from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, 
 from polyaccel_cuda.kernels.rows import Pointers, Units, pointers
 
 WARPS = 4
+# Where many rows are alone in their unit: they are streamed, and more programs have room.
+SPLIT_WARPS = 2
 
 
 @triton.jit
@@ -271,7 +273,7 @@ def rope_cache(
         BLOCK=max(least, triton.next_power_of_2(max(1, half))),
         BLOCK_REST=max(least, triton.next_power_of_2(max(1, head_dim - 2 * half))),
         BLOCK_R=RANK_BLOCK,
-        num_warps=2 if units is None else WARPS,
+        num_warps=2 if units is None else SPLIT_WARPS if units.split else WARPS,
     )
     return out
 

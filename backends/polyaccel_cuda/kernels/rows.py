@@ -9,6 +9,16 @@ import torch
 # Enough programs that every multiprocessor of a large chip has several; beyond, each takes unit after unit.
 PROGRAMS = 2048
 
+# Measured: below this many rank rows a row, or with fewer rows, one more launch costs more than it saves.
+SPLIT_ROWS, SPLIT_RANK_ROWS = 8, 8
+# The expand's bytes are fewer: it takes more rows to pay.
+SPLIT_EXPAND_ROWS = 48
+
+
+def splits(rows: int, rank_rows: int) -> bool:
+    """Whether units of one row are left to kernels of their own, where ``rank_rows`` may be named in all."""
+    return rows >= SPLIT_ROWS and rank_rows >= SPLIT_RANK_ROWS * rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Units:
@@ -19,7 +29,9 @@ class Units:
     Attributes:
         b: ``[rank rows, n]`` of one site, dense, slices side by side.
         rows: rows of a unit.
-        most: units that a launch serves; count: ``[1]`` int32, how many there are. What is beyond has no members.
+        most: units that a launch serves. What is beyond those that there are has no members.
+        count: ``[2]`` int32, how many units there are, and how many of them have several rows; those come first.
+        split: the others are left to kernels that stream B for one row each, see :mod:`kernels.alone`.
         members: ``[most, rows]`` int32, -1 beyond a unit's own.
         first, place, rank: ``[segments]`` int32, the slot's first rank row in B and in what the product left, and how
             many there are; 0 of a unit without adapters.
@@ -30,6 +42,7 @@ class Units:
     b: torch.Tensor
     rows: int
     most: int
+    split: bool
     count: torch.Tensor
     members: torch.Tensor
     first: torch.Tensor
