@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from polyaccel_cuda.kernels import one_shot
 from tests.support.plugins import ROOT
+
+pytest.importorskip("triton", reason="run tox -e triton")
 
 
 def _start(module: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
@@ -29,6 +30,8 @@ def _start(module: str, *arguments: str, **variables: str) -> subprocess.Popen[s
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_end_with_the_same_bits_and_none_waits_for_ever(world: int, tmp_path: Path) -> None:
+    from polyaccel_cuda.kernels import one_shot
+
     for rank in range(world):
         (tmp_path / f"rank{rank}").write_bytes(bytes(one_shot.BUFFER_BYTES))
     ranks = [
