@@ -113,7 +113,7 @@ def lone_expand_kernel(
 
 
 def _block(most: int, width: int) -> int:
-    return min(most, max(32, triton.next_power_of_2(width)))
+    return int(min(most, max(32, triton.next_power_of_2(width))))
 
 
 def silu_and_mul(x: torch.Tensor, out: torch.Tensor, h: torch.Tensor, units: Units) -> None:
