@@ -6,20 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels import alone
 from polyaccel_cuda.kernels.delta import (
     RANK_BLOCK,
     add_two_deltas,
     exp,
     last_unit,
-    live_units,
     read_unit,
     segment,
+    served,
     silu,
 )
 from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 128, 4
+# For rows alone in their unit. Measured, see docs/cuda.md.
+LONE = (128, 1)
 
 
 @triton.jit
@@ -52,15 +53,19 @@ def adapted_silu_and_mul_kernel(
     more,
     LOOP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ALONE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
-    live = live_units(count, SPLIT)
-    for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-        member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
+    R: tl.constexpr = 1 if ALONE else ROWS
+    start, live = served(count, SPLIT, ALONE)
+    for unit in range(start, last_unit(start, live, LOOP), tl.num_programs(0)):
+        member, low, left, high, weight, begin, end_more = read_unit(
+            unit, members, first, place, rank, mix, more, ROWS, R
+        )
         if unit < live:
             present = member >= 0
             rows = tl.where(present, member, 0).to(tl.int64)
@@ -71,12 +76,12 @@ def adapted_silu_and_mul_kernel(
             h1, right, both = h + rows * h_stride, n + columns, 2 * n
             h2 = h1 + 1
             gate, up = add_two_deltas(
-                gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
+                gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, R, BLOCK_R
             )
             for extra in range(begin, end_more):
-                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, ROWS)
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
                 gate, up = add_two_deltas(
-                    gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
+                    gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, R, BLOCK_R
                 )
             y = silu(gate, out.dtype.element_ty) * up
             tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
@@ -92,24 +97,25 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
         block = min(1024, max(128, triton.next_power_of_2(n)))
         silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, x.stride(0), n, BLOCK=block, num_warps=4)
         return out
-    block = min(BLOCK, max(16, triton.next_power_of_2(n)))
-    blocks = triton.cdiv(n, block)
-    lanes, loop = units.lanes(blocks)
-    adapted_silu_and_mul_kernel[(lanes, blocks)](
-        x,
-        out,
-        x.stride(0),
-        n,
-        *pointers(h, units),
-        LOOP=loop,
-        SPLIT=units.split,
-        ROWS=units.rows,
-        BLOCK=block,
-        BLOCK_R=RANK_BLOCK,
-        num_warps=WARPS,
-    )
-    if units.split:
-        alone.silu_and_mul(x, out, h, units)
+    for alone in (False, True) if units.split else (False,):
+        most, warps = LONE if alone else (BLOCK, WARPS)
+        block = min(most, max(16, triton.next_power_of_2(n)))
+        blocks = triton.cdiv(n, block)
+        lanes, loop = (units.most, False) if alone else units.lanes(blocks)
+        adapted_silu_and_mul_kernel[(lanes, blocks)](
+            x,
+            out,
+            x.stride(0),
+            n,
+            *pointers(h, units),
+            LOOP=loop,
+            SPLIT=units.split,
+            ALONE=alone,
+            ROWS=units.rows,
+            BLOCK=block,
+            BLOCK_R=RANK_BLOCK,
+            num_warps=warps,
+        )
     return out
 
 

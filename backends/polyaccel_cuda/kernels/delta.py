@@ -16,19 +16,21 @@ AHEAD = tl.constexpr(16)
 
 
 @triton.jit
-def live_units(count, SPLIT: tl.constexpr):
-    """How many units a kernel for tiles of rows has to serve; see :class:`rows.Units`."""
+def served(count, SPLIT: tl.constexpr, ALONE: tl.constexpr):
+    """This program's first unit, and the end of the units that the kernel serves; see :class:`rows.Units`."""
+    if ALONE:
+        return tl.load(count + 1) + tl.program_id(0), tl.load(count)
     if SPLIT:
-        return tl.load(count + 1)
-    return tl.load(count)
+        return tl.program_id(0), tl.load(count + 1)
+    return tl.program_id(0), tl.load(count)
 
 
 @triton.jit
-def last_unit(live, LOOP: tl.constexpr):
+def last_unit(start, live, LOOP: tl.constexpr):
     """Where a program's units end: after its first one, of the ``live`` there are, unless it takes several."""
     if LOOP:
         return live
-    return tl.program_id(0) + 1
+    return start + 1
 
 
 @triton.jit
@@ -39,10 +41,10 @@ def segment(i, first, place, rank, mix, ROWS: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def read_unit(unit, members, first, place, rank, mix, more, ROWS: tl.constexpr):
-    """Rows of a unit, -1 beyond its own; its first :func:`segment`; where its other segments begin and end."""
-    member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
-    low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
+def read_unit(unit, members, first, place, rank, mix, more, ROWS: tl.constexpr, R: tl.constexpr):
+    """A unit's first R rows, -1 beyond its own; its first :func:`segment`; where its other segments begin and end."""
+    member = tl.load(members + unit * ROWS + tl.arange(0, R))
+    low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, R)
     return member, low, left, high, weight, tl.load(more + unit), tl.load(more + unit + 1)
 
 

@@ -6,11 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels import alone
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, live_units, read_unit, segment
+from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, read_unit, segment, served
 from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
 
 BLOCK, WARPS = 64, 4
+# For rows alone in their unit. Measured, see docs/cuda.md.
+LONE = (128, 1)
 
 
 @triton.jit
@@ -38,6 +39,7 @@ def expand_kernel(
     more,
     LOOP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ALONE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -45,9 +47,12 @@ def expand_kernel(
 ):
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
-    live = live_units(count, SPLIT)
-    for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
-        member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
+    R: tl.constexpr = 1 if ALONE else ROWS
+    start, live = served(count, SPLIT, ALONE)
+    for unit in range(start, last_unit(start, live, LOOP), tl.num_programs(0)):
+        member, low, left, high, weight, begin, end_more = read_unit(
+            unit, members, first, place, rank, mix, more, ROWS, R
+        )
         if unit < live:
             present = member >= 0
             rows = tl.where(present, member, 0).to(tl.int64)
@@ -57,10 +62,10 @@ def expand_kernel(
                 where = residual + rows[:, None] * residual_stride + columns[None, :]
                 acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
             hp = h + rows * h_stride + part
-            acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, ROWS, BLOCK_R)
+            acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, R, BLOCK_R)
             for extra in range(begin, end_more):
-                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, ROWS)
-                acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, ROWS, BLOCK_R)
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
+                acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, R, BLOCK_R)
             tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -86,27 +91,31 @@ def expand(
         width = starts[i + 1] - starts[i]
         if not width:
             continue
-        block = min(BLOCK, max(16, triton.next_power_of_2(width)))
-        blocks = triton.cdiv(width, block)
-        lanes, loop = units.lanes(blocks)
-        where = (n, starts[i], starts[i + 1], i, slices)
-        expand_kernel[(lanes, blocks)](
-            y,
-            y if residual is None else residual,
-            out,
-            y.stride(0),
-            0 if residual is None else residual.stride(0),
-            out.stride(0),
-            *where,
-            *pointers(h, units),
-            HAS_RESIDUAL=residual is not None,
-            LOOP=loop,
-            SPLIT=split,
-            ROWS=units.rows,
-            BLOCK=block,
-            BLOCK_R=RANK_BLOCK,
-            num_warps=WARPS,
-        )
-        if split:
-            alone.expand(y, residual, out, h, where, units)
+        for alone in (False, True) if split else (False,):
+            most, warps = LONE if alone else (BLOCK, WARPS)
+            block = min(most, max(16, triton.next_power_of_2(width)))
+            blocks = triton.cdiv(width, block)
+            lanes, loop = (units.most, False) if alone else units.lanes(blocks)
+            expand_kernel[(lanes, blocks)](
+                y,
+                y if residual is None else residual,
+                out,
+                y.stride(0),
+                0 if residual is None else residual.stride(0),
+                out.stride(0),
+                n,
+                starts[i],
+                starts[i + 1],
+                i,
+                slices,
+                *pointers(h, units),
+                HAS_RESIDUAL=residual is not None,
+                LOOP=loop,
+                SPLIT=split,
+                ALONE=alone,
+                ROWS=units.rows,
+                BLOCK=block,
+                BLOCK_R=RANK_BLOCK,
+                num_warps=warps,
+            )
     return out

@@ -183,10 +183,10 @@ def rope_cache_kernel(
     head = tl.program_id(1)
     if ADAPTED:
         live = tl.load(count)
-        for unit in range(tl.program_id(0), last_unit(live, LOOP), tl.num_programs(0)):
+        for unit in range(tl.program_id(0), last_unit(tl.program_id(0), live, LOOP), tl.num_programs(0)):
             lead, alone, second = read_lone(unit, members, mix, ROWS)
             member, low, left, high, weight, begin, end_more = read_unit(
-                unit, members, first, place, rank, mix, more, ROWS
+                unit, members, first, place, rank, mix, more, ROWS, ROWS
             )
             if unit < live:
                 if second < 0:

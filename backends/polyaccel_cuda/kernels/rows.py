@@ -31,7 +31,7 @@ class Units:
         rows: rows of a unit.
         most: units that a launch serves. What is beyond those that there are has no members.
         count: ``[2]`` int32, how many units there are, and how many of them have several rows; those come first.
-        split: the others are left to kernels that stream B for one row each, see :mod:`kernels.alone`.
+        split: the others are left to kernels that stream B for one row each, launched beside.
         members: ``[most, rows]`` int32, -1 beyond a unit's own.
         first, place, rank: ``[segments]`` int32, the slot's first rank row in B and in what the product left, and how
             many there are; 0 of a unit without adapters.
