@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from polyaccel.backend.device import Event
+from polyaccel.backend.placed import Placed
 
 AdapterKind = Literal["linear", "embedding"]
 
@@ -74,7 +75,7 @@ class LoraMatrices:
     b: torch.Tensor
 
 
-class AdapterStore(ABC):
+class AdapterStore(Placed, ABC):
     """The adapters of one device.
 
     ``write`` is ordered with the operators of the device but never names a slot that a queued step uses; the engine

@@ -18,11 +18,12 @@ from polyaccel.backend.adapter_store import AdapterStore
 from polyaccel.backend.communicator import Communicator, SingleRank
 from polyaccel.backend.device import Device
 from polyaccel.backend.errors import ConfigurationError, UnsupportedError
-from polyaccel.backend.failure import UNTYPED, typed
+from polyaccel.backend.failure import UNTYPED, argument_names, typed
 from polyaccel.backend.graph import Graph, GraphKey, StepFunction
 from polyaccel.backend.guard import Launcher
 from polyaccel.backend.kv_cache import KVCache, KVSpec
 from polyaccel.backend.ledger import COMPOSITE_PREFIX, NESTED_PREFIX, Ledger
+from polyaccel.backend.placed import check_devices
 from polyaccel.backend.sampling import SamplingSpec, SamplingState
 from polyaccel.backend.step import DeviceState, Step, StepInput
 from polyaccel.backend.support import Entry, Reason
@@ -216,6 +217,7 @@ def _known_evidence(operator: str, fn: Callable[..., object]) -> tuple[str, ...]
 def _counted(operator: str, fn: Callable[..., object], launcher: Launcher) -> Callable[..., object]:
     ledger = launcher.ledger
     name, nested = f"{COMPOSITE_PREFIX}{operator}", f"{NESTED_PREFIX}{operator}"
+    arguments = argument_names(operator)
 
     @functools.wraps(fn)
     def composite(*args: object, **kwargs: object) -> object:
@@ -227,6 +229,7 @@ def _counted(operator: str, fn: Callable[..., object], launcher: Launcher) -> Ca
                     "the plan would not show it"
                 )
             ledger.record(nested)
+        check_devices(operator, args, kwargs, arguments, launcher.rank)
         ledger.record(name)
         ledger.enter(None)
         try:

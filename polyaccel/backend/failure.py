@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from polyaccel.backend.errors import OperatorError, PolyaccelError
+from polyaccel.backend.errors import OperatorError, OutOfMemory, PolyaccelError
+from polyaccel.backend.placed import describe_operands
 
 UNTYPED: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, IndexError)
 """What libraries raise for operands that they cannot take."""
@@ -15,19 +16,25 @@ UNTYPED: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, Ind
 def typed(
     operator: str, error: Exception, args: Sequence[object], kwargs: Mapping[str, object], rank: int | None = None
 ) -> Exception:
-    """An OperatorError with the operator, every tensor by its argument's name, and the message of ``error``.
+    """An OperatorError with the operator, every operand by its argument's name, and the message of ``error``.
 
-    The error itself where it is one of the contract's, says that memory ran out, or that torch lacks an operator on
-    this device.
+    OutOfMemory where the library says that memory ran out. The error itself where it is one of the contract's, or says
+    that torch lacks an operator on this device.
     """
-    if isinstance(error, PolyaccelError | torch.OutOfMemoryError | NotImplementedError):
+    if isinstance(error, PolyaccelError | NotImplementedError):
         return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return OutOfMemory(f"operator {operator!r} found no room for its result: {error}")
+    names = list(argument_names(operator))
+    names += [f"argument {i}" for i in range(len(names), len(args))]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return OperatorError(operator, f"{type(error).__name__}: {error}", describe_operands(given), rank)
+
+
+def argument_names(operator: str) -> tuple[str, ...]:
+    """The arguments of an operator or station in order; none for a name that the contract does not know."""
     from polyaccel.backend.stations import STATIONS
     from polyaccel.backend.vocabulary import OPERATORS
 
     spec = OPERATORS.get(operator) or STATIONS.get(operator)
-    names = [argument.name for argument in spec.arguments] if spec is not None else []
-    names += [f"argument {i}" for i in range(len(names), len(args))]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    return OperatorError.describe(operator, f"{type(error).__name__}: {error}", tensors, rank)
+    return () if spec is None else tuple(argument.name for argument in spec.arguments)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from polyaccel.backend.placed import Placed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
@@ -24,7 +26,7 @@ class KVSpec:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
 
 
-class KVCache(ABC):
+class KVCache(Placed, ABC):
     """Keys and values of all layers of one device.
 
     Slot ``s`` is token ``s % block_size`` of block ``s // block_size``.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from polyaccel.backend.placed import Placed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSpec:
@@ -63,7 +65,7 @@ class SamplingRow:
         )
 
 
-class SamplingState(ABC):
+class SamplingState(Placed, ABC):
     """Per-request state on the device: parameters, counts, masks and the last sampled token, by request slot."""
 
     spec: SamplingSpec

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from polyaccel.backend.placed import Placed
+
 if TYPE_CHECKING:
     from polyaccel.backend.adapter_store import AdapterStore
     from polyaccel.backend.kv_cache import KVCache
@@ -138,7 +140,7 @@ class DeviceState:
     sampling: SamplingState | None = None
 
 
-class Step(ABC):
+class Step(Placed, ABC):
     """A step on a device. Opaque to the core; backends subclass it freely.
 
     Composites and the core's station bodies use only what is declared here.

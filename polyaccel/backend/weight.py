@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from polyaccel.backend.errors import ConfigurationError
+from polyaccel.backend.errors import ConfigurationError, OperandInfo
+from polyaccel.backend.placed import Placed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class WeightSpec:
         return tuple(starts)
 
 
-class Weight(ABC):
+class Weight(Placed, ABC):
     """A weight in the backend's own storage.
 
     Life: allocated, written piece by piece, sealed (packing happens here, without a second full copy of the weight),
@@ -141,6 +142,17 @@ class Weight(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of device memory held, packing and bias included, rank rows excluded."""
+
+    def operand(self, name: str) -> OperandInfo:
+        shape = (self.spec.n, self.spec.k)
+        return OperandInfo(
+            name=name,
+            shape=shape if self.spec.experts is None else (self.spec.experts, *shape),
+            stride=(),
+            dtype=str(self.spec.dtype).removeprefix("torch."),
+            device=str(self.torch_device),
+            contiguous=True,
+        )
 
 
 def check_write(

@@ -25,12 +25,17 @@ def test_the_error_names_operator_rank_and_every_tensor(kind: type[Exception]) -
     [
         OperatorError("gelu", "no"),
         OutOfMemory("2 GiB"),
-        torch.OutOfMemoryError("2 GiB"),
         NotImplementedError("aten::x"),
     ],
 )
 def test_errors_that_say_more_stay_what_they_are(error: Exception) -> None:
     assert typed("gelu", error, (), {}) is error
+
+
+def test_a_library_out_of_memory_is_the_contracts_own_error() -> None:
+    found = typed("gelu", torch.OutOfMemoryError("2 GiB"), (torch.zeros(1),), {})
+    assert isinstance(found, OutOfMemory)
+    assert str(found) == "operator 'gelu' found no room for its result: 2 GiB"
 
 
 def test_an_operator_outside_of_the_vocabulary_numbers_its_arguments() -> None:

@@ -112,6 +112,10 @@ class SimulatedStep(Step):
         self.extent = Extent.of(inputs)
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self.buffers.anchor.device
+
     def tensor(self, name: str) -> torch.Tensor:
         if name not in DEVICE_ARRAYS:
             raise OperatorError("Step.tensor", f"no array {name!r}; a step has {', '.join(DEVICE_ARRAYS)}")

@@ -61,6 +61,10 @@ class TensorAdapterStore(AdapterStore):
                 if spec.rank_rows > 0:
                     self.sites[site] = self._allocate(spec)
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
         self.clear(where.slot)
         self._check_range(where)

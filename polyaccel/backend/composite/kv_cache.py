@@ -31,6 +31,10 @@ class TensorKVCache(KVCache):
         stored[0].index_copy_(0, rows, k.to(self.spec.dtype))
         stored[1].index_copy_(0, rows, v.to(self.spec.dtype))
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = slots + 1
         stored = self._rows[layer]

@@ -64,6 +64,10 @@ class TensorSamplingState(SamplingState):
             self.parameters = device.zeros((spec.request_slots, len(PARAMETERS)), torch.float32)
             self._last = device.zeros((spec.request_slots,), torch.int64)
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def write(self, slot: int, row: SamplingRow) -> None:
         """Begin a request in ``slot``.
 

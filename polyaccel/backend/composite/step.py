@@ -25,6 +25,10 @@ class TensorStep(Step):
         self._tensors: dict[str, torch.Tensor] = {}
         self._adapters: dict[RowSet, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def tensor(self, name: str) -> torch.Tensor:
         found = self._tensors.get(name)
         if found is None:

@@ -79,6 +79,10 @@ class TensorWeight(Weight):
             self._refuse("is quantised and has no plain tensor; use dequantize")
         return self._tensor
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def _storage(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Zeros for a plain weight; subclasses may place them inside a larger tensor."""
         return self._device.zeros(shape, self.spec.dtype)

@@ -29,6 +29,10 @@ class HeadMajorKVCache(KVCache):
         self._keys = [layer[0] for layer in self._blocks]
         self._values = [layer[1] for layer in self._blocks]
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def keys(self, layer: int) -> torch.Tensor:
         """View ``[blocks + 1, kv_heads, block_size, head_dim]``."""
         keys: torch.Tensor = self._keys[layer]

@@ -41,6 +41,10 @@ class NullStep(Step):
         self.input, self.state = inputs, state
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return torch.device("meta")
+
     def tensor(self, name: str) -> torch.Tensor:
         array: np.ndarray = getattr(self.input, name)
         return torch.empty(array.shape, dtype=torch.int64, device="meta")

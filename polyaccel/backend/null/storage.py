@@ -20,6 +20,10 @@ class NullWeight(Weight):
     def __init__(self, spec: WeightSpec) -> None:
         self.spec = spec
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return torch.device("meta")
+
     def write(
         self, slice_index: int, source: torch.Tensor, *, row: int = 0, col: int = 0, expert: int | None = None
     ) -> None:
@@ -58,6 +62,10 @@ class NullKVCache(KVCache):
     def __init__(self, spec: KVSpec) -> None:
         self.spec = spec
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return torch.device("meta")
+
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         return None
 
@@ -82,6 +90,10 @@ class NullAdapterStore(AdapterStore):
         self._sites = frozenset(weights)
         self._ranges: list[SlotRange | None] = [None] * slots
         self._ranks: list[dict[tuple[str, int, int | None], int]] = [{} for _ in range(slots)]
+
+    @property
+    def torch_device(self) -> torch.device | None:
+        return torch.device("meta")
 
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
         self._ranges[where.slot] = where
@@ -113,6 +125,10 @@ class NullSamplingState(SamplingState):
         self.spec = spec
         self.seeds = np.zeros(spec.request_slots, dtype=np.uint64)
         self.rows: list[SamplingRow | None] = [None] * spec.request_slots
+
+    @property
+    def torch_device(self) -> torch.device | None:
+        return torch.device("meta")
 
     def write(self, slot: int, row: SamplingRow) -> None:
         self.seeds[slot] = row.seed & 0xFFFFFFFFFFFFFFFF

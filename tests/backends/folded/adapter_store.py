@@ -50,6 +50,10 @@ class FoldedAdapterStore(AdapterStore):
         self._ranges: list[SlotRange | None] = [None] * slots
         self._ranks: list[dict[Module, int]] = [{} for _ in range(slots)]
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
         self.clear(where.slot)
         self._check_range(where)

@@ -23,6 +23,10 @@ class FoldedSamplingState(SamplingState):
         self._queue = device.queue
         self._logprobs = np.zeros(spec.request_slots, dtype=bool)
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self.tensors.torch_device
+
     def write(self, slot: int, row: SamplingRow) -> None:
         self._logprobs[slot] = row.logprobs >= 0
         self._queue.put(lambda: self.tensors.write(slot, row))

@@ -62,7 +62,7 @@ class StepBuffers:
     """
 
     def __init__(self, room: Extent, device: FoldedDevice) -> None:
-        self.room = room
+        self.room, self.device = room, device.torch_device
         self._arrays: dict[str, torch.Tensor] = {}
         for name in DEVICE_ARRAYS:
             dtype = torch.int64 if name in INT64 else torch.float32 if name == "uniforms" else torch.int32
@@ -108,6 +108,10 @@ class FoldedStep(Step):
         self.input, self.state = inputs, state
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
         self.buffers, self.extent, self.rank_rows = buffers, extent, rank_rows
+
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self.buffers.device
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in DEVICE_ARRAYS:

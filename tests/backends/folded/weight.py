@@ -47,6 +47,10 @@ class FoldedWeight(Weight):
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def dense(self) -> torch.Tensor:
         """View ``[n, k]`` (``[experts, n, k]``)."""
         return self.buffer[..., : self.spec.k, : self.spec.n].transpose(-1, -2)
