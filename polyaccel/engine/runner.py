@@ -22,13 +22,14 @@ from polyaccel.backend.device import Device, HostCopy, ReadyHostCopy
 from polyaccel.backend.errors import CommunicationError, ConfigurationError, OutOfMemory
 from polyaccel.backend.kv_cache import KVCache
 from polyaccel.backend.plan import Plan, SiteRequest
-from polyaccel.backend.sampling import SampleOutput, SamplingSpec
+from polyaccel.backend.sampling import SampleOutput, SamplingSpec, SamplingState
 from polyaccel.backend.step import DeviceState, Step, StepInput, TokenClass
 from polyaccel.backend.weight import Weight
 from polyaccel.engine.config import EngineConfig
 from polyaccel.engine.graphs import GraphCache
 from polyaccel.engine.merging import Merger
 from polyaccel.engine.messages import Capacity, StepMessage, StepResult
+from polyaccel.engine.mirror import MirroredSampling
 from polyaccel.lora.adapter_file import AdapterFile
 from polyaccel.lora.match import MatchedAdapter, match_adapter
 from polyaccel.lora.pack import pack_adapter
@@ -171,6 +172,7 @@ class Runner:
         spec = SamplingSpec(request_slots=self.config.max_num_seqs + 1, vocabulary=self.model.vocabulary)
         sampling = self.backend.allocate_sampling(spec, self.device)
         self.states: dict[int, DeviceState] = {}
+        self._mirrors: list[MirroredSampling] = []
         caches: dict[int, KVCache] = {}
         for index, device in self.devices.items():
             kv = caches[index] = self.backend.allocate_kv(
@@ -184,7 +186,11 @@ class Runner:
                     slots=self.config.adapter_slots,
                     device=device,
                 )
-            self.states[index] = DeviceState(kv=kv, adapters=store, sampling=sampling)
+            here: SamplingState = sampling
+            if device is not self.device:
+                here = MirroredSampling(sampling, device)
+                self._mirrors.append(here)
+            self.states[index] = DeviceState(kv=kv, adapters=store, sampling=here)
         self.model.bind_kv(caches)
         self._sampling = sampling
         self._sample = self.plan["sample"]
@@ -249,6 +255,8 @@ class Runner:
     def _run(self, inputs: StepInput) -> SampleOutput:
         if self._graphs is not None and self._graphs.accepts(inputs):
             return self._graphs.run(inputs, self._rank_rows(inputs), self.config.max_num_seqs)
+        for mirror in self._mirrors:
+            mirror.refresh()
         steps = {
             index: self.backend.begin_step(inputs, self.states[index], device) for index, device in self.devices.items()
         }
