@@ -1,4 +1,4 @@
-"""Sums over GPUs in a graph: NCCL, our one-shot kernel, torch's one-shot and two-shot, and what the communicator picks.
+"""Sums over GPUs in a graph: NCCL, our one-shot and two-shot kernels, torch's, and what the communicator picks.
 
     python benchmarks/bench_cuda_collectives.py [--world 2] [--kib 4 8 16 ... 8192]
 
@@ -112,7 +112,10 @@ def run_rank(rank: int, world: int, folder: Path, sizes: list[int]) -> list[dict
 
     forms: dict[str, Sum] = {"chosen": by(comm.all_reduce), "nccl": by(comm._nccl.all_reduce)}
     if comm._one_shot is not None:
+        # Two-shot by as many programs as it takes, and by half of them.
         forms["one_shot"] = by(comm._one_shot.all_reduce)
+        forms["two_shot"] = by(comm._one_shot.two_shot)
+        forms["two_shot_64"] = by(lambda x: comm._one_shot.two_shot(x, 64))
     try:
         theirs = torch_forms(rank, world, folder, device)
         reason = ""
@@ -128,6 +131,8 @@ def run_rank(rank: int, world: int, folder: Path, sizes: list[int]) -> list[dict
         for name, form in forms.items():
             x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
             if name == "one_shot" and not comm._one_shot.takes(x):
+                continue
+            if name.startswith("two_shot") and size > comm._one_shot.two_shot_bytes >> (name != "two_shot"):
                 continue
             answers = comm.gather_objects(wrong(comm, form, size // 2, rank, world, device))
             found = next((str(answer) for answer in answers if answer), "")
@@ -148,7 +153,7 @@ def run_rank(rank: int, world: int, folder: Path, sizes: list[int]) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--kib", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192])
+    parser.add_argument("--kib", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--seconds", type=float, default=120.0, help="after which ranks that have not ended are killed")
     parser.add_argument("--no-save", action="store_true", help="print only, write no file")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)

@@ -105,6 +105,8 @@ class CudaBackend(Backend):
 
         sums = self._groups[0].describe() if self._groups else ""
         hosted = [group.hosted for group in self._groups if group.hosted]
+        parts = self._groups[0].describe_parts() if self._groups else ""
+        ride = f"ride; parts of large sums {parts}" if parts else "ride"
         own: dict[str, Callable[..., object]] = {
             **CudaOperators(self.launcher).table(),
             **CudaStations(self.launcher).table(),
@@ -116,7 +118,7 @@ class CudaBackend(Backend):
                 supports=supports(name),
                 evidence=evidence(name),
                 name=f"cuda.{name}",
-                detail="ride" if name.startswith("row_parallel") else "",
+                detail=ride if name.startswith("row_parallel") else "",
             )
             for name, fn in own.items()
         }

@@ -17,8 +17,9 @@ from polyaccel.backend.composite.communicator import ProcessGroup, Store, TorchC
 from polyaccel.backend.errors import ConfigurationError
 from polyaccel.backend.ledger import COPY_PREFIX
 from polyaccel_cuda.nccl import NcclGroup
-from polyaccel_cuda.symmetric import OneShot, open_one_shot
-from polyaccel_cuda.threshold import measured_threshold
+from polyaccel_cuda.overlap import Produce, SideStream, bounds, overlapped
+from polyaccel_cuda.symmetric import DTYPES, OneShot, open_one_shot
+from polyaccel_cuda.threshold import measured_threshold, measured_two_shot
 from polyaccel_cuda.watch import Watch
 
 P = ParamSpec("P")
@@ -28,20 +29,26 @@ CLOSE_SECONDS = 2.0
 """How long a rank that leaves waits for the others to be done as well."""
 RENDEZVOUS_SECONDS = 20.0
 TRIAL_SECONDS = 20.0
-"""How long the one-shot kernel may take to compile and to be tried before ranks do without."""
+"""How long our kernels may take to compile and to be tried before ranks do without."""
+BY_PUSH = True
+"""Whether two ranks sum the parts of a product by copy engines; else by NCCL, as more ranks do."""
 
 
 class CudaCommunicator(TorchCommunicator):
     """Collectives of one rank's GPU, ordered with its current stream; they may be captured in graphs.
 
     - Sums of at most :attr:`threshold` bytes are one kernel (:mod:`polyaccel_cuda.kernels.one_shot`): every rank adds
-      the same numbers in the order of ranks. Larger ones, and all other collectives, are NCCL, whose rings and trees
+      the same numbers in the order of ranks. So are those of at most :attr:`two_shot_threshold` bytes, by shares
+      (:mod:`polyaccel_cuda.kernels.two_shot`). Larger ones, and all other collectives, are NCCL, whose rings and trees
       sum an element once and hand the number to all. Either way all ranks end with identical bits.
+    - A large product is summed by parts while its next part is computed: :meth:`sum_in_parts`.
     - Collectives of tensors in host memory, objects and barriers are gloo's, on the host.
     - Where ranks share a GPU, which NCCL refuses, or torch has no NCCL, everything is gloo's and passes through host
       memory: ``transport`` is ``gloo`` and :attr:`hosted` says why.
 
-    The ledger counts ``cuda.one_shot_all_reduce``, ``cuda.nccl_<collective>`` and ``cuda.host_<collective>``.
+    The ledger counts ``cuda.one_shot_all_reduce``, ``cuda.two_shot_all_reduce``, ``cuda.one_shot_add_norm``,
+    ``cuda.push_copy``, ``cuda.push_meet``, ``cuda.push_add``, ``cuda.nccl_<collective>`` and
+    ``cuda.host_<collective>``.
 
     A rank that does not take part is noticed within the timeout: what waits for it is given up, and from then on every
     collective, and every wait for the device that the backend hands out, raises a CommunicationError. Graphs must be
@@ -55,7 +62,8 @@ class CudaCommunicator(TorchCommunicator):
     Attributes:
         hosted: why collectives pass through host memory; empty if they do not.
         refusal: why no sum uses symmetric memory; empty if some do.
-        threshold: bytes up to which they do, as measured by rank 0; 0 if none does.
+        threshold: bytes up to which they are one-shot, as measured by rank 0; 0 if none is.
+        two_shot_threshold: bytes up to which the larger ones are two-shot; 0 if none is.
 
     Raises:
         CommunicationError: not all ranks came within the timeout, or NCCL could not be set up.
@@ -69,7 +77,8 @@ class CudaCommunicator(TorchCommunicator):
         self._one_shot: OneShot | None = None
         self._watch: Watch | None = None
         self._closed = False
-        self.threshold = 0
+        self._lane: SideStream | None = None
+        self.threshold = self.two_shot_threshold = 0
         self.refusal: Reason = ""
         self.hosted = self._why_hosted()
         if self.hosted:
@@ -107,7 +116,14 @@ class CudaCommunicator(TorchCommunicator):
             return f"through host memory: {self.hosted}"
         if not self.threshold:
             return f"nccl: {self.refusal}"
-        return f"one_shot up to {self.threshold} bytes, nccl beyond"
+        two_shot = f", two_shot up to {self.two_shot_threshold}" if self.two_shot_threshold else ""
+        return f"one_shot up to {self.threshold} bytes{two_shot}, nccl beyond"
+
+    def describe_parts(self) -> str:
+        """How the parts of a product are summed, in words that are the same on all ranks."""
+        if self.hosted:
+            return ""
+        return "pushed" if self._pushes() is not None else "nccl"
 
     def close(self) -> None:
         if self._closed:
@@ -134,6 +150,8 @@ class CudaCommunicator(TorchCommunicator):
             one_shot, dense = self._one_shot, self._dense("all_reduce", x)
             if one_shot is not None and self.by_one_shot(dense):
                 self._issue("one_shot_all_reduce", dense, one_shot.all_reduce, dense)
+            elif one_shot is not None and self.by_two_shot(dense):
+                self._issue("two_shot_all_reduce", dense, one_shot.two_shot, dense)
             else:
                 self._issue("nccl_all_reduce", dense, nccl.all_reduce, dense)
             if dense is not x:
@@ -143,6 +161,83 @@ class CudaCommunicator(TorchCommunicator):
         """Whether the sum of x, dense, is one kernel. The same on all ranks, whose tensors are alike."""
         one_shot = self._one_shot
         return one_shot is not None and x.numel() * x.element_size() <= self.threshold and one_shot.takes(x)
+
+    def by_two_shot(self, x: torch.Tensor) -> bool:
+        """Whether the sum of x, dense, is the two-shot kernel's. The same on all ranks, whose tensors are alike."""
+        return x.dtype in DTYPES and x.numel() * x.element_size() <= self.two_shot_threshold
+
+    # -- what stations ask for -----------------------------------------------------------------------------------------
+
+    def adds_and_norms(self, x: torch.Tensor, n: int) -> bool:
+        """Whether :meth:`sum_add_norm` takes ``x: [T, n]``. The same on all ranks."""
+        one_shot = self._one_shot
+        small = x.shape[0] * n * x.element_size() <= self.threshold
+        return one_shot is not None and small and x.is_cuda and one_shot.takes_norm(x, n)
+
+    def sum_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(normed, total)``: x summed over ranks, a residual added, rms_norm; one kernel, and one traced all_reduce.
+
+        Args:
+            x: ``[T, n]``, rows dense, for which :meth:`adds_and_norms` is true; it is not changed.
+            residual: ``[T, n]``, rows dense, the same on all ranks. weight: ``[n]``.
+        """
+        one_shot = self._one_shot
+        assert one_shot is not None
+        self._note("all_reduce", x)
+        self._group("all_reduce", x)
+        operands = {"x": x, "residual": residual, "norm_weight": weight}
+        return self._issued("one_shot_add_norm", operands, one_shot.reduce_add_norm, x, residual, weight, eps)
+
+    def parts(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
+        """Where the parts begin by which :meth:`sum_in_parts` takes a product, and the end; ``(0, rows)`` for one.
+
+        The same on all ranks, whose products are alike.
+        """
+        if self._nccl is None or dtype not in DTYPES:
+            return (0, rows)
+        return bounds(rows, columns * dtype.itemsize)
+
+    def sum_in_parts(self, y: torch.Tensor, starts: tuple[int, ...], produce: Produce) -> None:
+        """Have y's rows produced part by part and sum each over ranks while the next one is; one traced all_reduce.
+
+        The sums run on a stream of their own, which what follows on the current stream waits for. May be captured.
+
+        Args:
+            y: ``[T, n]`` contiguous, of this rank's GPU.
+            starts: of :meth:`parts`, of more than one part.
+            produce: fills rows ``begin`` to ``end`` of y on the current stream.
+        """
+        nccl = self._group("all_reduce", y)
+        assert nccl is not None
+        assert len(starts) > 2
+        self._note("all_reduce", y)
+        if self._lane is None:
+            self._lane = SideStream(self._device)
+        pushes, launch = self._pushes(), self._launcher.launch
+
+        def summed(part: torch.Tensor, index: int) -> None:
+            slot = index % 2
+            if pushes is None:
+                launch("cuda.nccl_all_reduce", {"x": part}, nccl.all_reduce, part)
+            else:
+                launch("cuda.push_copy", {"x": part}, pushes.push, part, slot)
+                launch("cuda.push_meet", {"x": part}, pushes.meet)
+                launch("cuda.push_add", {"x": part}, pushes.add_received, part, slot)
+
+        with torch.cuda.device(self._device):
+            try:
+                overlapped(y, starts, produce, summed, self._lane)
+            except dist.DistBackendError as error:
+                raise self._failed("all_reduce", error) from error
+        self.issued("all_reduce of parts")
+
+    def _pushes(self) -> OneShot | None:
+        one_shot = self._one_shot
+        return one_shot if BY_PUSH and one_shot is not None and one_shot.pushes else None
+
+    # -- further collectives -------------------------------------------------------------------------------------------
 
     def _all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         nccl = self._group("all_gather", x)
@@ -222,12 +317,20 @@ class CudaCommunicator(TorchCommunicator):
         return x.contiguous()
 
     def _issue(self, kernel: str, x: torch.Tensor, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._issued(kernel, {"x": x}, fn, *args, **kwargs)
+
+    def _issued(
+        self, kernel: str, operands: dict[str, torch.Tensor], fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
         try:
-            result = self._launcher.launch(f"cuda.{kernel}", {"x": x}, fn, *args, **kwargs)
+            result = self._launcher.launch(f"cuda.{kernel}", operands, fn, *args, **kwargs)
         except dist.DistBackendError as error:
-            raise CommunicationError(f"{kernel} on rank {self.rank} of {self.world_size}: {error}") from error
+            raise self._failed(kernel, error) from error
         self.issued(kernel)
         return result
+
+    def _failed(self, kernel: str, error: Exception) -> CommunicationError:
+        return CommunicationError(f"{kernel} on rank {self.rank} of {self.world_size}: {error}")
 
     def _on_host(self, collective: str, x: torch.Tensor, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         self._launcher.ledger.record(f"cuda.host_{collective}")
@@ -283,14 +386,14 @@ class CudaCommunicator(TorchCommunicator):
             return
         # Rank 0's, since ranks that chose differently would wait for each other; and only where all could.
         answers = [answer for answer in self.gather_objects(self._tried(opened)) if isinstance(answer, tuple)]
-        self.refusal = next((str(refusal) for _, refusal in answers if refusal), "")
+        self.refusal = next((str(answer[1]) for answer in answers if answer[1]), "")
         if self.refusal:
             opened.close()
         else:
-            self.threshold, self._one_shot = int(answers[0][0]), opened
+            self.threshold, self.two_shot_threshold, self._one_shot = int(answers[0][0]), int(answers[0][2]), opened
 
-    def _tried(self, one_shot: OneShot) -> tuple[int, Reason]:
-        """The threshold that this rank would choose, and why none."""
+    def _tried(self, one_shot: OneShot) -> tuple[int, Reason, int]:
+        """The threshold that this rank would choose, why none, and two-shot's."""
         assert self._nccl is not None
         who = f"rank {self.rank} of {self.world_size}"
         with torch.cuda.device(self._device):
@@ -299,13 +402,14 @@ class CudaCommunicator(TorchCommunicator):
             try:
                 issued = functools.partial(watch.issued, "one_shot_all_reduce")
                 found = measured_threshold(self._device, self.rank, self.world_size, one_shot, self._nccl, issued)
+                larger = measured_two_shot(self._device, self.rank, self.world_size, one_shot, self._nccl, issued)
                 watch.check()
             except Exception as error:
                 watch.close()
                 refusal = f"{who}: {type(error).__name__}: {str(error).partition(chr(10))[0]:.300}"
-                return 0, refusal
+                return 0, refusal, 0
             watch.close()
-        return found, "" if found else f"{who}: NCCL is faster at every size measured"
+        return found, "" if found else f"{who}: NCCL is faster at every size measured", larger
 
     def _give_up(self) -> None:
         """From the watch's thread."""

@@ -8,42 +8,24 @@ from types import MappingProxyType
 from polyaccel.backend.composite.linear import EVIDENCE as PLAIN
 
 _PRODUCT = ("one_row_kernel", "few_rows_kernel", "aten::linear", "aten::addmm", "aten::mm")
-_EXPAND = ("expand_kernel",)
+_SHRINK = ("shrink_kernel", "sum_planes_kernel")
+_EXPAND = ("expand_kernel", "tiled_expand_kernel", *_SHRINK)
 _NCCL = ("*nccl*DevKernel*",)
-_SUM = ("one_shot_all_reduce_kernel", *_NCCL)
+_SUM = ("one_shot_all_reduce_kernel", "two_shot_all_reduce_kernel", *_NCCL)
+_PARTS = ("Memcpy PtoP*", "Memcpy DtoD*", "meet_kernel", "add_received_kernel")
+"""Of a product's parts, pushed by a copy engine."""
 _COPY = "*direct_copy_kernel_cuda*"
 """Of an operand whose layout a kernel does not take; the ledger counts it."""
 _SAMPLE = (
-    "aten::add",
-    "aten::amax",
-    "aten::argmax",
-    "aten::bitwise_and",
-    "aten::bitwise_not",
-    "aten::bitwise_or",
+    "sample_kernel",
+    "adjust_scores_kernel",
+    "top_scores_kernel",
     "aten::clamp",
-    "aten::constant_pad_nd",
-    "aten::cumsum",
-    "aten::div",
-    "aten::eq",
-    "aten::exp",
-    "aten::gather",
-    "aten::ge",
-    "aten::gt",
-    "aten::index_add_",
-    "aten::index_copy_",
-    "aten::index_select",
-    "aten::le",
+    "aten::fill_",
+    "aten::full",
     "aten::log",
-    "aten::lt",
-    "aten::minimum",
-    "aten::mul",
-    "aten::nan_to_num",
-    "aten::ne",
-    "aten::scatter_",
-    "aten::sort",
     "aten::sub",
-    "aten::sum",
-    "aten::where",
+    _COPY,
 )
 _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -63,10 +45,24 @@ _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sgmv_expand": ("expand_triples_kernel", _COPY),
         "sample": _SAMPLE,
         "column_linear": (*_PRODUCT, *_EXPAND),
-        "qkv_rope_cache": (*_PRODUCT, "rope_cache_kernel"),
-        "gate_up_act": (*_PRODUCT, "silu_and_mul_kernel", "adapted_silu_and_mul_kernel"),
-        "row_parallel_linear": (*_PRODUCT, *_EXPAND, *_SUM, _COPY),
-        "row_parallel_add_norm": (*_PRODUCT, *_EXPAND, "rms_norm_kernel", *_SUM, _COPY),
+        "qkv_rope_cache": (*_PRODUCT, *_EXPAND, "rope_cache_kernel"),
+        "gate_up_act": (
+            *_PRODUCT,
+            *_SHRINK,
+            "silu_and_mul_kernel",
+            "adapted_silu_and_mul_kernel",
+            "tiled_silu_and_mul_kernel",
+        ),
+        "row_parallel_linear": (*_PRODUCT, *_EXPAND, *_SUM, *_PARTS, _COPY),
+        "row_parallel_add_norm": (
+            *_PRODUCT,
+            *_EXPAND,
+            "rms_norm_kernel",
+            "reduce_add_norm_kernel",
+            *_SUM,
+            *_PARTS,
+            _COPY,
+        ),
         "all_reduce": (*_SUM, _COPY),
         "all_gather": (*_NCCL, _COPY),
         "reduce_scatter": (*_NCCL, _COPY),

@@ -30,6 +30,10 @@ class BlockMajorKVCache(KVCache):
         for stored, new in ((self.keys, k), (self.values, v)):
             stored[layer][block, :, offset] = new[kept].to(stored.dtype)
 
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
+
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block, offset = slots // self.spec.block_size, slots % self.spec.block_size
         return self.keys[layer][block, :, offset], self.values[layer][block, :, offset]

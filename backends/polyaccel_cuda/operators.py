@@ -18,12 +18,12 @@ from polyaccel.backend import (
     Step,
     Weight,
 )
-from polyaccel.backend.composite import sampling
 from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.ledger import COPY_PREFIX
-from polyaccel_cuda import check
-from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rope
+from polyaccel_cuda import check, sampling
+from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rope, shrink
 from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
+from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.product import product
 from polyaccel_cuda.step import CudaStep
 from polyaccel_cuda.weight import FoldedWeight
@@ -74,9 +74,13 @@ class Issuer:
             return self.launch(kernel, operands, few_rows, x, matrix, matrix.shape[0], bias)
         return self.launch(kernel, operands, product, x, matrix, bias)
 
-    def rank_rows(self, x: torch.Tensor, weight: FoldedWeight, step: CudaStep) -> torch.Tensor:
+    def rank_rows(self, x: torch.Tensor, weight: FoldedWeight, step: CudaStep, units: Units) -> torch.Tensor:
         """``[T, rank rows * slices]``: what the step's rank rows alone make of dense rows x."""
         listed, slices = step.listed, len(weight.spec.slices)
+        if step.segmented:
+            matrix = weight.rank_matrix(weight.spec.rank_rows)
+            operands = {"x": x, "weight": matrix}
+            return self.launch("sgmv_shrink", operands, shrink.shrink, x, matrix, slices, step.rank_rows, units)
         if listed is None:
             return self.multiply("sgmv_shrink", x, weight.rank_matrix(step.rank_rows))
         matrix = weight.rank_matrix(weight.spec.rank_rows)
@@ -260,7 +264,7 @@ class CudaOperators(Issuer):
         units = issued.units(own.spec.site, row_set)
         if units is None:
             return y
-        h = self.rank_rows(self.dense_rows("sgmv", "x", x), own, issued)
+        h = self.rank_rows(self.dense_rows("sgmv", "x", x), own, issued, units)
         operands = {"y": y, "h": h, "b": units.b}
         if y.stride(-1) == 1:
             return self.launch("sgmv_expand", operands, expand.expand, y, h, own.spec.starts, units, None, y)
@@ -305,4 +309,7 @@ class CudaOperators(Issuer):
     # -- sampling ----------------------------------------------------------------------------------------------------
 
     def sample(self, logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutput:
-        return self.launch("sample", {"logits": logits}, sampling.sample, logits, state, step)
+        own = CudaStep.of("sample", step)
+        check.floats("sample", logits=logits)
+        logits = self.dense_rows("sample", "logits", logits)
+        return self.launch("sample", {"logits": logits}, sampling.sample, logits, state, own)

@@ -36,6 +36,11 @@ class CudaSamplingState(TensorSamplingState):
             for slot in slots.tolist():
                 self._count_output(slot)
 
+    def sampled(self, slots: np.ndarray) -> None:
+        """The host's part of a step whose kernel wrote last tokens and counts."""
+        if not self._rehearsing:
+            self.count_outputs(slots)
+
     def advance(self, slots: np.ndarray, rows: torch.Tensor, ids: torch.Tensor, needs: StepNeeds) -> None:
         if self._rehearsing:
             slots = slots[:0]

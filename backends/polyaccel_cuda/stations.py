@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from polyaccel.backend import Communicator, KVCache, OperatorError, RopeTable, RowSet, Step, Weight
-from polyaccel_cuda import check
-from polyaccel_cuda.kernels import activation, expand, norm, rope
+from polyaccel_cuda import check, row_parallel
+from polyaccel_cuda.kernels import activation, expand, norm, rope, tiling
 from polyaccel_cuda.kernels.few import few_rows
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.operators import Issuer
@@ -59,6 +59,9 @@ class CudaStations(Issuer):
         if widths[1:] != [heads[1] * head_dim] * 2 or cache.spec.head_dim != head_dim or cache.spec.dtype != x.dtype:
             raise OperatorError("qkv_rope_cache", f"slices {widths} and heads of {head_dim} do not fit {cache.spec}")
         y, h, units = self._product("qkv_rope_cache", x, own, issued, "tokens")
+        if tiling.QKV_EXPANDS_APART and h is not None and units is not None and units.largest:
+            y = self.launch("expand", {"x": y}, expand.expand, y, h, own.spec.starts, units, None, y)
+            h = units = None
         stored, slots, positions = cache.layer(layer), issued.tensor("kv_slots"), issued.tensor("positions")
         operands = {"x": y, "q_norm": q_norm, "k_norm": k_norm, "rope": table.cos, "kv": stored[0], "step": slots}
         norms = (
@@ -79,9 +82,11 @@ class CudaStations(Issuer):
         self, x: torch.Tensor, weight: Weight, step: Step, comm: Communicator, reduce: bool = True
     ) -> torch.Tensor:
         own, issued = check.folded("row_parallel_linear", weight), CudaStep.of("row_parallel_linear", step)
-        adapted = self._product("row_parallel_linear", x, own, issued, "tokens")
-        if reduce:
-            self._sum(adapted, own, comm)
+        adapted = row_parallel.by_parts(self, "row_parallel_linear", x, own, issued, comm) if reduce else None
+        if adapted is None:
+            adapted = self._product("row_parallel_linear", x, own, issued, "tokens")
+            if reduce:
+                self._sum(adapted, own, issued, comm)
         return self._landed(adapted, own)
 
     def row_parallel_add_norm(
@@ -103,8 +108,14 @@ class CudaStations(Issuer):
             )
         residual = self.dense_rows("row_parallel_add_norm", "residual", residual)
         norm_weight = self.contiguous("row_parallel_add_norm", "norm_weight", norm_weight)
-        adapted = self._product("row_parallel_add_norm", x, own, issued, "tokens")
-        self._sum(adapted, own, comm)
+        adapted = row_parallel.by_parts(self, "row_parallel_add_norm", x, own, issued, comm)
+        if adapted is None:
+            adapted = self._product("row_parallel_add_norm", x, own, issued, "tokens")
+            if adapted[1] is None:
+                fused = row_parallel.add_and_norm(adapted[0], comm, residual, norm_weight, eps)
+                if fused is not None:
+                    return fused
+            self._sum(adapted, own, issued, comm)
         y, h, units = adapted
         operands = {"x": y, "residual": residual, "norm_weight": norm_weight}
         if h is None or units is None:
@@ -123,8 +134,10 @@ class CudaStations(Issuer):
         units, whole = step.units(weight.spec.site, row_set), weight.whole
         if units is None:
             return self.multiply("linear", x, weight.tensor, weight.bias), None, None
-        if whole is None:
-            return self.multiply("linear", x, weight.tensor, weight.bias), self.rank_rows(x, weight, step), units
+        if whole is None or step.segmented:
+            # First the rank rows, while x is in the cache.
+            h = self.rank_rows(x, weight, step, units)
+            return self.multiply("linear", x, weight.tensor, weight.bias), h, units
         listed = step.listed
         if listed is None:
             y = self.multiply("linear", x, *weight.covering(step.rank_rows))
@@ -140,11 +153,12 @@ class CudaStations(Issuer):
             return y
         return self.launch("expand", {"x": y}, expand.expand, y, h, weight.spec.starts, units)
 
-    def _sum(self, adapted: Adapted, weight: FoldedWeight, comm: Communicator) -> None:
+    def _sum(self, adapted: Adapted, weight: FoldedWeight, step: CudaStep, comm: Communicator) -> None:
         if comm.world_size > 1:
             y, h, _ = adapted
             n, rank_rows = weight.spec.n, weight.spec.rank_rows
-            if h is not None and (not weight.folded or weight.n_padded > n or h.shape[1] > rank_rows):
+            apart = step.segmented or not weight.folded or weight.n_padded > n
+            if h is not None and (apart or h.shape[1] > rank_rows):
                 # Widths that are no multiple of vectors: what lies between and behind is no part of the sum.
                 parts = (y[:, :n], h[:, :rank_rows])
                 message = self.launch("pack", {"y": y, "h": h}, _packed, *parts)

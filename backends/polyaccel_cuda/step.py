@@ -39,6 +39,7 @@ class CudaStep(Step):
     Attributes:
         rank_rows: rank rows that products cover; a graph's capture sets it to the graph's.
         last_rank_row: rank rows up to the last one that the step names.
+        segmented: rank rows are counted within each row, and only those of its own adapters are made.
         tables, table_starts: block tables of all sequences one after the other, int32.
         tiles: sequence and first query of each tile of queries, int32, for sequences that are prefilled.
         decodes: sequences from the first on that have one query each; ``covered``: every token belongs to a sequence.
@@ -49,6 +50,7 @@ class CudaStep(Step):
         self.input, self.state = inputs, state
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
         self.rank_rows, self.last_rank_row = host.rank_rows, host.last_rank_row
+        self.segmented = host.segmented
         self.arena = arena
         self._host, self._device = host, device
         self._lengths = {name: array.size for name, array in host.arrays.items()} | {"token_ids": inputs.tokens}
@@ -61,6 +63,10 @@ class CudaStep(Step):
         if not isinstance(step, cls):
             raise OperatorError(operator, f"takes a step of the cuda backend, not {type(step).__name__}")
         return step
+
+    @property
+    def torch_device(self) -> torch.device | None:
+        return self._device.torch_device
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in DEVICE_ARRAYS:
@@ -127,11 +133,14 @@ class CudaStep(Step):
         if found is None:
             room, view = self.arena.rooms, self.arena.view
             most = self._lengths[f"{row_set}.more"] - 1
+            eager, arrays = self.input.token_class is TokenClass.MIXED, self._host.arrays
             found = self._sites[key] = Units(
                 b=store.b[site],
                 rows=UNIT_ROWS[self.input.token_class],
                 most=most,
-                split=self.input.token_class is TokenClass.DECODE and splits(most, self.rank_rows),
+                split=not eager and splits(most, self.rank_rows),
+                largest=max(1, int(arrays[f"{row_set}.rank"].max(initial=0))) if eager else 0,
+                mixed=not eager or int(arrays[f"{row_set}.more"][-1]) > most,
                 **{name: view(f"{row_set}.{name}", room[f"{row_set}.{name}"]) for name in TABLES},
             )
         return found
@@ -156,6 +165,7 @@ class _Host:
     arrays: Mapping[str, np.ndarray]
     rank_rows: int
     last_rank_row: int
+    segmented: bool
     decodes: int
     longest: int
 
@@ -197,7 +207,7 @@ class StepLoader:
         arrays["table_starts"] = starts.astype(np.int32)
         arrays["tables"] = inputs.block_tables[used]
         longest = int(counts.max(initial=0)) * size
-        return _Host(arrays, where.covered, where.last, decodes, longest)
+        return _Host(arrays, where.covered, where.last, where.segmented, decodes, longest)
 
     def _arena(self, inputs: StepInput, state: DeviceState, lengths: dict[str, int]) -> Arena:
         lengths["token_ids"] = inputs.tokens

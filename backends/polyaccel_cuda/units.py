@@ -9,6 +9,7 @@ import numpy as np
 
 from polyaccel.backend import OperatorError, RowSet, StepInput, TokenClass
 from polyaccel_cuda.adapter_store import CudaAdapterStore
+from polyaccel_cuda.kernels import tiling
 from polyaccel_cuda.kernels.few import gathers
 
 Ints = np.ndarray
@@ -31,6 +32,8 @@ class RankRows:
         listed: int32, the rank rows that the product takes, in order; empty if it takes all up to the last one named.
         covered: how many it takes.
         last: rank rows up to the last one that is named.
+        segmented: each row has the rank rows of its own slots alone, one slot after the other; ``place`` is then a
+            matter of the row, and ``covered`` the most that a row has.
     """
 
     def __init__(self, inputs: StepInput, store: CudaAdapterStore | None) -> None:
@@ -50,6 +53,21 @@ class RankRows:
             self.place[named] = ends - rank
             self.covered = int(rank.sum())
             self.listed = (np.repeat(first - (ends - rank), rank) + np.arange(self.covered)).astype(np.int32)
+        self.segmented = (
+            inputs.token_class is TokenClass.MIXED
+            and not gathers(inputs.tokens)
+            and self.last > tiling.FOLDED_RANK_ROWS
+        )
+        if self.segmented:
+            self.covered = max(self._most_of_a_row(inputs, row_set) for row_set in ROW_SETS)
+
+    def _most_of_a_row(self, inputs: StepInput, row_set: RowSet) -> int:
+        given = inputs.rows(row_set)
+        if not len(given):
+            return 0
+        width = len(self.rank)
+        named = np.unique(given.rows.astype(np.int64) * width + given.slots)
+        return int(np.bincount(named // width, weights=self.rank[named % width]).max())
 
     @property
     def tables(self) -> Mapping[str, Ints]:
@@ -62,7 +80,23 @@ def units_of(inputs: StepInput, row_set: RowSet, where: RankRows) -> Mapping[str
     given, rows = inputs.rows(row_set), rows_of(inputs, row_set)
     if not len(given):
         return _without_adapters(rows, inputs.token_class)
-    return _units(*_by_row(given.rows, given.slots, given.weights, rows), where.tables, inputs.token_class)
+    slots, weights = _by_row(given.rows, given.slots, given.weights, rows)
+    tables = _units(slots, weights, where.tables, inputs.token_class)
+    if where.segmented:
+        tables = {**tables, "place": _places(tables["rank"], tables["more"])}
+    return tables
+
+
+def _places(rank: Ints, more: Ints) -> Ints:
+    """Where each segment's rank rows are among those of its unit: the unit's own first, its others in order."""
+    most = len(more) - 1
+    others = np.cumsum(rank[most:]) - rank[most:]
+    counts = np.diff(more)
+    # Sums before a unit's first other segment are other units'.
+    begins = np.repeat(np.append(others, 0)[more[:-1] - most], counts)
+    places = np.zeros(len(rank), dtype=np.int32)
+    places[most:] = np.repeat(rank[:most], counts) + others - begins
+    return places
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from polyaccel.backend import RopeTable
-from polyaccel_cuda.kernels import activation, decode, expand, few, gather, norm, prefill, rope
+from polyaccel_cuda.kernels import activation, decode, expand, few, gather, norm, prefill, rope, sample, shrink
 from polyaccel_cuda.kernels.rows import Units
 
 TARGETS = {"Ampere": 80, "Hopper": 90}
@@ -80,6 +81,13 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
                 units(empty(32, 512), rows, most, split),
             )
             rope.rope_cache(empty(128, 512), (4, 2, 64), turned, (norms, norms, 1e-5), cache, ids, ids)
+    for largest, mixed in ((16, False), (70, True)):
+        tiled = replace(units(empty(32, 96), 64, 3, False), largest=largest, mixed=mixed)
+        for slices, residual in ((1, empty(128, 96)), (3, None)):
+            starts = (0, 96) if slices == 1 else (0, 64, 80, 96)
+            h = shrink.shrink(empty(128, 128), empty(512, 128), slices, 16, tiled)
+            expand.expand(empty(128, 96), h, starts, tiled, residual)
+        activation.silu_and_mul(empty(128, 96), 48, empty(128, 96), tiled)
     yield "adapters"
     activation.silu_and_mul(empty(128, 96), 48)
     activation.gelu(empty(128, 96), "tanh")
@@ -100,6 +108,21 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
         out = empty(128, 4, 64)
         prefill.prefill(empty(128, 4, 64), cache, numbers, numbers, numbers, numbers, tiles, 0.1, window, out)
     yield "attention"
+    scores, floats, bytes_ = empty(8, 300), empty(800, kind=torch.float32), empty(8, 300, kind=torch.uint8)
+    for sampling, ordering in ((False, False), (True, False), (True, True)):
+        sample.sample_kernel[(8,)](
+            scores, 300, 300, numbers, floats, floats, ids, ids, numbers, SAMPLING=sampling, ORDERING=ordering,
+            COUNTS=ordering, RAW=True, BITS=sample.KEY_BITS[dtype], BLOCK=sample.BLOCK, num_warps=sample.WARPS,
+        )  # fmt: skip
+    sample.top_scores_kernel[(8,)](
+        scores, 300, 300, ids, floats, floats, ids, floats, 20, 20, RAW=True, BLOCK=sample.BLOCK,
+        num_warps=sample.WARPS,
+    )  # fmt: skip
+    sample.adjust_scores_kernel[(8, 1)](
+        scores, 300, floats, 300, numbers, floats, numbers, bytes_, floats, bytes_, PENALTIES=True, BIAS=True,
+        MASK=True, BLOCK=sample.ADJUSTED_BLOCK,
+    )  # fmt: skip
+    yield "sampling"
 
 
 def main(chosen: Sequence[str]) -> None:

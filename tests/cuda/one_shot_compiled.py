@@ -31,7 +31,8 @@ def main() -> None:
         with mock.patch.object(JITFunction, "run", compiled):
             one_shot.one_shot_all_reduce(torch.zeros(4096, dtype=dtype), 1, peers, rounds, given_up)
         ptx = made[-1].asm["ptx"]
-        wide, flags = ptx.count("ld.volatile.global.v4.b32"), ptx.count("atom.global.sys.release.add.u64")
+        wide, fence = ptx.count("ld.volatile.global.v4.b32"), "atom.global.sys.acq_rel.add.u64"
+        flags = ptx[ptx.index(fence) :].split("ld.volatile", 1)[0].count("st.global.b64")
         print(f"sm_{capability} of {world}: {wide} wide reads of peers, {flags} flags", flush=True)
 
 

@@ -166,6 +166,8 @@ class _Group:
 
 
 class _OneShot:
+    two_shot_bytes = 0
+
     def __init__(self) -> None:
         self.calls: list[str] = []
 

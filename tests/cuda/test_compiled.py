@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.plugins import ROOT
 
-GROUPS = ("few_rows", "adapters", "rows", "attention")
+GROUPS = ("few_rows", "adapters", "rows", "attention", "sampling")
 
 
 @pytest.mark.parametrize("target", ["Hopper:bfloat16", "Ampere:float32"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -75,7 +76,8 @@ def sums_small_ones_by_one_kernel(here: Rank) -> None:
     here.comm.all_reduce(torch.ones(8, device=here.device.torch_device))
     here.comm.all_reduce(torch.ones(4 << 20, device=here.device.torch_device))
     counts = here.backend.ledger.counts()
-    assert counts == {"cuda.one_shot_all_reduce": 1, "cuda.nccl_all_reduce": 1}, counts
+    larger = "two_shot" if here.comm.two_shot_threshold >= 16 << 20 else "nccl"
+    assert counts == {"cuda.one_shot_all_reduce": 1, f"cuda.{larger}_all_reduce": 1}, counts
 
 
 def all_reduce(here: Rank) -> None:
@@ -123,7 +125,7 @@ def many_in_a_row(here: Rank) -> None:
     wrong = torch.zeros((), device=here.device.torch_device)
     for i in range(3000):
         if i % 300 == 150 and here.rank == (i // 300) % here.world:
-            torch.cuda._sleep(3_000_000)  # type: ignore[attr-defined, unused-ignore]
+            torch.cuda._sleep(3_000_000)  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
         count = (8, 5000, 70_001)[i % 3]
         x = torch.full((count,), float(i % 50 + here.rank), device=here.device.torch_device)
         here.comm.all_reduce(x)
@@ -256,6 +258,168 @@ def graphs(here: Rank) -> None:
     graph.reset()
 
 
+def by_shares(here: Rank) -> None:
+    """Two-shot sums of few programs and of many, of sizes that change from call to call."""
+    ours = here.comm._one_shot
+    assert ours is not None, here.comm.describe()
+    for dtype in DTYPES:
+        for count, programs in (
+            (1, 64),
+            (5000, 64),
+            (70_001, 1),
+            (1 << 20, 16),
+            (3_000_001, 64),
+            (4097, 3),
+            (2048, 64),
+        ):
+            parts = [here.drawn((count,), dtype, rank, count) for rank in range(here.world)]
+            x = parts[here.rank].clone()
+            for _ in range(3):
+                total = parts[0].float()
+                for part in parts[1:]:
+                    total = total + part.float()
+                parts = [total.to(dtype)] * here.world
+                ours.two_shot(x, programs)
+            here.device.synchronize()
+            assert torch.equal(x, parts[0]), f"{count} {dtype} by {programs}"
+
+
+def adds_and_norms_in_one_kernel(here: Rank) -> None:
+    """The sum followed by the kernel that adds and norms, on a side stream and in a graph too."""
+    from polyaccel_cuda.kernels.norm import rms_norm
+
+    device = here.device.torch_device
+    for dtype in DTYPES:
+        for rows, n in ((1, 4096), (3, 130), (64, 4096), (16, 8192), (2, 5), (128, 1000)):
+            x = here.drawn((rows, n + 24), dtype, here.rank)[:, :n]
+            residual, weight = here.drawn((rows, n), dtype, 50), here.drawn((n,), dtype, 51)
+            if not here.comm.adds_and_norms(x, n):
+                continue
+            summed = x.contiguous()
+            here.comm.all_reduce(summed)
+            wanted = rms_norm(summed, weight, 1e-5, residual)
+            for turn in range(3):
+                got = here.comm.sum_add_norm(x, residual, weight, 1e-5)
+                here.device.synchronize()
+                assert wanted[1] is not None
+                assert torch.equal(got[1], wanted[1]), f"{rows} x {n} {dtype}, turn {turn}: total"
+                # The two kernels add the squares in different orders: a few roundings of float32, or one of x's dtype.
+                close = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6
+                torch.testing.assert_close(got[0], wanted[0], rtol=close, atol=0.0)
+            here.same(got[0], f"{rows} x {n} {dtype}")
+    x, residual, weight = (
+        torch.zeros(8, 4096, device=device),
+        torch.zeros(8, 4096, device=device),
+        torch.ones(4096, device=device),
+    )
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    here.device.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        captured = here.comm.sum_add_norm(x, residual, weight, 1e-5)
+    for turn in range(20):
+        x.copy_(here.drawn((8, 4096), torch.float32, here.rank, turn))
+        wanted = here.comm.sum_add_norm(x, residual, weight, 1e-5)
+        graph.replay()
+        here.comm.issued()
+        here.device.synchronize()
+        assert torch.equal(captured[0], wanted[0]), f"turn {turn}"
+    graph.reset()
+
+
+def parts_of_products(here: Rank) -> None:
+    """The sum of the parts' products; the same in 20 runs, on any current device, on a side stream, in a graph that is
+    replayed with other data, with a rank that is late."""
+    device = here.device.torch_device
+    other = torch.device("cuda", (here.rank + 1) % here.world)
+    for dtype, rows, k, n in (
+        (torch.bfloat16, 1024, 512, 4096),
+        (torch.float16, 2000, 256, 4104),
+        (torch.float32, 900, 64, 2056),
+    ):
+        starts = here.comm.parts(rows, n, dtype)
+        assert len(starts) > 2, (rows, n)
+        weights = [here.drawn((n, k), dtype, rank, 3) for rank in range(here.world)]
+        x = torch.zeros(rows, k, dtype=dtype, device=device)
+        y = torch.empty(rows, n, dtype=dtype, device=device)
+
+        def produce(begin: int, end: int) -> None:
+            torch.mm(x[begin:end], weights[here.rank].T, out=y[begin:end])  # noqa: B023
+
+        def call() -> torch.Tensor:
+            here.comm.sum_in_parts(y, starts, produce)  # noqa: B023
+            return y  # noqa: B023
+
+        def wanted(turn: int) -> torch.Tensor:
+            summands = []
+            for rank in range(here.world):
+                its = here.drawn((rows, k), dtype, rank, turn)  # noqa: B023
+                summands.append(torch.cat([its[i:j] @ weights[rank].T for i, j in pairwise(starts)]))  # noqa: B023
+            total = summands[0].float()
+            for summand in summands[1:]:
+                total = total + summand.float()
+            return total.to(dtype)  # noqa: B023
+
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        before = torch.cuda.memory_allocated(other)
+        for turn in range(6):
+            x.copy_(here.drawn((rows, k), dtype, here.rank, turn))
+            if here.rank == turn % here.world:
+                torch.cuda._sleep(2_000_000)  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+            if turn % 3 == 1:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    call()
+                torch.cuda.current_stream().wait_stream(stream)
+            elif turn % 3 == 2:
+                with torch.cuda.device(other):
+                    call()
+                    assert torch.cuda.current_device() == other.index
+            else:
+                call()
+            got = y.clone()
+            here.device.synchronize()
+            good = wanted(turn)
+            if here.comm.describe_parts() == "pushed":
+                assert torch.equal(got, good), f"{rows} x {n} {dtype}, turn {turn}"
+            assert (got.double() - good.double()).abs().max() < 0.5
+            here.same(got, f"{rows} x {n} {dtype}")
+        first = y.clone()
+        for _ in range(20):
+            assert torch.equal(call(), first), "another sum in another run"
+        assert torch.cuda.memory_allocated(other) == before
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            call()
+        for turn in range(10, 16):
+            x.copy_(here.drawn((rows, k), dtype, here.rank, turn))
+            eager = call().clone()
+            y.zero_()
+            graph.replay()
+            here.comm.issued()
+            here.device.synchronize()
+            assert torch.equal(y, eager), f"replay {turn} of {rows} x {n} {dtype}"
+        graph.reset()
+
+
+def withheld_from_a_product(here: Rank) -> None:
+    def call(group: CudaCommunicator) -> None:
+        y = torch.ones(1024, 8192, dtype=torch.bfloat16, device=here.device.torch_device)
+        group.sum_in_parts(y, group.parts(1024, 8192, torch.bfloat16), lambda begin, end: None)
+
+    _withheld(here, call)
+
+
+def withheld_from_a_norm(here: Rank) -> None:
+    def call(group: CudaCommunicator) -> None:
+        x = torch.ones(4, 512, device=here.device.torch_device)
+        assert group.adds_and_norms(x, 512)
+        group.sum_add_norm(x, x, x[0], 1e-5)
+
+    _withheld(here, call)
+
+
 def withheld_from_a_small_sum(here: Rank) -> None:
     _withheld(here, lambda group: group.all_reduce(torch.ones(100, device=here.device.torch_device)))
 
@@ -345,9 +509,14 @@ ALL = (
     on_another_stream_and_device,
     two_groups_do_not_mix,
     graphs,
+    by_shares,
+    adds_and_norms_in_one_kernel,
+    parts_of_products,
     withheld_from_a_small_sum,
     withheld_from_a_large_sum,
     withheld_from_a_gather,
     withheld_from_a_graph,
+    withheld_from_a_product,
+    withheld_from_a_norm,
     the_first_group_still_works,
 )

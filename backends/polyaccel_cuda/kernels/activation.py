@@ -6,15 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels import tiling
 from polyaccel_cuda.kernels.delta import (
     RANK_BLOCK,
     add_two_deltas,
+    add_two_tiles,
     exp,
     last_unit,
     read_unit,
     segment,
     served,
     silu,
+    tile_rows,
 )
 from polyaccel_cuda.kernels.rows import Units, pointers
 
@@ -87,6 +90,82 @@ def adapted_silu_and_mul_kernel(
             tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def tiled_silu_and_mul_kernel(
+    x,
+    out,
+    x_stride,
+    n,
+    h,
+    h_stride,
+    b,
+    count,
+    members,
+    first,
+    place,
+    rank,
+    mix,
+    more,
+    ACROSS: tl.constexpr,
+    WOVEN: tl.constexpr,
+    MIXED: tl.constexpr,
+    DEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    if ACROSS:
+        block, tile = tl.program_id(0), tl.program_id(1)
+    else:
+        tile, block = tl.program_id(0), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
+    unit, seat, member, weight = tile_rows(tile, members, mix, ROWS, BLOCK_M)
+    present = member >= 0
+    rows = tl.where(present, member, 0).to(tl.int64)
+    mask = present[:, None] & inside[None, :]
+    where = x + rows[:, None] * x_stride + columns[None, :]
+    gate = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(where + n, mask=mask, other=0.0).to(tl.float32)
+    hp, both, right = h + rows * h_stride, 2 * n, n + columns
+    gate, up = add_two_tiles(
+        gate, up, unit, first, place, rank, weight, hp, b, both, columns, right, inside, WOVEN, DEEP, BLOCK_R
+    )
+    if MIXED:
+        for extra in range(tl.load(more + unit), tl.load(more + unit + 1)):
+            weight = tl.load(mix + extra * ROWS + seat)
+            gate, up = add_two_tiles(
+                gate, up, extra, first, place, rank, weight, hp, b, both, columns, right, inside, WOVEN, DEEP, BLOCK_R
+            )
+    y = silu(gate, out.dtype.element_ty) * up
+    tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+def _tiled(x: torch.Tensor, out: torch.Tensor, n: int, h: torch.Tensor, units: Units, tile: tiling.Tile) -> None:
+    most = tile.columns if x.dtype != torch.float32 else tiling.WIDE_COLUMNS
+    block, block_m = min(most, max(16, triton.next_power_of_2(n))), min(tile.rows, units.rows)
+    block_r = tiling.rank_block(units.largest)
+    blocks, tiles = triton.cdiv(n, block), units.most * (units.rows // block_m)
+    tiled_silu_and_mul_kernel[(blocks, tiles) if tile.across else (tiles, blocks)](
+        x,
+        out,
+        x.stride(0),
+        n,
+        *pointers(h, units),
+        ACROSS=tile.across,
+        WOVEN=tile.woven,
+        MIXED=units.mixed,
+        DEEP=units.largest > block_r,
+        ROWS=units.rows,
+        BLOCK_M=block_m,
+        BLOCK=block,
+        BLOCK_R=block_r,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
 def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: Units | None = None) -> torch.Tensor:
     """``[T, n]`` from ``x: [T, at least 2 n]``; ``h: [T, rank rows * 2]``, slices innermost."""
     tokens = x.shape[0]
@@ -96,6 +175,9 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
     if h is None or units is None:
         block = min(1024, max(128, triton.next_power_of_2(n)))
         silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, x.stride(0), n, BLOCK=block, num_warps=4)
+        return out
+    if units.largest:
+        _tiled(x, out, n, h, units, tiling.ACTIVATION)
         return out
     for alone in (False, True) if units.split else (False,):
         most, warps = LONE if alone else (BLOCK, WARPS)

@@ -134,6 +134,114 @@ def add_two_deltas(
 
 
 @triton.jit
+def tile_rows(tile, members, mix, ROWS: tl.constexpr, M: tl.constexpr):
+    """A prefill's tile: its unit, its seats in that, their rows (-1 beyond the unit's own), and their weights in the
+    unit's first segment."""
+    unit = tile // (ROWS // M)
+    seat = tile % (ROWS // M) * M + tl.arange(0, M)
+    return unit, seat, tl.load(members + unit * ROWS + seat), tl.load(mix + unit * ROWS + seat)
+
+
+@triton.jit
+def add_tile(
+    acc, i, first, place, rank, weight, h, h_stride, b, n, columns, inside, DEEP: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """:func:`add_delta` of segment i; unless DEEP, no rank is above BLOCK_R."""
+    low, left, high = tl.load(first + i).to(tl.int64), tl.load(place + i).to(tl.int64), tl.load(rank + i)
+    own = weight != 0.0
+    delta = tl.zeros_like(acc)
+    if DEEP:
+        for r in range(0, high, BLOCK_R):
+            delta = _tile_product(delta, r, low, left, high, own, h, h_stride, b, n, columns, inside, BLOCK_R)
+    else:
+        delta = _tile_product(delta, 0, low, left, high, own, h, h_stride, b, n, columns, inside, BLOCK_R)
+    return acc + tl.where(own[:, None], weight[:, None] * delta, 0.0)
+
+
+@triton.jit
+def _tile_product(delta, r, low, left, high, own, h, h_stride, b, n, columns, inside, BLOCK_R: tl.constexpr):
+    ranks = r + tl.arange(0, BLOCK_R)
+    known = ranks < high
+    where = b + (low + ranks)[:, None] * n + columns[None, :]
+    br = tl.load(where, mask=known[:, None] & inside[None, :], other=0.0)
+    hr = tl.load(h[:, None] + (left + ranks)[None, :] * h_stride, mask=own[:, None] & known[None, :], other=0.0)
+    return tl.dot(hr, br, delta, input_precision="ieee")
+
+
+@triton.jit
+def add_two_tiles(
+    acc1,
+    acc2,
+    i,
+    first,
+    place,
+    rank,
+    weight,
+    h,
+    b,
+    n,
+    columns1,
+    columns2,
+    inside,
+    WOVEN: tl.constexpr,
+    DEEP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """:func:`add_tile` for both slices of a layer that has two, whose rank rows take turns from ``h: [M]`` on."""
+    low, left, high = tl.load(first + i).to(tl.int64), tl.load(place + i).to(tl.int64), tl.load(rank + i)
+    own = weight != 0.0
+    delta1, delta2 = tl.zeros_like(acc1), tl.zeros_like(acc2)
+    if DEEP:
+        for r in range(0, high, BLOCK_R):
+            delta1, delta2 = _two_tile_products(
+                delta1, delta2, r, low, left, high, own, h, b, n, columns1, columns2, inside, WOVEN, BLOCK_R
+            )
+    else:
+        delta1, delta2 = _two_tile_products(
+            delta1, delta2, 0, low, left, high, own, h, b, n, columns1, columns2, inside, WOVEN, BLOCK_R
+        )
+    acc1 += tl.where(own[:, None], weight[:, None] * delta1, 0.0)
+    acc2 += tl.where(own[:, None], weight[:, None] * delta2, 0.0)
+    return acc1, acc2
+
+
+@triton.jit
+def _two_tile_products(
+    delta1,
+    delta2,
+    r,
+    low,
+    left,
+    high,
+    own,
+    h,
+    b,
+    n,
+    columns1,
+    columns2,
+    inside,
+    WOVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    if WOVEN:
+        # Both slices' rank rows as one operand; the other slice's meet zeros.
+        pair = tl.arange(0, 2 * BLOCK_R)
+        ranks = r + pair // 2
+        known = ranks < high
+        rows = b + (low + ranks)[:, None] * n
+        even, odd = known & (pair % 2 == 0), known & (pair % 2 == 1)
+        b1 = tl.load(rows + columns1[None, :], mask=even[:, None] & inside[None, :], other=0.0)
+        b2 = tl.load(rows + columns2[None, :], mask=odd[:, None] & inside[None, :], other=0.0)
+        both = tl.load(h[:, None] + (2 * (left + r) + pair)[None, :], mask=own[:, None] & known[None, :], other=0.0)
+        delta1 = tl.dot(both, b1, delta1, input_precision="ieee")
+        delta2 = tl.dot(both, b2, delta2, input_precision="ieee")
+    else:
+        delta1 = _tile_product(delta1, r, low, left, high, own, h, 2, b, n, columns1, inside, BLOCK_R)
+        delta2 = _tile_product(delta2, r, low, left, high, own, h + 1, 2, b, n, columns2, inside, BLOCK_R)
+    return delta1, delta2
+
+
+@triton.jit
 def exp(x):
     """Within 2 units in the last place where the result is normal; the hardware's own loses one for each bit of x."""
     bounded = tl.minimum(tl.maximum(x, -105.0), 90.0)

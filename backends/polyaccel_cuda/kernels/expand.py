@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, last_unit, read_unit, segment, served
+from polyaccel_cuda.kernels import tiling
+from polyaccel_cuda.kernels.delta import (
+    RANK_BLOCK,
+    add_delta,
+    add_tile,
+    last_unit,
+    read_unit,
+    segment,
+    served,
+    tile_rows,
+)
 from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
 
 BLOCK, WARPS = 64, 4
 # For rows alone in their unit. Measured, see docs/cuda.md.
 LONE = (128, 1)
+# That one launch of tiles serves.
+TILED_SLICES = 3
 
 
 @triton.jit
@@ -69,6 +83,110 @@ def expand_kernel(
             tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def tiled_expand_kernel(
+    y,
+    residual,
+    out,
+    y_stride,
+    residual_stride,
+    out_stride,
+    n,
+    start1,
+    start2,
+    slices,
+    h,
+    h_stride,
+    b,
+    count,
+    members,
+    first,
+    place,
+    rank,
+    mix,
+    more,
+    ACROSS: tl.constexpr,
+    MIXED: tl.constexpr,
+    DEEP: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    if ACROSS:
+        block, tile = tl.program_id(0), tl.program_id(1)
+    else:
+        tile, block = tl.program_id(0), tl.program_id(1)
+    # Of at most three slices: no block of columns has part of two.
+    blocks1 = tl.cdiv(start1, BLOCK)
+    blocks2 = blocks1 + tl.cdiv(start2 - start1, BLOCK)
+    part = tl.where(block < blocks1, 0, tl.where(block < blocks2, 1, 2))
+    low_column = tl.where(part == 0, 0, tl.where(part == 1, start1, start2))
+    high_column = tl.where(part == 0, start1, tl.where(part == 1, start2, n))
+    block -= tl.where(part == 0, 0, tl.where(part == 1, blocks1, blocks2))
+    columns = low_column + block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < high_column
+    unit, seat, member, weight = tile_rows(tile, members, mix, ROWS, BLOCK_M)
+    present = member >= 0
+    rows = tl.where(present, member, 0).to(tl.int64)
+    mask = present[:, None] & inside[None, :]
+    acc = tl.load(y + rows[:, None] * y_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        where = residual + rows[:, None] * residual_stride + columns[None, :]
+        acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    hp = h + rows * h_stride + part
+    acc = add_tile(acc, unit, first, place, rank, weight, hp, slices, b, n, columns, inside, DEEP, BLOCK_R)
+    if MIXED:
+        for extra in range(tl.load(more + unit), tl.load(more + unit + 1)):
+            weight = tl.load(mix + extra * ROWS + seat)
+            acc = add_tile(acc, extra, first, place, rank, weight, hp, slices, b, n, columns, inside, DEEP, BLOCK_R)
+    tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+def _tiled(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    starts: tuple[int, ...],
+    units: Units,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: tiling.Tile,
+) -> None:
+    n = starts[-1]
+    ends = (starts[1], starts[2] if len(starts) > 2 else n)
+    most = tile.columns if y.dtype != torch.float32 else tiling.WIDE_COLUMNS
+    widest = max(high - low for low, high in pairwise(starts))
+    block, block_m = min(most, max(16, triton.next_power_of_2(widest))), min(tile.rows, units.rows)
+    block_r = tiling.rank_block(units.largest)
+    blocks = sum(triton.cdiv(high - low, block) for low, high in pairwise(starts))
+    tiles = units.most * (units.rows // block_m)
+    if not blocks:
+        return
+    tiled_expand_kernel[(blocks, tiles) if tile.across else (tiles, blocks)](
+        y,
+        y if residual is None else residual,
+        out,
+        y.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        n,
+        *ends,
+        len(starts) - 1,
+        *pointers(h, units),
+        ACROSS=tile.across,
+        MIXED=units.mixed,
+        DEEP=units.largest > block_r,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=units.rows,
+        BLOCK_M=block_m,
+        BLOCK=block,
+        BLOCK_R=block_r,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
 def expand(
     y: torch.Tensor,
     h: torch.Tensor,
@@ -85,6 +203,9 @@ def expand(
     if out is None:
         out = torch.empty((tokens, n), dtype=y.dtype, device=y.device)
     if not tokens:
+        return out
+    if units.largest and slices <= TILED_SLICES:
+        _tiled(y, h, starts, units, residual, out, tiling.EXPAND)
         return out
     split = units.split and units.most >= SPLIT_EXPAND_ROWS
     for i in range(slices):

@@ -12,6 +12,12 @@ import triton.language as tl
 
 MOST_ROWS = 64
 """Beyond this many rows cuBLAS is faster."""
+ONE_ROW_COLUMNS, ONE_ROW_BLOCK, ONE_ROW_WARPS = 2, 2048, 2
+"""Of a program of the product of a single row: columns, the step in k, warps.
+
+Measured for the products of a Mistral-7B step on an H100, in ms: 4.99; with 4 columns and 4 warps 5.14, with steps of
+4096 5.17. An H200 says the same.
+"""
 
 
 def gathers(rows: int) -> bool:
@@ -153,8 +159,8 @@ def few_rows(
     known = x if listed is None else listed
     shift, biased = (x, 0) if bias is None else (bias, len(bias))
     if tokens == 1:
-        block = min(2048, max(16, triton.next_power_of_2(k)))
-        one_row_kernel[(triton.cdiv(total, 4),)](
+        block = min(ONE_ROW_BLOCK, max(16, triton.next_power_of_2(k)))
+        one_row_kernel[(triton.cdiv(total, ONE_ROW_COLUMNS),)](
             x,
             matrix,
             shift,
@@ -169,9 +175,9 @@ def few_rows(
             LISTED=listed is not None,
             HAS_BIAS=bias is not None,
             EVEN=k % block == 0,
-            BLOCK_N=4,
+            BLOCK_N=ONE_ROW_COLUMNS,
             BLOCK_K=block,
-            num_warps=4,
+            num_warps=ONE_ROW_WARPS,
         )
         return y
     rows = max(16, triton.next_power_of_2(tokens))

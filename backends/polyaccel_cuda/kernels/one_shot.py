@@ -6,19 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.flags import LINE_BYTES, PATIENCE, await_flags, raise_flags
+
 MOST_RANKS = 8
 CHUNK_BYTES = 4096
 """What one program sums: 16 bytes a thread. A program waits only for the same program of its peers."""
 MOST_BYTES = 1 << 20
 PROGRAMS = MOST_BYTES // CHUNK_BYTES
-LINE_BYTES = 128
-"""A program's flags have a cache line to themselves: 8 bytes a source."""
 FLAG_BYTES = PROGRAMS * LINE_BYTES
 BUFFER_BYTES = FLAG_BYTES + 2 * MOST_BYTES
 """Of a rank's memory that its peers see: a flag for each program and source, then two halves of data."""
 WARPS = 8
-PATIENCE = 1024
-"""Looks at a flag between two looks at the host's word, which are ten times as slow."""
 
 
 @triton.jit
@@ -42,8 +40,6 @@ def one_shot_all_reduce_kernel(
     lanes = tl.arange(0, CHUNK)
     at = program * CHUNK + lanes
     inside = at < n
-    # Zeros, one a thread.
-    all_threads = tl.arange(0, 32 * WARPS) * 0
     # Negative: this program has given up in an earlier call, and nothing it says may be believed.
     last = tl.load(rounds + program)
     now = last + 1
@@ -54,28 +50,8 @@ def one_shot_all_reduce_kernel(
         offset = FLAG_BYTES + (now % 2) * MOST_BYTES + program * CHUNK_BYTES
         shown = (tl.cast(peers[RANK], tl.int64) + offset).to(tl.pointer_type(x.dtype.element_ty))
         tl.store(tl.multiple_of(shown, 16) + lanes, own, mask=inside)
-        # What all threads have stored comes before the flag.
-        tl.debug_barrier()
-        for peer in tl.static_range(WORLD):
-            if peer != RANK:
-                flag = (tl.cast(peers[peer], tl.int64) + program * LINE_BYTES + RANK * 8).to(tl.pointer_type(tl.int64))
-                tl.atomic_add(flag, 1, sem="release", scope="sys")
-        for peer in tl.static_range(WORLD):
-            if peer != RANK:
-                flag = (tl.cast(peers[RANK], tl.int64) + program * LINE_BYTES + peer * 8).to(tl.pointer_type(tl.int64))
-                # Looks are loads: atomic ones keep the peer's own atomic from reaching the line, for 50 us a program.
-                # As below, a maximum: threads that read for themselves may read differently.
-                seen = tl.max(tl.load(flag + all_threads, volatile=True), axis=0)
-                looks = 0
-                while (seen < now) & (now > 0):
-                    seen = tl.max(tl.load(flag + all_threads, volatile=True), axis=0)
-                    looks += 1
-                    if looks % PATIENCE == 0:
-                        word = tl.max(tl.load(given_up + all_threads, volatile=True), axis=0)
-                        if word != 0:
-                            now = now * 0 - 1
-                # What the peer showed before its flag is seen after it.
-                tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        raise_flags(peers, program * LINE_BYTES, now, RANK, WORLD)
+        now = await_flags(peers, program * LINE_BYTES, now, given_up, RANK, WORLD, PATIENCE, WARPS)
         if now > 0:
             # In the order of ranks and rounded once, so that all ranks have the same bits.
             total = tl.zeros([CHUNK], dtype=tl.float32)

@@ -37,6 +37,9 @@ class Units:
             many there are; 0 of a unit without adapters.
         mix: ``[segments, rows]`` float32.
         more: ``[most + 1]`` int32, where a unit's other segments begin.
+        largest: the largest rank of any segment, at least 1, where the host knows it: of a prefill, which no graph
+            holds; 0 where a graph may be replayed with others.
+        mixed: whether a unit may have several segments.
     """
 
     b: torch.Tensor
@@ -50,6 +53,8 @@ class Units:
     rank: torch.Tensor
     mix: torch.Tensor
     more: torch.Tensor
+    largest: int = 0
+    mixed: bool = True
 
     def lanes(self, programs: int) -> tuple[int, bool]:
         """Programs that share the units, where each unit takes ``programs``; and whether any takes several."""

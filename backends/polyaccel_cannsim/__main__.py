@@ -1,0 +1,7 @@
+"""``python -m polyaccel_cannsim``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,62 @@
+"""One row of the operator table: an aclnn function, its arguments, its rule, and where both are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..registry import Compute, Launch, Rule, parse
+from ..soc import CannVersion
+from .environment import Environment
+
+if TYPE_CHECKING:
+    from ..simulator import Simulator
+
+Check = Callable[..., Compute | Launch]
+"""The first stage: (environment, *arguments) -> what runs, or Refusal. Reads no device memory."""
+
+__all__ = ["Check", "Compute", "Launch", "Operator", "aclnn"]
+
+OLDEST = "8.0.RC1"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A simulated aclnn function.
+
+    `signature` are the words of `registry.parse` for the C arguments of `<name>GetWorkspaceSize`, without the last two
+    (workspace size, executor). `serves` names the torch or torch_npu operators that end in it. `document` is where its
+    signature and constraints are published. `since` is the first CANN version that exports it: from the document, from
+    op-plugin's version checks, or, where both are silent, an estimate from the snapshots that have its page.
+    """
+
+    name: str
+    signature: str
+    check: Check
+    serves: str
+    document: str
+    since: str = OLDEST
+
+    def __call__(self, environment: Environment, *arguments: Any) -> Compute | Launch:
+        """Check the call; return what computes it."""
+        return self.check(environment, *arguments)
+
+    def rule(self, environment_of: Callable[[Simulator], Environment]) -> Rule:
+        """The row for the simulator's registry."""
+
+        def first_stage(*arguments: Any, simulator: Simulator) -> Compute | Launch:
+            return self.check(environment_of(simulator), *arguments)
+
+        words = parse(self.name, self.signature)
+        return Rule(self.name, words, first_stage, self.document, CannVersion(self.since), wants_simulator=True)
+
+
+def aclnn(name: str, signature: str, *, serves: str, document: str, since: str = OLDEST) -> Callable[[Check], Operator]:
+    """Make an Operator of a first stage. Raises RuleError where the signature does not parse."""
+    parse(name, signature)
+
+    def make(check: Check) -> Operator:
+        return Operator(name, signature, check, serves, document, since)
+
+    return make
