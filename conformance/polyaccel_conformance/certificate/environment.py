@@ -17,7 +17,7 @@ from polyaccel.backend.registry import installed
 from polyaccel.backend.version import format_version
 from polyaccel_conformance.certificate.sources import backend_digest, contract_digest, core_digest, suite_digest
 from polyaccel_conformance.levels.evidence import Machine
-from polyaccel_conformance.multi.identity import RankIdentity
+from polyaccel_conformance.multi.identity import RankIdentity, device_properties
 
 YES = "yes"
 SOURCES = ("source.backend", "source.contract", "source.core", "source.suite")
@@ -58,10 +58,8 @@ def driver(device: torch.device) -> str:
     known = [f"{name} {version}" for name in ("cuda", "hip", "xpu") if (version := getattr(torch.version, name, None))]
     if device.type in ("cpu", "meta"):
         return ""
-    module = torch.get_device_module(device.type)
-    describe = getattr(module, "get_device_properties", None)
-    if describe is not None:
-        known.append(str(describe(device)))
+    if (properties := device_properties(device)) is not None:
+        known.append(str(properties))
     with suppress(metadata.PackageNotFoundError):
         known.append(f"torch_{device.type} {metadata.version(f'torch_{device.type}')}")
     return ", ".join(known)

@@ -67,9 +67,23 @@ def device_id(device: Device) -> str:
     kind = device.torch_device.type
     if kind == "cpu":
         return kind
-    properties = getattr(torch.get_device_module(kind), "get_device_properties", None)
-    found = None if properties is None else getattr(properties(device.torch_device), "uuid", None)
+    found = getattr(device_properties(device.torch_device), "uuid", None)
     return str(device.torch_device) if found is None else f"{kind} {found}"
+
+
+def device_properties(device: torch.device) -> object | None:
+    """What torch's module for the device says of it; None where it says nothing, as some drivers do of a device that
+    nothing has used yet."""
+    if device.type in ("cpu", "meta"):
+        return None
+    describe = getattr(torch.get_device_module(device.type), "get_device_properties", None)
+    if describe is None:
+        return None
+    try:
+        found: object = describe(device)
+    except RuntimeError:
+        return None
+    return found
 
 
 def _version(name: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
 
-from polyaccel.backend import Backend, SingleRank, load
+from polyaccel.backend import Backend, SingleRank, TorchDevice, load
 from polyaccel_conformance.multi.devices import described, objections, qualification, world
-from polyaccel_conformance.multi.identity import RankIdentity
+from polyaccel_conformance.multi.identity import RankIdentity, device_id
 from polyaccel_conformance.simulated import SimulatedBackend
 
 
@@ -89,3 +92,16 @@ def test_a_backend_says_whether_its_devices_are_simulated(backend: Backend, simu
     told = [RankIdentity.of(backend, device, SingleRank()) for device in backend.devices()]
     assert {each.simulated for each in told} == {simulated}
     assert len({each.device_id for each in told}) == len(backend.devices())
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_driver_that_cannot_describe_its_device_yet_leaves_torchs_name(raises: bool) -> None:
+    class Module:
+        @staticmethod
+        def get_device_properties(device: torch.device) -> object:
+            if raises:
+                raise RuntimeError("107002: the context is empty")
+            return SimpleNamespace(uuid="GPU-7")
+
+    with mock.patch.object(torch, "get_device_module", lambda kind: Module):
+        assert device_id(TorchDevice("cuda:1")) == ("cuda:1" if raises else "cuda GPU-7")
