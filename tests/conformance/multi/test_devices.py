@@ -103,5 +103,5 @@ def test_a_driver_that_cannot_describe_its_device_yet_leaves_torchs_name(raises:
                 raise RuntimeError("107002: the context is empty")
             return SimpleNamespace(uuid="GPU-7")
 
-    with mock.patch.object(torch, "get_device_module", lambda kind: Module):
+    with mock.patch.object(torch, "get_device_module", return_value=Module):
         assert device_id(TorchDevice("cuda:1")) == ("cuda:1" if raises else "cuda GPU-7")
