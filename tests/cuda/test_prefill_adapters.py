@@ -205,11 +205,13 @@ def test_a_row_s_rank_rows_do_not_overlap(drawn: Drawn) -> None:
 
 
 def test_few_rank_rows_are_part_of_the_base_product() -> None:
+    from polyaccel_cuda.kernels import tiling
     from polyaccel_cuda.units import RankRows
 
-    for rank, segmented in ((16, False), (512, True)):
-        inputs = step(80, [(i, 0, 1.0) for i in range(80)], TokenClass.MIXED)
-        assert RankRows(inputs, Store([rank])).segmented is segmented  # type: ignore[arg-type]
+    inputs = step(80, [(i, 0, 1.0) for i in range(80)], TokenClass.MIXED)
+    with mock.patch.object(tiling, "FOLDED_RANK_ROWS", 96):
+        for rank, segmented in ((16, False), (96, False), (97, True), (512, True)):
+            assert RankRows(inputs, Store([rank])).segmented is segmented  # type: ignore[arg-type]
 
 
 def test_a_step_that_a_graph_may_hold_is_never_segmented() -> None:

@@ -108,7 +108,7 @@ def test_the_console_script_lists_the_built_in_backends(overlay: Overlay) -> Non
 def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         names = archive.namelist()
-    packages = {"polyaccel", "polyaccel_conformance", "polyaccel_cuda"}
+    packages = {"polyaccel", "polyaccel_cannsim", "polyaccel_conformance", "polyaccel_cuda", "polyaccel_npu"}
     assert {name.split("/")[0] for name in names} == {*packages, f"polyaccel-{project()['version']}.dist-info"}
     suffixes = {Path(name).suffix for name in names if name.split("/")[0] in packages}
     assert suffixes <= {".py", ".typed"}
