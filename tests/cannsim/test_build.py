@@ -147,7 +147,8 @@ def test_every_plain_c_symbol_that_torch_npu_links_against_is_exported(cache: Pa
             line = [nm, "-D", "--defined-only", str(file.locate())]
             text = subprocess.run(line, capture_output=True, text=True).stdout
             own |= {line.split()[-1] for line in text.splitlines()}
-    ours = tuple(name for name in wanted - own if name.startswith(("acl", "rt", "Msprof", "Hccl")))
+    # HCCL's functions are rows of a table, of which this build has one.
+    ours = tuple(name for name in wanted - own if name.startswith(("acl", "rt", "Msprof")))
     assert len(ours) > 60
     folder = build(NAMES, "2.13.0")
     missing = in_child(folder, f"print([n for n in {ours!r} if not any(hasattr(l, n) for l in (ascendcl, hccl))])")

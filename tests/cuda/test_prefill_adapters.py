@@ -123,7 +123,7 @@ def scale_of(*tensors: torch.Tensor) -> float:
     return 1.0 + sum(float(t.abs().max()) if t.numel() else 0.0 for t in tensors)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(prefills(), st.sampled_from([(0, 40), (0, 20, 36, 37), (0, 33, 66)]), st.booleans(), st.sampled_from([16, 70]))
 def test_the_expand_of_tiles_adds_what_float64_adds(
     drawn: Drawn, starts: tuple[int, ...], residual: bool, k: int
@@ -142,7 +142,7 @@ def test_the_expand_of_tiles_adds_what_float64_adds(
     close(expand(y, h, starts, units, added), wanted, scale_of(wanted) * 4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(prefills(), st.sampled_from([5, 48, 150]), st.booleans(), st.sampled_from([16, 32, 64]), st.booleans())
 def test_the_activation_of_tiles_is_float64_s(drawn: Drawn, n: int, woven: bool, rows: int, across: bool) -> None:
     from polyaccel_cuda.kernels import tiling
@@ -161,7 +161,7 @@ def test_the_activation_of_tiles_is_float64_s(drawn: Drawn, n: int, woven: bool,
     close(found, wanted, scale_of(both) ** 2 * 4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     prefills(),
     st.integers(1, 3),

@@ -64,3 +64,16 @@ EXPORT uint64_t MsprofSysCycleTime(void) { return 0; }
 #define QUIET(name) EXPORT int name(void) { return 0; }
 QUIET(MsprofRegisterCallback) QUIET(MsprofReportAdditionalInfo) QUIET(MsprofReportApi) QUIET(MsprofReportCompactInfo)
 QUIET(aclmdlFinalizeDump) QUIET(aclmdlInitDump)
+
+/* Channels that carry data or dumps out of a running graph: torch_npu links against them. */
+static aclError not_simulated(const char *name) {
+  fprintf(stderr, "cannsim: %s is not simulated\n", name);
+  return fail(LEGACY_OPERATOR, "EZ3002: cannsim: %s is not simulated", name);
+}
+#define REFUSED(name) EXPORT aclError name(void) { return not_simulated(#name); }
+#define NOTHING(name) EXPORT void *name(void) { not_simulated(#name); return NULL; }
+REFUSED(aclopStartDumpArgs) REFUSED(aclopStopDumpArgs)
+REFUSED(acltdtReceiveTensor) REFUSED(acltdtDestroyChannel) REFUSED(acltdtDestroyDataset) REFUSED(acltdtGetDimsFromItem)
+NOTHING(acltdtCreateChannelWithCapacity) NOTHING(acltdtCreateDataset) NOTHING(acltdtGetDataItem) NOTHING(acltdtGetDataAddrFromItem)
+/* Sizes and a data type: none. */
+NOTHING(acltdtGetDataTypeFromItem) NOTHING(acltdtGetDatasetSize) NOTHING(acltdtGetDataSizeFromItem) NOTHING(acltdtGetDimNumFromItem)
