@@ -231,8 +231,10 @@ class Simulator:
         compute, call = self._work[token] if keep else self._work.pop(token)
         call.stream = stream
         if call.device != device:
-            if call.tensors:
-                compute = _illegal_address(call.name, call.tensors[0], device)
+            # Tensors without elements touch no memory.
+            touched = [tensor for tensor in call.tensors if tensor.numel]
+            if touched:
+                compute = _illegal_address(call.name, touched[0], device)
             call.device = device
         torch._C._set_grad_enabled(False)
         try:

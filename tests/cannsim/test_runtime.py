@@ -53,6 +53,12 @@ def test_a_tensor_comes_back_from_every_card(cannsim: Simulator) -> None:
         assert torch.equal(x.t()[1:].cpu(), torch.arange(12, dtype=torch.float32).view(3, 4).t()[1:])
 
 
+def test_an_empty_tensor_is_of_every_card_and_touches_none(cannsim: Simulator) -> None:
+    empty = torch.zeros((3, 2, 0), device="npu:0")
+    npu.synchronize()
+    assert empty.cpu().shape == (3, 2, 0)
+
+
 def test_memory_is_counted_by_card(cannsim: Simulator) -> None:
     last = npu.device_count() - 1
     npu.synchronize()
