@@ -17,6 +17,7 @@ class BlockMajorKVCache(KVCache):
     def __init__(self, spec: KVSpec, device: Device) -> None:
         self.spec = spec
         self._device = device
+        self.torch_device = device.torch_device
         shape = (spec.layers, spec.blocks, spec.kv_heads, spec.block_size, spec.head_dim)
         self.keys, self.values = device.zeros(shape, spec.dtype), device.zeros(shape, spec.dtype)
 
@@ -29,10 +30,6 @@ class BlockMajorKVCache(KVCache):
         block, offset = slots[kept] // self.spec.block_size, slots[kept] % self.spec.block_size
         for stored, new in ((self.keys, k), (self.values, v)):
             stored[layer][block, :, offset] = new[kept].to(stored.dtype)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block, offset = slots // self.spec.block_size, slots % self.spec.block_size

@@ -53,6 +53,7 @@ class CudaStep(Step):
         self.segmented = host.segmented
         self.arena = arena
         self._host, self._device = host, device
+        self.torch_device = device.torch_device
         self._lengths = {name: array.size for name, array in host.arrays.items()} | {"token_ids": inputs.tokens}
         self._block_tables: torch.Tensor | None = None
         self._sites: dict[tuple[str, RowSet], Units] = {}
@@ -63,10 +64,6 @@ class CudaStep(Step):
         if not isinstance(step, cls):
             raise OperatorError(operator, f"takes a step of the cuda backend, not {type(step).__name__}")
         return step
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in DEVICE_ARRAYS:

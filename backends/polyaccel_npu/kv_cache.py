@@ -20,6 +20,7 @@ class BlockKVCache(KVCache):
     def __init__(self, spec: KVSpec, device: Device) -> None:
         self.spec = spec
         self._device = device
+        self.torch_device = device.torch_device
         spare = -(-SPARE_BLOCKS * BLOCK_SIZE // spec.block_size)
         shape = (spec.layers, spec.blocks + spare, spec.block_size, spec.kv_heads, spec.head_dim)
         self.keys, self.values = device.zeros(shape, spec.dtype), device.zeros(shape, spec.dtype)
@@ -27,10 +28,6 @@ class BlockKVCache(KVCache):
         self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
         self._flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in self._layers]
         self._paged = [(k.flatten(2), v.flatten(2)) for k, v in self._layers]
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, ``[blocks + spare, block_size, kv_heads, head_dim]``."""

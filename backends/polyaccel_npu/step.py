@@ -52,6 +52,7 @@ class NpuStep(Step):
         self.issuer = issuer
         self.graph_rank_rows: int | None = None
         self._device = device
+        self.torch_device = device.torch_device
         self._angles: dict[int, tuple[RopeTable, Angles]] = {}
         self._attention: AttentionPlan | None = None
         self._masks: dict[int, torch.Tensor] = {}
@@ -62,10 +63,6 @@ class NpuStep(Step):
         if not isinstance(step, cls):
             raise OperatorError(operator, f"takes a step of the npu backend, not {type(step).__name__}")
         return step
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in DEVICE_ARRAYS:

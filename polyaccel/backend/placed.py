@@ -15,12 +15,13 @@ from polyaccel.backend.errors import OperandInfo, OperatorError
 
 
 class Placed:
-    """Something on a device that is no tensor."""
+    """Something on a device that is no tensor.
 
-    @property
-    def torch_device(self) -> torch.device | None:
-        """Where its memory is; None if it does not say: then it is not compared with the other operands."""
-        return None
+    Attributes:
+        torch_device: where its memory is; None if it does not say: then it is not compared with the other operands.
+    """
+
+    torch_device: torch.device | None = None
 
     def operand(self, name: str) -> OperandInfo:
         """What an error says about it when it is the operand ``name``."""

@@ -14,12 +14,9 @@ class MirroredSampling(SamplingState):
     def __init__(self, source: SamplingState, device: Device) -> None:
         self.spec = source.spec
         self._source, self._device = source, device
+        self.torch_device = device.torch_device
         with device.scope():
             self._tokens = device.zeros((source.spec.request_slots,), torch.int64)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def refresh(self) -> None:
         """Copy what has been sampled so far; asynchronous, ordered with both devices' operators."""

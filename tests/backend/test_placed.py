@@ -31,11 +31,7 @@ def test_operands_of_one_device_pass_and_others_do_not_count() -> None:
 def test_a_device_without_an_index_is_any_of_its_type() -> None:
     class Somewhere(Placed):
         def __init__(self, device: str) -> None:
-            self.device = torch.device(device)
-
-        @property
-        def torch_device(self) -> torch.device:
-            return self.device
+            self.torch_device = torch.device(device)
 
     names = ("a", "b")
     check_devices("f", (Somewhere("cuda"), Somewhere("cuda:1")), {}, names)

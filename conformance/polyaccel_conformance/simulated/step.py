@@ -109,12 +109,9 @@ class SimulatedStep(Step):
 
     def __init__(self, inputs: StepInput, state: DeviceState, buffers: StepBuffers) -> None:
         self.input, self.state, self.buffers = inputs, state, buffers
+        self.torch_device = buffers.anchor.device
         self.extent = Extent.of(inputs)
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self.buffers.anchor.device
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in DEVICE_ARRAYS:

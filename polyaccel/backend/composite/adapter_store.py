@@ -54,16 +54,13 @@ class TensorAdapterStore(AdapterStore):
         self.sites: dict[str, SiteBuffers] = {}
         self._specs = {site: weight.spec for site, weight in weights.items()}
         self._device = device
+        self.torch_device = device.torch_device
         self._ranges: list[SlotRange | None] = [None] * slots
         self._ranks: list[dict[Module, int]] = [{} for _ in range(slots)]
         with device.scope():
             for site, spec in self._specs.items():
                 if spec.rank_rows > 0:
                     self.sites[site] = self._allocate(spec)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
         self.clear(where.slot)

@@ -24,16 +24,13 @@ class TensorKVCache(KVCache):
         with device.scope():
             self._rows = device.zeros((spec.layers, 2, rows, spec.kv_heads, spec.head_dim), spec.dtype)
         self._device = device
+        self.torch_device = device.torch_device
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         rows = slots + 1
         stored = self._rows[layer]
         stored[0].index_copy_(0, rows, k.to(self.spec.dtype))
         stored[1].index_copy_(0, rows, v.to(self.spec.dtype))
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = slots + 1

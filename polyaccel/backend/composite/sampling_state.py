@@ -57,16 +57,13 @@ class TensorSamplingState(SamplingState):
         self.bias: torch.Tensor | None = None
         self.allowed: torch.Tensor | None = None
         self._device = device
+        self.torch_device = device.torch_device
         # By slot and field of StepNeeds; on the host, so that a step's needs are one lookup.
         self._flags = np.zeros((spec.request_slots, len(StepNeeds._fields)), dtype=bool)
         self._limited: dict[int, _Limit] = {}
         with device.scope():
             self.parameters = device.zeros((spec.request_slots, len(PARAMETERS)), torch.float32)
             self._last = device.zeros((spec.request_slots,), torch.int64)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def write(self, slot: int, row: SamplingRow) -> None:
         """Begin a request in ``slot``.

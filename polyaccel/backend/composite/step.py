@@ -21,13 +21,10 @@ class TensorStep(Step):
         self.state = state
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
         self._device = device
+        self.torch_device = device.torch_device
         self._on_host = device.torch_device.type == "cpu"
         self._tensors: dict[str, torch.Tensor] = {}
         self._adapters: dict[RowSet, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def tensor(self, name: str) -> torch.Tensor:
         found = self._tensors.get(name)

@@ -54,6 +54,7 @@ class TensorWeight(Weight):
         self.bias: torch.Tensor | None = None
         self.quantised: QuantisedTensors | None = None
         self._device = device
+        self.torch_device = device.torch_device
         self._sealed = False
         self._tied_to: str | None = None
         self._tensor: torch.Tensor | None = None
@@ -78,10 +79,6 @@ class TensorWeight(Weight):
         if self._tensor is None:
             self._refuse("is quantised and has no plain tensor; use dequantize")
         return self._tensor
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def _storage(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Zeros for a plain weight; subclasses may place them inside a larger tensor."""

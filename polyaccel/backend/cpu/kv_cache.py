@@ -20,6 +20,7 @@ class HeadMajorKVCache(KVCache):
     def __init__(self, spec: KVSpec, device: Device) -> None:
         self.spec = spec
         self._device = device
+        self.torch_device = device.torch_device
         shape = (2, spec.blocks + 1, spec.kv_heads, spec.block_size, spec.head_dim)
         with device.scope():
             self._blocks = device.zeros((spec.layers, *shape), spec.dtype)
@@ -28,10 +29,6 @@ class HeadMajorKVCache(KVCache):
         self._copies = torch.empty(0, dtype=spec.dtype)
         self._keys = [layer[0] for layer in self._blocks]
         self._values = [layer[1] for layer in self._blocks]
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def keys(self, layer: int) -> torch.Tensor:
         """View ``[blocks + 1, kv_heads, block_size, head_dim]``."""

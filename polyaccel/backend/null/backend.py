@@ -37,13 +37,11 @@ def default_script(seeds: np.ndarray, positions: np.ndarray, vocabulary: int) ->
 class NullStep(Step):
     """Metadata stays on the host."""
 
+    torch_device = torch.device("meta")
+
     def __init__(self, inputs: StepInput, state: DeviceState) -> None:
         self.input, self.state = inputs, state
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return torch.device("meta")
 
     def tensor(self, name: str) -> torch.Tensor:
         array: np.ndarray = getattr(self.input, name)

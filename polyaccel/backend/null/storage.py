@@ -17,12 +17,10 @@ from polyaccel.backend.weight import Weight, WeightSpec, check_write
 class NullWeight(Weight):
     """Checks every write and drops the values."""
 
+    torch_device = torch.device("meta")
+
     def __init__(self, spec: WeightSpec) -> None:
         self.spec = spec
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return torch.device("meta")
 
     def write(
         self, slice_index: int, source: torch.Tensor, *, row: int = 0, col: int = 0, expert: int | None = None
@@ -59,12 +57,10 @@ class NullWeight(Weight):
 class NullKVCache(KVCache):
     """Blocks that hold nothing."""
 
+    torch_device = torch.device("meta")
+
     def __init__(self, spec: KVSpec) -> None:
         self.spec = spec
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return torch.device("meta")
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         return None
@@ -85,15 +81,13 @@ class NullKVCache(KVCache):
 class NullAdapterStore(AdapterStore):
     """Remembers ranges and ranks."""
 
+    torch_device = torch.device("meta")
+
     def __init__(self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int) -> None:
         self.slots, self.rank_rows = slots, rank_rows
         self._sites = frozenset(weights)
         self._ranges: list[SlotRange | None] = [None] * slots
         self._ranks: list[dict[tuple[str, int, int | None], int]] = [{} for _ in range(slots)]
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return torch.device("meta")
 
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
         self._ranges[where.slot] = where
@@ -121,14 +115,12 @@ class NullAdapterStore(AdapterStore):
 class NullSamplingState(SamplingState):
     """Keeps each request's seed on the host: scripted tokens are a function of seed and position."""
 
+    torch_device = torch.device("meta")
+
     def __init__(self, spec: SamplingSpec) -> None:
         self.spec = spec
         self.seeds = np.zeros(spec.request_slots, dtype=np.uint64)
         self.rows: list[SamplingRow | None] = [None] * spec.request_slots
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return torch.device("meta")
 
     def write(self, slot: int, row: SamplingRow) -> None:
         self.seeds[slot] = row.seed & 0xFFFFFFFFFFFFFFFF

@@ -34,6 +34,7 @@ class FoldedAdapterStore(AdapterStore):
     def __init__(self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: FoldedDevice) -> None:
         self.rank_rows, self.slots = rank_rows, slots
         self._device = device
+        self.torch_device = device.torch_device
         self._weights: dict[str, FoldedWeight] = {}
         self._without_room: dict[str, None] = {}
         self.b: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -49,10 +50,6 @@ class FoldedAdapterStore(AdapterStore):
         self.spans = torch.zeros((slots, 2), dtype=torch.int32)
         self._ranges: list[SlotRange | None] = [None] * slots
         self._ranks: list[dict[Module, int]] = [{} for _ in range(slots)]
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def write(self, where: SlotRange, packed: PackedAdapter) -> Event:
         self.clear(where.slot)

@@ -19,12 +19,9 @@ class FoldedKVCache(KVCache):
     def __init__(self, spec: KVSpec, device: FoldedDevice) -> None:
         self.spec = spec
         self._device = device
+        self.torch_device = device.torch_device
         shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.blocks, spec.block_size)
         self.keys, self.values = device.empty(shape, spec.dtype), device.empty(shape, spec.dtype)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         self._device.queue.put(lambda: self.store(layer, slots, k, v))

@@ -20,12 +20,9 @@ class FoldedSamplingState(SamplingState):
     def __init__(self, spec: SamplingSpec, device: FoldedDevice) -> None:
         self.spec = spec
         self.tensors = TensorSamplingState(spec, device)
+        self.torch_device = device.torch_device
         self._queue = device.queue
         self._logprobs = np.zeros(spec.request_slots, dtype=bool)
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self.tensors.torch_device
 
     def write(self, slot: int, row: SamplingRow) -> None:
         self._logprobs[slot] = row.logprobs >= 0

@@ -108,10 +108,7 @@ class FoldedStep(Step):
         self.input, self.state = inputs, state
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
         self.buffers, self.extent, self.rank_rows = buffers, extent, rank_rows
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self.buffers.device
+        self.torch_device = buffers.device
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in DEVICE_ARRAYS:

@@ -32,6 +32,7 @@ class FoldedWeight(Weight):
     def __init__(self, spec: WeightSpec, device: FoldedDevice, tied: Weight | None = None) -> None:
         self.spec = spec
         self._device = device
+        self.torch_device = device.torch_device
         self._tied = None if tied is None else folded("Weight.allocate", tied)
         self._sealed = False
         self.k_padded, self.n_padded = _up(spec.k, K_MULTIPLE), _up(spec.n, N_MULTIPLE)
@@ -46,10 +47,6 @@ class FoldedWeight(Weight):
         self.bias = torch.zeros((*lead, spec.n), dtype=spec.dtype) if spec.bias else None
 
     # -- reading -------------------------------------------------------------------------------------------------------
-
-    @property
-    def torch_device(self) -> torch.device | None:
-        return self._device.torch_device
 
     def dense(self) -> torch.Tensor:
         """View ``[n, k]`` (``[experts, n, k]``)."""
