@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_PRODUCT = ("mkldnn::_linear_pointwise", "aten::linear", "aten::addmm", "aten::mm")
+_PRODUCT = (
+    "mkldnn::_linear_pointwise",
+    "mkldnn::_convolution_pointwise",
+    "aten::linear",
+    "aten::addmm",
+    "aten::mm",
+)
 _DEQUANTISE = ("aten::bitwise_and", "aten::__rshift__", "aten::stack", "aten::sub", "aten::mul", "aten::_to_dense")
 _LINEAR = (*_PRODUCT, *_DEQUANTISE)
 _BATCHES = ("aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::mul_", "aten::add_", "aten::index_select")

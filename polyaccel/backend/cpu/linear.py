@@ -32,8 +32,7 @@ def multiply(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """``x @ W.T + bias`` for contiguous ``x: [T, k]``; returns a new ``[T, n]``."""
     packed = weight.packed
     if packed is not None:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, weight.bias, "none", [], "")
-        return y
+        return packed.multiply(x, weight.bias)
     if weight.quantised is not None:
         return composite_linear(x, weight)
     return plain_linear(x, weight.tensor, weight.bias)
@@ -43,6 +42,5 @@ def multiply_add(x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor) 
     """``x @ W.T + bias + residual``, rounded once; ``residual: [T, n]`` is contiguous and left as it is."""
     packed = weight.packed
     if packed is not None and x.shape[0]:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, weight.bias, "add")
-        return y
+        return packed.multiply_add(x, weight.bias, residual)
     return multiply(x, weight).add_(residual)

@@ -5,27 +5,13 @@ from __future__ import annotations
 import torch
 
 from polyaccel.backend.composite.weight import TensorWeight
+from polyaccel.backend.cpu.packed import Packed, pack, packs
 from polyaccel.backend.device import Device
 from polyaccel.backend.weight import Weight, WeightSpec
 
 
-def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies packed weights of this dtype on this machine."""
-    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
-
-
-# Rows that the packed layout is chosen for: a decode step's. Measured, see docs/cpu.md.
-ROWS = 8
-
-
 class PackedWeight(TensorWeight):
-    """Plain while it is written; sealed, float matrices are kept in oneDNN's blocked layout and nowhere else.
+    """Plain while it is written; sealed, float matrices are kept in one of oneDNN's layouts and nowhere else.
 
     Embedding tables, experts, quantised weights and dtypes that oneDNN does not take stay as they are. A weight tied to
     an embedding table has a packed copy of its own, since rows of the packed layout cannot be looked up; tied to
@@ -35,7 +21,7 @@ class PackedWeight(TensorWeight):
     def __init__(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> None:
         super().__init__(spec, device, tied)
         self._tied = tied if isinstance(tied, PackedWeight) else None
-        self._packed: torch.Tensor | None = None
+        self._packed: Packed | None = None
         # Counts seals, so that a packed copy of another weight's values knows when they have changed.
         self._generation = 0
         self._copied = -1
@@ -49,7 +35,7 @@ class PackedWeight(TensorWeight):
         )
 
     @property
-    def packed(self) -> torch.Tensor | None:
+    def packed(self) -> Packed | None:
         """The opaque packed matrix ``[n, k]``, or None where the plain one is used."""
         tied = self._tied
         if tied is None:
@@ -59,7 +45,7 @@ class PackedWeight(TensorWeight):
         if tied._packed is not None:
             return tied._packed
         if self._copied != tied._generation:
-            self._packed = _pack(tied.tensor)
+            self._packed = pack(tied.tensor)
             self._copied = tied._generation
         return self._packed
 
@@ -68,7 +54,7 @@ class PackedWeight(TensorWeight):
         """``[n, k]`` (``[experts, n, k]``) of the weight's dtype: the storage itself, or an unpacked copy."""
         packed = self._packed if self._tied is None else self._tied._packed
         if packed is not None:
-            return packed.to_dense()
+            return packed.plain()
         return super().tensor if self._tied is None else self._tied.tensor
 
     def seal(self) -> None:
@@ -80,15 +66,14 @@ class PackedWeight(TensorWeight):
             # Packed now rather than in the first step, if the values are complete.
             _ = self.packed
         elif self._packable and self._tensor is not None:
-            packed = _pack(self._tensor)
-            self._packed, self._tensor = packed, None
+            self._packed, self._tensor = pack(self._tensor), None
 
     def reopen(self) -> None:
         super().reopen()
         if self._tied is not None:
             self._packed, self._copied = None, -1
         elif self._packed is not None:
-            self._tensor, self._packed = self._packed.to_dense(), None
+            self._tensor, self._packed = self._packed.plain(), None
 
     @property
     def nbytes(self) -> int:
@@ -96,9 +81,4 @@ class PackedWeight(TensorWeight):
         if self._packed is None:
             return super().nbytes
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
-        return bias + int(torch.ops.mkldnn._nbytes(self._packed))
-
-
-def _pack(plain: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain, ROWS)
-    return packed
+        return bias + self._packed.nbytes

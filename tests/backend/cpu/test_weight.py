@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyaccel.backend.cpu.weight import PackedWeight, packs
+from polyaccel.backend.cpu.packed import packs
+from polyaccel.backend.cpu.weight import PackedWeight
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.weight import Weight
 from tests.backend.composite.cases import Draw, assert_within, f64, spec_of
