@@ -19,6 +19,7 @@ from polyaccel.backend import (
     UnsupportedError,
 )
 from polyaccel_cuda.arena import Arena
+from polyaccel_cuda.kernels.early import can_begin_early, early_launches
 from polyaccel_cuda.sampling_state import CudaSamplingState
 from polyaccel_cuda.step import CudaStep
 
@@ -69,7 +70,7 @@ class CudaGraph(Graph):
         step.rank_rows = min(self.key.rank_rows, 0 if store is None else store.rank_rows)
         device = step.tensor("positions").device
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with state.rehearsal(), torch.cuda.device(device):
+        with state.rehearsal(), torch.cuda.device(device), early_launches(can_begin_early(device)):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream), self._ledger.capture():
                 # Kernels are compiled and libraries set up outside the capture.

@@ -19,15 +19,17 @@ from polyaccel_cuda.kernels.delta import (
     silu,
     tile_rows,
 )
+from polyaccel_cuda.kernels.early import early, follow
 from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 128, 4
 # For rows alone in their unit. Measured, see docs/cuda.md.
-LONE = (128, 1)
+LONE = (256, 1)
 
 
 @triton.jit
-def silu_and_mul_kernel(x, out, x_stride, n, BLOCK: tl.constexpr):
+def silu_and_mul_kernel(x, out, x_stride, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
@@ -60,7 +62,9 @@ def adapted_silu_and_mul_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
     R: tl.constexpr = 1 if ALONE else ROWS
@@ -174,7 +178,9 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
         return out
     if h is None or units is None:
         block = min(1024, max(128, triton.next_power_of_2(n)))
-        silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](x, out, x.stride(0), n, BLOCK=block, num_warps=4)
+        silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](
+            x, out, x.stride(0), n, BLOCK=block, num_warps=4, **early(tokens == 1)
+        )
         return out
     if units.largest:
         _tiled(x, out, n, h, units, tiling.ACTIVATION)
@@ -197,6 +203,7 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
             BLOCK=block,
             BLOCK_R=RANK_BLOCK,
             num_warps=warps,
+            **early(tokens == 1),
         )
     return out
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.early import early, follow
 from polyaccel_cuda.kernels.softmax import attend_tile
 
 # Enough programs that every multiprocessor of a large chip has several.
@@ -41,7 +42,9 @@ def decode_kernel(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -86,7 +89,19 @@ def decode_kernel(
 
 
 @triton.jit
-def combine_kernel(parts, sums, contexts, out, heads, head_dim, splits, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def combine_kernel(
+    parts,
+    sums,
+    contexts,
+    out,
+    heads,
+    head_dim,
+    splits,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    follow(EARLY)
     index = tl.program_id(0).to(tl.int64)
     context = tl.load(contexts + index // heads)
     s = tl.arange(0, SPLITS)
@@ -167,6 +182,7 @@ def decode(
         BLOCK_D=block_d,
         num_warps=4,
         num_stages=2 if wide else 3,
+        **early(sequences == 1),
     )
     if not direct:
         combine_kernel[(sequences * heads,)](
@@ -180,5 +196,6 @@ def decode(
             SPLITS=triton.next_power_of_2(splits),
             BLOCK_D=block_d,
             num_warps=4,
+            **early(sequences == 1),
         )
     return out

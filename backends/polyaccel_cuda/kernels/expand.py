@@ -19,6 +19,7 @@ from polyaccel_cuda.kernels.delta import (
     served,
     tile_rows,
 )
+from polyaccel_cuda.kernels.early import early, follow
 from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
 
 BLOCK, WARPS = 64, 4
@@ -58,7 +59,9 @@ def expand_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
     R: tl.constexpr = 1 if ALONE else ROWS
@@ -238,5 +241,6 @@ def expand(
                 BLOCK=block,
                 BLOCK_R=RANK_BLOCK,
                 num_warps=warps,
+                **early(tokens == 1),
             )
     return out

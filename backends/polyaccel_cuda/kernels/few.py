@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.early import early, follow
+
 MOST_ROWS = 64
 """Beyond this many rows cuBLAS is faster."""
 ONE_ROW_COLUMNS, ONE_ROW_BLOCK, ONE_ROW_WARPS = 2, 2048, 2
@@ -54,7 +56,9 @@ def one_row_kernel(
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = _row_of(columns, base, total, slices, listed, LISTED)
     index = tl.arange(0, BLOCK_K)
@@ -99,7 +103,9 @@ def few_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = _row_of(columns, base, total, slices, listed, LISTED)
     m = tl.arange(0, BLOCK_M)
@@ -178,6 +184,7 @@ def few_rows(
             BLOCK_N=ONE_ROW_COLUMNS,
             BLOCK_K=block,
             num_warps=ONE_ROW_WARPS,
+            **early(),
         )
         return y
     rows = max(16, triton.next_power_of_2(tokens))
@@ -213,5 +220,6 @@ def few_rows(
         BLOCK_K=block,
         num_warps=4,
         num_stages=stages,
+        **early(),
     )
     return y

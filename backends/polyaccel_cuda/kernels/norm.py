@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.early import early, follow
+
 # Rows up to this width stay in registers between the two passes.
 ONE_PASS = 16384
 
@@ -27,7 +29,9 @@ def rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     outer, middle = row // inner, row % inner
     x += outer * x_outer + middle * x_inner
@@ -96,6 +100,7 @@ def rms_norm(
             ONE=n <= block,
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+            **early(rows.shape[0] * rows.shape[1] == 1),
         )
     return out, None if residual is None else total
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.early import early, follow
 from polyaccel_cuda.kernels.flags import LINE_BYTES, PATIENCE, await_flags, raise_flags
 
 MOST_RANKS = 8
@@ -35,7 +36,9 @@ def one_shot_all_reduce_kernel(
     LINE_BYTES: tl.constexpr,
     PATIENCE: tl.constexpr,
     WARPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     program = tl.program_id(0)
     lanes = tl.arange(0, CHUNK)
     at = program * CHUNK + lanes
@@ -100,4 +103,5 @@ def one_shot_all_reduce(
         PATIENCE=PATIENCE,
         WARPS=WARPS,
         num_warps=WARPS,
+        **early(),
     )

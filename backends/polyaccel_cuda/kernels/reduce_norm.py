@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyaccel_cuda.kernels.early import early, follow
 from polyaccel_cuda.kernels.flags import LINE_BYTES, PATIENCE, await_flags, raise_flags
 
 MOST_ROWS = 128
@@ -42,7 +43,9 @@ def reduce_add_norm_kernel(
     LINE_BYTES: tl.constexpr,
     PATIENCE: tl.constexpr,
     WARPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     program = tl.program_id(0)
     row = program.to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -140,5 +143,6 @@ def reduce_add_norm(
         PATIENCE=PATIENCE,
         WARPS=warps,
         num_warps=warps,
+        **early(tokens == 1),
     )
     return normed, total

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from polyaccel.backend import RopeTable
 from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, last_unit, read_lone, read_unit, segment
+from polyaccel_cuda.kernels.early import early, follow
 from polyaccel_cuda.kernels.rows import Pointers, Units, pointers
 
 WARPS = 4
@@ -179,7 +180,9 @@ def rope_cache_kernel(
     BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     head = tl.program_id(1)
     if ADAPTED:
         live = tl.load(count)
@@ -274,6 +277,7 @@ def rope_cache(
         BLOCK_REST=max(least, triton.next_power_of_2(max(1, head_dim - 2 * half))),
         BLOCK_R=RANK_BLOCK,
         num_warps=2 if units is None else SPLIT_WARPS if units.split else WARPS,
+        **early(tokens == 1),
     )
     return out
 
