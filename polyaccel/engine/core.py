@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from polyaccel.backend.errors import ConfigurationError, EngineDead, RequestRejected
+from polyaccel.backend.errors import ConfigurationError, EngineDead, OutOfMemory, RequestRejected
 from polyaccel.backend.sampling import SamplingRow
 from polyaccel.engine.adapter_table import AdapterTable, NoAdapters
 from polyaccel.engine.batch_state import BatchState
@@ -28,10 +29,13 @@ from polyaccel.engine.scheduler import Plan, Scheduler
 from polyaccel.engine.step_builder import BuiltStep, StepBuilder
 from polyaccel.lora.mix import AdapterMix
 
+logger = logging.getLogger("polyaccel.engine")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreStats:
-    """A snapshot. ``running`` counts sequences in request slots; hits and queries count prompt tokens."""
+    """A snapshot. ``running`` counts sequences in request slots; hits and queries count prompt tokens; ``no_room``
+    counts steps that were not run for want of memory on the device."""
 
     running: int
     waiting: int
@@ -42,6 +46,7 @@ class CoreStats:
     prefix_queries: int
     prefix_hits: int
     steps: int
+    no_room: int
 
 
 class EngineCore:
@@ -91,6 +96,8 @@ class EngineCore:
         self._steps = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
+        self._no_room = 0
+        self._resumes = False
         self._error: EngineDead | None = None
 
     @property
@@ -175,6 +182,7 @@ class EngineCore:
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
             steps=self._steps,
+            no_room=self._no_room,
         )
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -182,8 +190,10 @@ class EngineCore:
     def step(self) -> StepEvents:
         """Submit the next step if there is one, and collect the oldest result once enough are outstanding.
 
-        Blocks in the executor's ``collect`` only. When the executor fails, every open request ends with an error event
-        that carries the :class:`~polyaccel.backend.errors.EngineDead`; later calls do nothing.
+        Blocks in the executor's ``collect`` only. A step for which the device has no memory is done again as smaller
+        ones; a request of which not even one token fits ends with an error event that carries OutOfMemory. When the
+        executor fails, every open request ends with an error event that carries the
+        :class:`~polyaccel.backend.errors.EngineDead`; later calls do nothing.
         """
         events = StepEvents()
         if self._error is not None:
@@ -219,7 +229,10 @@ class EngineCore:
             begin, scheduler.begin = tuple(scheduler.begin), []
             self._note_admissions(begin)
         end, scheduler.end = tuple(scheduler.end), []
-        self._executor.submit(StepMessage(step_id=self._steps, inputs=built.inputs, begin=begin, end=end))
+        resumes, self._resumes = self._resumes, False
+        self._executor.submit(
+            StepMessage(step_id=self._steps, inputs=built.inputs, begin=begin, end=end, resumes=resumes)
+        )
         scheduler.submitted(plan, self._steps)
         self._in_flight.append((self._steps, built))
 
@@ -236,6 +249,10 @@ class EngineCore:
         state = self._state
         result = self._executor.collect()
         step_id, built = self._in_flight.popleft()
+        if result.no_room and result.step_id == step_id:
+            self._make_room(step_id, built, result.no_room, events)
+            return
+        self._scheduler.found_room()
         slots, index, ids = built.sampled, built.index, np.asarray(result.ids, dtype=np.int64)
         if result.step_id != step_id or ids.shape != slots.shape:
             raise EngineDead(
@@ -266,6 +283,31 @@ class EngineCore:
             self._finish_rows(events, slots, ids, stopped, ended)
         events.slots = np.concatenate((events.slots, slots)) if len(events.slots) else slots
         events.ids = np.concatenate((events.ids, ids)) if len(events.ids) else ids
+
+    def _make_room(self, step_id: int, built: BuiltStep, no_room: str, events: StepEvents) -> None:
+        """Go on after a step that was not run. Those after it were not either: they name tokens that it never gave."""
+        scheduler, unserved = self._scheduler, [built.slots]
+        first = self._state.sequence(int(built.slots[0]))
+        scheduler.completed(step_id)
+        while self._in_flight:
+            later, skipped = self._in_flight.popleft()
+            if not self._executor.collect().no_room:
+                raise EngineDead(f"step {later} was run although step {step_id} before it found no room: {no_room}")
+            unserved.append(skipped.slots)
+            scheduler.completed(later)
+        events.collected = True
+        self._no_room += 1
+        self._resumes = True
+        tokens = built.inputs.tokens
+        scheduler.make_smaller(np.unique(np.concatenate(unserved)), tokens)
+        if tokens > 1:
+            logger.warning("the device has no room for a step of %d tokens, smaller ones follow: %s", tokens, no_room)
+            return
+        scheduler.restore()
+        if not first.finished:
+            advice = "leave more memory to steps by a lower memory_fraction or kv_cache_bytes"
+            error = OutOfMemory(f"the device has no room for a single token of this request ({no_room}); {advice}")
+            events.finished += self._finish_all(first.request, "error", error)
 
     def _note_first_tokens(self, slots: npt.NDArray[np.int64]) -> None:
         now = self._clock()

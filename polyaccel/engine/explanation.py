@@ -94,6 +94,7 @@ class Health:
     """Whether the engine serves, and how loaded it is.
 
     ``status``: "ok"; "degraded" when something runs that the plan does not show as native; "dead" with the reason.
+    ``no_room``: steps so far for which the device had no memory, and which were done again as smaller ones.
     """
 
     status: Literal["ok", "degraded", "dead"]
@@ -102,6 +103,7 @@ class Health:
     waiting: int
     free_kv_blocks: int
     kv_blocks: int
+    no_room: int = 0
 
     @classmethod
     def of(cls, loop: EngineLoop, executor: Executor) -> Health:
@@ -119,6 +121,7 @@ class Health:
             waiting=stats.waiting,
             free_kv_blocks=stats.kv_blocks - stats.kv_blocks_used,
             kv_blocks=blocks,
+            no_room=stats.no_room,
         )
 
 

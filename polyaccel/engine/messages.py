@@ -15,24 +15,29 @@ class StepMessage:
     """One iteration, sent alike to every worker.
 
     ``begin`` lists request slots whose sampling state starts before the step, ``end`` those that are cleared before it
-    (ends first). ``step_id`` counts up by one.
+    (ends first). ``step_id`` counts up by one. Once a step found no room, steps are skipped until one ``resumes``.
     """
 
     step_id: int
     inputs: StepInput
     begin: tuple[tuple[int, SamplingRow], ...] = ()
     end: tuple[int, ...] = ()
+    resumes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Host arrays for the R rows of logits of one step, in the order of ``inputs.sample_slots``."""
+    """Host arrays for the R rows of logits of one step, in the order of ``inputs.sample_slots``.
+
+    ``no_room``: why the step was not run, where the device had no memory for it, or for one before it; no rows then.
+    """
 
     step_id: int
     ids: np.ndarray
     logprobs: np.ndarray | None = None
     top_ids: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
+    no_room: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,13 @@ class PendingStep:
     logprobs: HostCopy | None
     top_ids: HostCopy | None
     top_logprobs: HostCopy | None
+    no_room: str = ""
+
+    @classmethod
+    def skipped(cls, message: StepMessage, no_room: str) -> PendingStep:
+        """Of a step that was not run, for want of memory."""
+        nothing = ReadyHostCopy(np.zeros(0, dtype=np.int64))
+        return cls(message.step_id, 0, nothing, None, None, None, no_room)
 
     @property
     def is_ready(self) -> bool:
@@ -68,6 +75,7 @@ class PendingStep:
             logprobs=None if self.logprobs is None else self.logprobs.wait(),
             top_ids=None if self.top_ids is None else self.top_ids.wait(),
             top_logprobs=None if self.top_logprobs is None else self.top_logprobs.wait(),
+            no_room=self.no_room,
         )
 
 
@@ -99,6 +107,7 @@ class Runner:
         self.backend.launcher.rank = address.rank if address.world_size > 1 else None
         self.comm: Communicator = self.backend.connect(address)
         self._hash = 0
+        self._no_room = ""
         self._graphs: GraphCache | None = None
         self._stores: dict[int, AdapterStore] = {}
 
@@ -228,12 +237,29 @@ class Runner:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def execute(self, message: StepMessage) -> PendingStep:
-        """Queue one step on the device; its results arrive through the returned value."""
+        """Queue one step on the device; its results arrive through the returned value.
+
+        Where memory runs out on one rank alone, the step and those after it are skipped until one resumes: what it
+        has written is written again. Of several ranks the others may wait for this one in a collective already.
+
+        Raises:
+            OutOfMemory: of several ranks.
+        """
         for slot in message.end:
             self._sampling.clear(slot)
         for slot, row in message.begin:
             self._sampling.write(slot, row)
-        output = self._run(message.inputs)
+        if message.resumes:
+            self._no_room = ""
+        if self._no_room:
+            return PendingStep.skipped(message, self._no_room)
+        try:
+            output = self._run(message.inputs)
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            if self.address.world_size > 1:
+                raise
+            self._no_room = str(error)
+            return PendingStep.skipped(message, self._no_room)
         download = self.device.download
         return PendingStep(
             step_id=message.step_id,

@@ -18,6 +18,8 @@ from polyaccel.engine.waiting_queue import WaitingQueue
 PARKED_TRIES = 8
 # A share of the blocks that admission leaves to the sequences that run already.
 RESERVE = 1 / 64
+# Steps in a row that find room, after which steps may be twice as large again.
+CALM = 1024
 
 
 @dataclass(slots=True)
@@ -52,7 +54,8 @@ class Scheduler:
         self._cache = cache
         self._pool = cache.pool
         self._adapters = adapters
-        self._budget = max_batched_tokens
+        self._budget = self._most = max_batched_tokens
+        self._calm = 0
         self._block_size = capacity.kv_block_size
         self._reserve = int(capacity.kv_blocks * RESERVE)
         self._free_slots = list(range(capacity.request_slots - 1, -1, -1))
@@ -290,11 +293,36 @@ class Scheduler:
     def _preempt_youngest(self) -> None:
         state = self._state
         slots = np.flatnonzero((state.role == Role.PREFILL) | (state.role == Role.DECODE))
-        slot = int(slots[np.lexsort((state.serial[slots], state.priority[slots]))[-1]])
-        sequence = state.sequence(slot)
+        self._preempt(int(slots[np.lexsort((state.serial[slots], state.priority[slots]))[-1]]))
+        self.preemptions += 1
+
+    def _preempt(self, slot: int) -> None:
+        state, sequence = self._state, self._state.sequence(slot)
         sequence.tokens = state.tokens[slot, : state.known[slot]].copy()
         sequence.slot = -1
         self._leave(slot)
         self._free(slot)
         self.queue.push(sequence)
-        self.preemptions += 1
+
+    # -- memory on the device ------------------------------------------------------------------------------------------
+
+    def make_smaller(self, slots: Slots, tokens: int) -> None:
+        """Queue the sequences of steps that were not run again; no step will have more than half of ``tokens``.
+
+        Nothing may be in flight.
+        """
+        for slot in slots[self._state.live[slots]].tolist():
+            self._preempt(slot)
+        self._calm = 0
+        self._budget = max(tokens // 2, 1)
+
+    def restore(self) -> None:
+        """Steps may be as large as ever: what found no room is gone."""
+        self._budget = self._most
+
+    def found_room(self) -> None:
+        """A step was run."""
+        if self._budget < self._most:
+            self._calm += 1
+            if self._calm >= CALM:
+                self._calm, self._budget = 0, min(2 * self._budget, self._most)

@@ -240,6 +240,25 @@ def test_memory_that_a_load_lacks_is_a_typed_error_and_leaves_other_engines_alon
         assert said(llm) == wanted
 
 
+def lack_room(found: dict[str, Any]) -> None:
+    activate = found["gate_up_act"].fn
+
+    def short(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        if x.shape[0] > 3:
+            raise torch.OutOfMemoryError(f"{x.shape[0]} rows are too many")
+        found_room: torch.Tensor = activate(x, *rest, **options)
+        return found_room
+
+    found["gate_up_act"] = replace(found["gate_up_act"], fn=short)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_memory_that_a_step_lacks_costs_smaller_steps_and_no_request(home: Path, wanted: Tokens, graphs: bool) -> None:
+    with opened(home, changed(native(), lack_room), graphs=graphs) as llm:
+        assert said(llm) == wanted
+        assert llm.health().no_room > 0
+
+
 # -- several devices in one process ------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ random number and the output so far. Everything the engine promises about a step
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -101,6 +101,9 @@ class FakeExecutor:
         self.in_flight: deque[tuple[StepMessage, StepResult | None, dict[int, Owner]]] = deque()
         self.fail_submit: Exception | None = None
         self.fail_collect: Exception | None = None
+        self.lacks_room: Callable[[StepInput], bool] = lambda step: False
+        self.skipped = 0
+        self._no_room = ""
         self.owners: dict[int, Owner] = {}
         self._cache = np.zeros(capacity.kv_blocks * capacity.kv_block_size, dtype=np.uint64)
         self._last = [0] * capacity.request_slots
@@ -124,6 +127,17 @@ class FakeExecutor:
         self._check(message.inputs)
         owners = {slot: self.owners[slot] for slot in message.inputs.request_slots.tolist()}
         self.messages.append(message)
+        if message.resumes:
+            self._no_room = ""
+        if not self._no_room and self.lacks_room(message.inputs):
+            self._no_room = f"step {message.step_id} asked for too much"
+            # It came some way.
+            self._cache[message.inputs.kv_slots] = 0xDEAD
+        if self._no_room:
+            self.skipped += 1
+            nothing = StepResult(step_id=message.step_id, ids=np.zeros(0, dtype=np.int64), no_room=self._no_room)
+            self.in_flight.append((message, nothing, owners))
+            return
         self.in_flight.append((message, None if self.lazy else self._execute(message, owners), owners))
 
     def collect(self) -> StepResult:

@@ -108,6 +108,14 @@ class CoreMachine(RuleBasedStateMachine):
         for _ in range(times):
             self.engine.step()
 
+    @rule(least=st.integers(2, 24))
+    def memory_is_short(self, least: int) -> None:
+        self.engine.executor.lacks_room = lambda step: step.tokens >= least
+
+    @rule()
+    def memory_is_free(self) -> None:
+        self.engine.executor.lacks_room = lambda step: False
+
     @rule()
     def forget_the_cache(self) -> None:
         self.engine.core.clear_prefix_cache()
@@ -123,7 +131,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
-            self.engine.run(limit=200 + 100 * self.count)
+            self.engine.run(limit=400 + 200 * self.count)
             self.engine.check_answers()
             self.engine.check_nothing_is_held()
 
