@@ -140,5 +140,9 @@ class ProblemSet(ABC):
         not make an axis value unreachable, and ``mend(mend(a)) == mend(a)``."""
         return axes
 
+    def waits(self, case: Case) -> bool:
+        """Whether a right implementation needs seconds for this case, such as the timeout of a rank that is absent."""
+        return False
+
     @abstractmethod
     def problem(self, case: Case) -> Problem: ...

@@ -14,7 +14,7 @@ class Profile:
     """What is run beyond an operator's fixed list (covering and large cases), which every profile runs first.
 
     Attributes:
-        examples: cases drawn for each operator.
+        examples: cases drawn for each operator; of several ranks fewer, see ``schedule.drawn``.
         scale: factor of the upper end of every size's range.
         fresh: the seed is new in every run unless one is given; it is recorded either way.
         timeout: seconds after which a case counts as hanging.

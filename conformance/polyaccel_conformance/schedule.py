@@ -20,6 +20,10 @@ from polyaccel_conformance.selection import Selects
 
 FEW = 16
 """Cases of a set that can be counted."""
+WAITING = 4
+"""Cases that wait for a timeout, of those drawn for an operator at one world size."""
+RANKED, RANKED_SHARE = 25, 3
+"""Cases of several ranks drawn for an operator: a third of the profile's at each world size, but not below 25."""
 HEAVY = 100
 """The weight of a set from which on a case counts as slow, such as one of a whole model."""
 
@@ -47,6 +51,9 @@ class OfRanks(ProblemSet):
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         return self._problems.mend(axes)
+
+    def waits(self, case: Case) -> bool:
+        return self._problems.waits(case)
 
     def problem(self, case: Case) -> Problem:
         return self._problems.problem(case)
@@ -110,14 +117,21 @@ def drawn(problems: ProblemSet, profile: Profile, seed: int, *, ranks: int = 1) 
     """A profile's further cases of an operator under the run's seed, at one world size."""
     digest = hashlib.sha256(f"{seed}:{problems.operator}:{ranks}".encode()).digest()
     base = int.from_bytes(digest[:4], "little")
-    cases = _examples(problems, profile.examples // problems.weight, base, profile.scale, ranks)
+    examples = profile.examples
+    if ranks > 1:
+        # There are several world sizes, and a case takes as many processes as it has ranks.
+        examples = max(examples // RANKED_SHARE, min(examples, RANKED))
+    cases = _examples(problems, examples // problems.weight, base, profile.scale, ranks)
     return tuple(Scheduled(phase="drawn", case=case) for case in cases)
 
 
 @functools.lru_cache(maxsize=64)
 def _examples(problems: ProblemSet, count: int, base: int, scale: float, ranks: int) -> tuple[Case, ...]:
     # Runs of many mutants ask for the same ones again and again.
-    return examples(_at(problems, ranks), count, base, scale=scale, limits={"ranks": ranks})
+    source = _at(problems, ranks)
+    cases = examples(source, count, base, scale=scale, limits={"ranks": ranks})
+    waiting = [case for case in cases if source.waits(case)][WAITING:]
+    return tuple(case for case in cases if case not in waiting)
 
 
 def countable(problems: ProblemSet) -> bool:

@@ -7,8 +7,11 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 
 from polyaccel_conformance.draw import TILES, boundary_integers, cases, examples, uniform
+from polyaccel_conformance.multi.registry import RANKED_SETS
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
+from polyaccel_conformance.profiles import profile_of
+from polyaccel_conformance.schedule import WAITING, drawn
 
 SETS = pytest.mark.parametrize("problems", PROBLEM_SETS.values(), ids=list(PROBLEM_SETS))
 LINEAR = PROBLEM_SETS["linear"]
@@ -85,3 +88,20 @@ def test_sizes_stay_within_their_range(low: int, high: int, data: st.DataObject)
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 def test_the_neighbours_of_a_tile_are_drawn(tile: int, beside: int) -> None:
     assert find(boundary_integers(0, 300), lambda size: size == tile + beside) == tile + beside
+
+
+def test_of_several_ranks_a_third_of_a_profiles_cases_is_drawn_and_no_fewer_than_quick_draws() -> None:
+    problems = RANKED_SETS["sgmv"]
+    counts = {name: len(drawn(problems, profile_of(name), 0, ranks=2)) for name in ("quick", "default", "certify")}
+    assert counts == {"quick": 25, "default": 66, "certify": 166}
+    assert len(drawn(PROBLEM_SETS["sgmv"], profile_of("default"), 0)) == 200
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_few_cases_are_drawn_that_a_right_implementation_needs_seconds_for(ranks: int) -> None:
+    problems = RANKED_SETS["all_reduce"]
+    cases = [item.case for item in drawn(problems, profile_of("default"), 0, ranks=ranks)]
+    waiting = [case for case in cases if problems.waits(case)]
+    assert len(waiting) == WAITING
+    assert {case.structure["scenario"] for case in waiting} <= {"withheld", "failing"}
+    assert not any(problems.waits(case) for case in cases if case.structure["scenario"] == "plain")
