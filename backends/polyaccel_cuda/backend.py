@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 
@@ -44,6 +45,7 @@ from polyaccel_cuda.weight import allocate
 
 if TYPE_CHECKING:
     from polyaccel_cuda.communicator import CudaCommunicator
+    from polyaccel_cuda.graph import CudaGraph
     from polyaccel_cuda.kernel_cache import KernelCache
     from polyaccel_cuda.step import StepLoader
 
@@ -71,6 +73,7 @@ class CudaBackend(Backend):
         self._devices: tuple[Device, ...] | None = None
         self._loaders: dict[int, StepLoader] = {}
         self._pool: object | None = None
+        self._graphs: WeakSet[CudaGraph] = WeakSet()
         self._groups: list[CudaCommunicator] = []
         self._own_device: torch.device | None = None
         self._warm_up = WarmUp()
@@ -188,10 +191,12 @@ class CudaBackend(Backend):
         from polyaccel_cuda.step import CudaStep
 
         own = CudaStep.of("capture", step)
-        if self._pool is None:
+        if not any(graph.holds_memory for graph in self._graphs):
+            # A pool ends with its last graph; torch refuses a capture into one that has ended (vLLM issue 28426).
             self._pool = torch.cuda.graph_pool_handle()
         graph = CudaGraph(key, fn, self.ledger, self._pool, self._replayed if self._groups else None)
         graph.capture(own)
+        self._graphs.add(graph)
         return graph
 
     def connect(self, address: RankAddress) -> Communicator:

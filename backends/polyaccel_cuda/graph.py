@@ -55,6 +55,11 @@ class CudaGraph(Graph):
         self._replayed = replayed
         self._captured: dict[object, _Captured] = {}
 
+    @property
+    def holds_memory(self) -> bool:
+        """Whether it has a capture, whose memory pool is then in use."""
+        return bool(self._captured)
+
     def capture(self, step: CudaStep) -> None:
         """Add the capture that ``step`` needs, unless there is one."""
         state, needs = _sampling(step)

@@ -240,6 +240,15 @@ def test_memory_that_a_load_lacks_is_a_typed_error_and_leaves_other_engines_alon
         assert said(llm) == wanted
 
 
+def test_a_backend_captures_again_after_all_its_graphs_are_closed(home: Path, wanted: Tokens) -> None:
+    if not GPUS:
+        pytest.skip("needs a CUDA device: what torch refuses is a capture into a pool that has ended")
+    backend = native()
+    for _ in range(3):
+        with opened(home, backend) as llm:
+            assert said(llm) == wanted
+
+
 def lack_room(found: dict[str, Any]) -> None:
     activate = found["gate_up_act"].fn
 
