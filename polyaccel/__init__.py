@@ -6,6 +6,9 @@ Public names are loaded when they are first used, so that importing the package 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +44,31 @@ if TYPE_CHECKING:
     from polyaccel.lora.receipt import AdapterReceipt
 
 __version__ = "0.1.0"
+
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+
+def _let_torch_be_imported() -> None:
+    """Keep torch from importing torch_npu where CANN is missing, which would make ``import torch`` itself fail.
+
+    Holds for this process and those that it starts. Does nothing if torch is imported already, or if the variable is
+    set: that is the user's choice.
+    """
+    if "torch" in sys.modules or _AUTOLOAD in os.environ:
+        return
+    # PathFinder, for other finders may answer a mere question by changing how the package is imported.
+    if importlib.machinery.PathFinder.find_spec("torch_npu") is None:
+        return
+    import ctypes
+
+    try:
+        # What torch_npu links against first; where it is there, torch is about to load it anyway.
+        ctypes.CDLL("libhccl.so")
+    except OSError:
+        os.environ[_AUTOLOAD] = "0"
+
+
+_let_torch_be_imported()
 
 _HOMES = {
     "polyaccel.backend.errors": (

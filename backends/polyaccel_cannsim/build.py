@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from .errors import BuildFailed, CompilerMissing
+from .registry import MAX_WORKSPACE
 from .symbols import EMPTY_LIBRARIES, assembly, unsimulated_source
 
 _FLAGS = ("-shared", "-fPIC", "-O2", "-fvisibility=hidden", "-Wall")
@@ -39,7 +40,8 @@ LIBRARIES = ("ascendcl", *EMPTY_LIBRARIES, "hccl", "opapi")
 
 @dataclass(frozen=True)
 class Names:
-    """What the generated libraries export: aclnn names without ``GetWorkspaceSize``, and HCCL names; both sorted."""
+    """What the generated libraries export: aclnn names without ``GetWorkspaceSize`` (but with
+    ``GetMaxWorkspaceSize``, which has no second phase), and HCCL names; both sorted."""
 
     aclnn: tuple[str, ...]
     hccl: tuple[str, ...]
@@ -87,7 +89,7 @@ def build(names: Names, torch_npu_version: str) -> Path:
     # The command as written names the compiler; asking it for its version would cost every start a process.
     command = shlex.join(shlex.split(os.environ["CC"])) if os.environ.get("CC") else "default"
     key = hashlib.sha256(
-        repr((sorted(texts.items()), machine, command, torch_npu_version, _FLAGS)).encode()
+        repr((sorted(texts.items()), LIBRARIES, machine, command, torch_npu_version, _FLAGS)).encode()
     ).hexdigest()[:20]
     folder = cache_folder() / key
     if (folder / "complete").exists():
@@ -113,9 +115,9 @@ def _texts(names: Names, machine: str) -> dict[str, str]:
     sources = resources.files(__package__) / "csrc"
     texts = {name: (sources / name).read_text("utf-8") for name in (*_RUNTIME, "opapi.c", "cannsim.h", "stream.h")}
     texts["unsimulated.c"] = unsimulated_source()
-    texts["opapi.s"] = assembly(
-        machine, "cannsim_opapi", [f"{one}GetWorkspaceSize" for one in names.aclnn], names.aclnn
-    )
+    launched = [one for one in names.aclnn if not one.endswith(MAX_WORKSPACE)]
+    first = [one if one.endswith(MAX_WORKSPACE) else f"{one}GetWorkspaceSize" for one in names.aclnn]
+    texts["opapi.s"] = assembly(machine, "cannsim_opapi", first, launched)
     texts["hccl.s"] = assembly(machine, "cannsim_hccl", names.hccl)
     return texts
 

@@ -20,8 +20,13 @@ class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "torch_npu":
             return None
+        # To ask whether torch_npu is there imports nothing, so this finder stays for the import that may follow.
+        place = sys.meta_path.index(self)
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(place, self)
         if spec is None or spec.loader is None:
             return spec
         from .process import installed

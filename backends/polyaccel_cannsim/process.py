@@ -147,7 +147,9 @@ def child_environment(environment: os._Environ[str] | dict[str, str]) -> dict[st
     package = Path(__file__).resolve().parent
     here = [str(package / "site"), str(package.parent)]
     rest = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part and part not in here]
-    return {ACTIVE: "1", "PYTHONPATH": os.pathsep.join([*here, *rest])}
+    # Said aloud, so that nobody switches it off because there is no CANN to be found before torch_npu is imported.
+    autoload = environment.get(_AUTOLOAD, "1")
+    return {ACTIVE: "1", _AUTOLOAD: autoload, "PYTHONPATH": os.pathsep.join([*here, *rest])}
 
 
 def _import_torch() -> None:

@@ -17,6 +17,9 @@ from .soc import CannVersion
 Compute = Callable[[], None]
 """What the device does. It may run more than once (a captured graph is replayed), each time on the bytes found then."""
 
+MAX_WORKSPACE = "GetMaxWorkspaceSize"
+"""The end of the names of functions that only say how large a workspace may become."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -87,6 +90,11 @@ class Rule:
 
     def exported(self, cann: CannVersion) -> bool:
         return self.since <= cann and (self.until is None or cann < self.until)
+
+    @property
+    def asks_size(self) -> bool:
+        """Whether it only says how large a workspace may become, and launches nothing."""
+        return self.name.endswith(MAX_WORKSPACE)
 
     @property
     def c_types(self) -> list[Any]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from .errors import BuildFailed
 
-EMPTY_LIBRARIES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
-"""Libraries that torch_npu names as needed and takes nothing from, or only what libascendcl has."""
+EMPTY_LIBRARIES = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "nnopbase")
+"""Libraries that torch_npu needs, or opens, and takes nothing from, or only what libascendcl has."""
 
 UNSIMULATED = (
     "aclmdlSetDump",

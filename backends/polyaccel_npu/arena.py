@@ -57,7 +57,7 @@ class Arena:
         }
 
     def fits(self, lengths: Mapping[str, int]) -> bool:
-        return all(length <= self.rooms[name] for name, length in lengths.items())
+        return all(length <= self.rooms.get(name, -1) for name, length in lengths.items())
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Copy the arrays, flat, to their places; asynchronous, in the order of the device's current stream."""

@@ -17,7 +17,7 @@ from polyaccel_npu import check, runtime
 from polyaccel_npu.attention_plan import Call
 from polyaccel_npu.issue import Issuer
 from polyaccel_npu.kv_cache import BlockKVCache
-from polyaccel_npu.step import NpuStep
+from polyaccel_npu.step import GraphMode, NpuStep
 
 TRIANGLE = 2048
 ALL_KEYS, CAUSAL, BAND = 0, 3, 4
@@ -38,8 +38,10 @@ class Attention:
         if q.shape[0] != own.input.tokens or q.shape[1] % cache.spec.kv_heads:
             reason = f"q must be [{own.input.tokens}, a multiple of {cache.spec.kv_heads}, {cache.spec.head_dim}]"
             raise OperatorError.describe("paged_attention", reason, {"q": q})
-        plan = own.attention()
         q = self._issuer.operands.dense("paged_attention", "q", q)
+        if own.graph is not None:
+            return self._recorded(q, cache, layer, own, own.graph, scale, window)
+        plan = own.attention()
         parts: list[torch.Tensor] = []
         for zeros, call in plan.gaps():
             if zeros:
@@ -64,7 +66,7 @@ class Attention:
     ) -> torch.Tensor:
         keys, values = cache.paged(layer)
         rows, heads = q[call.begin : call.end], q.shape[1]
-        tables = step.tensor("block_tables")[call.first : call.last]
+        tables = step.tables[call.first : call.last]
         size, longest = cache.spec.block_size, max(call.lengths)
         mask: torch.Tensor | None = None
         mode, before = ALL_KEYS, 2147483647
@@ -100,6 +102,45 @@ class Attention:
         )
         attended: torch.Tensor = result
         return attended.view(call.end - call.begin, heads, q.shape[2])
+
+    def _recorded(
+        self,
+        q: torch.Tensor,
+        cache: BlockKVCache,
+        layer: int,
+        step: NpuStep,
+        graph: GraphMode,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """One call for all rows, each a sequence, whose lengths the host may change before each replay. Its result and
+        its workspace are made before it is issued: calls that replace it must write where it writes."""
+        keys, values = cache.paged(layer)
+        query, tables, ops = q.unsqueeze(1), step.tables, runtime.ops()
+        mask = None
+        if window is not None and window < step.capacity:
+            mask = step.window_mask(0, len(q), window, step.capacity)
+        fixed = {
+            "atten_mask": mask,
+            "block_table": tables,
+            "num_heads": q.shape[1],
+            "scale": scale,
+            "input_layout": "BSND",
+            "num_key_value_heads": cache.spec.kv_heads,
+            "sparse_mode": ALL_KEYS,
+            "block_size": cache.spec.block_size,
+        }
+        operands = {"q": query, "keys": keys, "values": values, "block_table": tables, "mask": mask}
+        out, lse = torch.empty_like(query), torch.empty(1, dtype=torch.float32, device=q.device)
+        most = ops._npu_fused_infer_attention_score_get_max_workspace
+        workspace = most(query, keys, values, actual_seq_lengths_kv=list(graph.host.lengths), **fixed)
+
+        def issue(lengths: list[int]) -> object:
+            given = {**fixed, "actual_seq_lengths_kv": lengths, "workspace": workspace, "out": [out, lse]}
+            return ops.npu_fused_infer_attention_score.out(query, keys, values, **given)
+
+        self._issuer.issue("fused_infer_attention_score", operands, graph.host.call, issue)
+        return out.squeeze(1)
 
     def dense_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int], scale: float, causal: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from polyaccel.backend import StepInput
@@ -48,23 +48,39 @@ class AttentionPlan:
         yield self.tokens - at, None
 
 
-def plan_attention(inputs: StepInput, padded: bool = False) -> AttentionPlan:
-    """Runs of sequences with one query go into one call, every other sequence has its own.
+@dataclass(frozen=True, slots=True)
+class KeyRoom:
+    """What FIA allows a call with paged keys: no more blocks, those of all its sequences counted, than the cache has.
+    A block that several sequences share counts for each (its document, page attention)."""
 
-    ``padded``: sequences without keys take part as if they had one, which is read and means nothing: for graphs, whose
-    calls are the same whatever the step.
-    """
+    block_size: int
+    blocks: int
+
+    def of(self, context: int) -> int:
+        """Blocks of a sequence."""
+        return -(-context // self.block_size)
+
+    def takes(self, contexts: Iterable[int]) -> bool:
+        """Whether one call takes sequences of these lengths."""
+        return sum(self.of(context) for context in contexts) <= self.blocks
+
+
+def plan_attention(inputs: StepInput, room: KeyRoom | None = None) -> AttentionPlan:
+    """Runs of sequences with one query go into one call, or as few as ``room`` allows; every other sequence has its
+    own."""
     starts = inputs.query_starts.tolist()
     contexts = inputs.context_lengths.tolist()
-    if padded:
-        contexts = [max(1, context) for context in contexts]
     calls: list[Call] = []
     sequence = 0
     while sequence < len(contexts):
         begin, end = starts[sequence], starts[sequence + 1]
         if end - begin == 1 and contexts[sequence] > 0:
-            last = sequence + 1
+            last, blocks = sequence + 1, 0 if room is None else room.of(contexts[sequence])
             while last < len(contexts) and starts[last + 1] - starts[last] == 1 and contexts[last] > 0:
+                if room is not None:
+                    blocks += room.of(contexts[last])
+                    if blocks > room.blocks:
+                        break
                 last += 1
             calls.append(Call(begin, starts[last], sequence, last, tuple(contexts[sequence:last])))
             sequence = last

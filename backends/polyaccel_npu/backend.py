@@ -30,6 +30,7 @@ from polyaccel.backend import (
     Step,
     StepFunction,
     StepInput,
+    UnsupportedError,
     Weight,
     WeightSpec,
 )
@@ -79,6 +80,11 @@ class NpuBackend(Backend):
         self._groups: list[NpuCommunicator] = []
         self._own_device: int | None = None
         self._pool: object | None = None
+
+    @property
+    def simulated(self) -> bool:  # type: ignore[override]
+        """Whether the devices are simulated ones; asks torch_npu for its libraries."""
+        return runtime.simulated()
 
     def probe(self) -> Availability:
         from polyaccel_npu.probe import probe
@@ -189,10 +195,20 @@ class NpuBackend(Backend):
             return loader.begin(inputs, state)
 
     def graph_refusals(self) -> list[Reason]:
-        return ["this version of the npu backend captures no NPUGraph; steps run eagerly"]
+        from polyaccel_npu.graph import refusals
+
+        return refusals(self._all_devices()[self._own_device or 0].chip)
 
     def capture(self, key: GraphKey, fn: StepFunction, step: Step) -> Graph:
-        return super().capture(key, fn, step)
+        from polyaccel_npu.graph import capture, new_pool
+        from polyaccel_npu.step import NpuStep
+
+        refused = self.graph_refusals()
+        if refused:
+            raise UnsupportedError(f"no graph of {key}: {'; '.join(refused)}")
+        if self._pool is None:
+            self._pool = new_pool(NpuStep.of("capture", step).device.torch_device)
+        return capture(key, fn, step, self._issuer, self._pool)
 
     # -- ranks -------------------------------------------------------------------------------------------------------
 

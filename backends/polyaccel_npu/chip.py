@@ -15,6 +15,8 @@ class Chip:
         fused_all_reduce: the fused product and sum over ranks (aclnnMatmulAllReduce is documented for A2 only).
         paged: FIA with paged keys and the KV scatter in ND layout.
         grouped_float32: grouped matmul of every float dtype; 310P has float16 alone.
+        float32_products: matrices of float32 are multiplied as such; else the cube rounds them to float16 first
+            (aclnnMm, cubeMathType 1 on 310P), and says nothing.
         refusal: why the backend does not run on it at all; empty if it does.
     """
 
@@ -23,14 +25,15 @@ class Chip:
     fused_all_reduce: bool = False
     paged: bool = True
     grouped_float32: bool = True
+    float32_products: bool = True
     refusal: str = ""
 
 
 A2 = Chip("A2", fused_all_reduce=True)
 A3 = Chip("A3")
 A5 = Chip("950")
-P310 = Chip("310P", bfloat16=False, paged=False, grouped_float32=False)
-A1 = Chip("910A", bfloat16=False, paged=False, grouped_float32=False)
+P310 = Chip("310P", bfloat16=False, paged=False, grouped_float32=False, float32_products=False)
+A1 = Chip("910A", bfloat16=False, paged=False, grouped_float32=False, float32_products=False)
 
 
 def chip_of(name: str) -> Chip:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import socket
 import zlib
@@ -30,6 +31,9 @@ SETTINGS: Mapping[str, str] = MappingProxyType(
     {
         # The order of a sum, and so its last bits, is the same in every run (HCCL's own sums and the fused one's).
         "HCCL_DETERMINISTIC": "true",
+        # A collective that waits in vain is an error where the host waits for the device: torch_npu's watchdog, which
+        # finds it too, would end the process.
+        "HCCL_ASYNC_ERROR_HANDLING": "0",
     }
 )
 """Set before a communicator is made unless the environment says otherwise; part of the plan's text."""
@@ -72,8 +76,8 @@ class NpuCommunicator(TorchCommunicator):
         self.chips = tuple(str(answer[1]) for answer in answers)
         self.fused_chips = all(bool(answer[2]) for answer in answers)
         self._check_devices([(str(a[0]), str(a[3])) for a in answers], [str(a[4]) for a in answers])
+        self._name = ""
         self._hccl: Any = self._run("connect", lambda: self._open_hccl(address))
-        self._name: str | None = None
 
     @property
     def closed(self) -> bool:
@@ -95,9 +99,6 @@ class NpuCommunicator(TorchCommunicator):
         """The communicator's name, by which fused operators find it."""
         if self._closed:
             raise CommunicationError(f"MatmulAllReduce on rank {self.rank}: the group was closed")
-        if self._name is None:
-            with runtime.npu().device(self._device):
-                self._name = str(self._hccl.get_hccl_comm_name(self.rank))
         return self._name
 
     def note_all_reduce(self, nbytes: int) -> None:
@@ -220,11 +221,16 @@ class NpuCommunicator(TorchCommunicator):
         hccl = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
         options = hccl.Options()
         options._timeout = timedelta(seconds=address.timeout)
+        # How long a collective on the device waits for the other ranks: half an hour if nothing is said.
+        options.hccl_config = {"hccl_exec_timeout": max(1, math.ceil(address.timeout))}
         # Part of the name by which fused operators find the communicator: another for every group, one for all ranks.
         options.group_id = f"polyaccel_{zlib.crc32(address.init_method.encode()):08x}"
         prefixed = dist.PrefixStore("hccl", self._store)  # type: ignore[attr-defined, arg-type]
         with runtime.npu().device(self._device):
-            return hccl(prefixed, address.rank, address.world_size, options)
+            group = hccl(prefixed, address.rank, address.world_size, options)
+            # HCCL meets the other ranks when it is first asked for anything: now, where waiting for them is expected.
+            self._name = str(group.get_hccl_comm_name(address.rank))
+            return group
 
     def _check_devices(self, devices: list[tuple[str, str]], settings: list[str]) -> None:
         for rank, device in enumerate(devices):

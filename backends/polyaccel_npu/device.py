@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyaccel.backend import Event, HostCopy, MemoryInfo, OutOfMemory, TorchDevice
+from polyaccel.backend import CommunicationError, Event, HostCopy, MemoryInfo, OperatorError, OutOfMemory, TorchDevice
 from polyaccel_npu import runtime
 from polyaccel_npu.chip import Chip, chip_of
+from polyaccel_npu.errors import parse
 from polyaccel_npu.issue import Issuer
 
 
@@ -105,6 +106,8 @@ class NpuDevice(TorchDevice):
 
     def _allocate(self, make: Any, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         runtime.npu()
+        if dtype is torch.bfloat16 and not self.chip.bfloat16:
+            raise OperatorError("allocate", f"{self.name}: chip {self.chip.family} has no bfloat16; use float16")
         try:
             result = make(tuple(shape), dtype=dtype, device=self.torch_device)
         except torch.OutOfMemoryError as error:
@@ -118,15 +121,18 @@ def waited(issuer: Issuer, wait: Any) -> Any:
     """``wait()``, with what it raises explained; nothing is returned once the device is lost.
 
     Raises:
-        DeviceLost: a call since the last wait failed.
+        DeviceLost: a call since the last wait failed; caused by a CommunicationError where that was a collective.
     """
     issuer.health.check()
     try:
         result = wait()
     except RuntimeError as error:
-        found = issuer.explained("synchronize", {}, error)
+        failure, rank = parse(str(error)), issuer.launcher.rank
         # Whatever a wait brings to light was issued before it.
-        from polyaccel_npu.errors import parse
-
-        raise (found if issuer.health.lost else issuer.health.lose(parse(str(error)), issuer.launcher.rank)) from error
+        lost = issuer.health.lose(failure, rank)
+        if not failure.communication:
+            raise lost from error
+        cause = CommunicationError(f"{'' if rank is None else f'rank {rank}: '}{failure}")
+        cause.__cause__ = error
+        raise lost from cause
     return result

@@ -107,6 +107,11 @@ class NpuFailure:
         return self.status == 207001 or bool(_MEMORY.search(self.detail))
 
     @property
+    def communication(self) -> bool:
+        """Whether ranks failed each other: HCCL's own codes begin with EI (its documents, fault codes)."""
+        return self.cann.startswith("EI") or self.module == "DIST" or self.operator.startswith("Hccl")
+
+    @property
     def is_npu(self) -> bool:
         """Whether the text was torch_npu's at all."""
         return bool(self.operator or self.code or self.cann or self.status)

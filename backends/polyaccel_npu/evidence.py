@@ -1,4 +1,5 @@
-"""Which operators the NPU backend may execute, by operator and station: what a check from outside allows.
+"""Which operators the NPU backend may execute, by operator and station: what a check from outside allows; and what the
+ledger calls the launches of a captured step with adapters, whose number a check holds against these names.
 
 Those of torch_npu are named as they are registered; plain ones of torch are aclnn functions on this device.
 """
@@ -20,6 +21,12 @@ _SGMV = (
     "aten::add",
     *_CAST,
 )
+_GRAPH = (
+    *("npu.matmul", "npu.sgmv_cover", "npu.sgmv_own", "npu.sgmv_shrink", "npu.sgmv_stack", "npu.sgmv_mix"),
+    *("npu.sgmv_pick", "npu.sgmv_expand", "npu.sgmv_join", "npu.sgmv_add", "npu.sgmv_land"),
+)
+"""What a captured step with adapters launches at a linear site, by the ledger's names."""
+_GRAPH_LOOKUP = ("npu.embedding", "npu.embedding.lookup", *_GRAPH[1:3], *_GRAPH[5:8], "npu.sgmv_add")
 _NORM = ("npu::npu_rms_norm", "npu::npu_add_rms_norm")
 _ROPE = ("npu::npu_rotary_mul", "aten::index_select", "aten::cat", *_CAST)
 _WRITE = ("npu::npu_scatter_pa_kv_cache", "aten::index_select")
@@ -78,6 +85,7 @@ _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "aten::bitwise_and",
             "aten::where",
             *_SGMV,
+            *_GRAPH_LOOKUP,
         ),
         "linear": (*_PRODUCT, *_DEQUANTISE),
         "dequantize": _DEQUANTISE,
@@ -94,11 +102,11 @@ _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sgmv_shrink": _SGMV,
         "sgmv_expand": _SGMV,
         "sample": _SAMPLE,
-        "column_linear": (*_PRODUCT, *_SGMV),
-        "qkv_rope_cache": (*_PRODUCT, *_SGMV, *_NORM, *_ROPE, *_WRITE),
-        "gate_up_act": (*_PRODUCT, *_SGMV, "npu::npu_swiglu"),
-        "row_parallel_linear": (*_PRODUCT, *_SGMV, *_SUM, *_FUSED),
-        "row_parallel_add_norm": (*_PRODUCT, *_SGMV, *_SUM, *_FUSED, *_NORM),
+        "column_linear": (*_PRODUCT, *_SGMV, *_GRAPH),
+        "qkv_rope_cache": (*_PRODUCT, *_SGMV, *_NORM, *_ROPE, *_WRITE, *_GRAPH),
+        "gate_up_act": (*_PRODUCT, *_SGMV, "npu::npu_swiglu", *_GRAPH),
+        "row_parallel_linear": (*_PRODUCT, *_SGMV, *_SUM, *_FUSED, *_GRAPH),
+        "row_parallel_add_norm": (*_PRODUCT, *_SGMV, *_SUM, *_FUSED, *_NORM, *_GRAPH),
         "all_reduce": _SUM,
         "all_gather": ("c10d::_allgather_base_", "aten::copy_"),
         "reduce_scatter": ("c10d::_reduce_scatter_base_",),

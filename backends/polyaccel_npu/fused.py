@@ -63,6 +63,10 @@ class MatmulAllReduce:
     def __init__(self, issuer: Issuer) -> None:
         self._issuer = issuer
 
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as the operator takes it: dense; a copy is counted under the station's own name for it."""
+        return self._issuer.operands.dense("mm_all_reduce_base", "x", x)
+
     def __call__(
         self,
         x: torch.Tensor,
@@ -71,14 +75,15 @@ class MatmulAllReduce:
         bias: torch.Tensor | None,
         delta: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The sum over ranks of ``x @ matrix.T + bias + delta``; ``matrix: [n, k]`` dense, ``delta: [T, n]``."""
+        """The sum over ranks of ``x @ matrix.T + bias + delta``; ``matrix: [n, k]`` dense, ``delta: [T, n]``; ``x`` as
+        :meth:`rows` gives it."""
         operator, operands = "mm_all_reduce_base", self._issuer.operands
         if not x.shape[0] or not matrix.shape[0]:
             # Empty operands are refused, and every rank has as many rows: nobody calls.
             return x.new_empty((x.shape[0], matrix.shape[0]))
         if not x.shape[1]:
             x, matrix = x.new_zeros((x.shape[0], 1)), matrix.new_zeros((matrix.shape[0], 1))
-        x1, x2 = operands.dense(operator, "x1", x), operands.transposed(operator, "x2", matrix)
+        x1, x2 = x, operands.transposed(operator, "x2", matrix)
         bias, x3 = operands.dense_or_none(operator, "bias", bias), operands.dense_or_none(operator, "x3", delta)
         comm.note_all_reduce(x1.shape[0] * matrix.shape[0] * x1.element_size())
         fused = runtime.ops().npu_mm_all_reduce_base

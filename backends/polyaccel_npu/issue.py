@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from polyaccel.backend import Launcher, OperatorError, OutOfMemory
+from polyaccel.backend import CommunicationError, Launcher, OperatorError, OutOfMemory
 from polyaccel_npu.errors import parse
 from polyaccel_npu.health import Health
 from polyaccel_npu.journal import Journal
@@ -45,6 +45,7 @@ class Issuer:
             OperatorError: refused on the spot, with each operand's shape, stride, dtype and contiguity.
             DeviceLost: an earlier call failed asynchronously.
             OutOfMemory: no room for the result or the workspace.
+            CommunicationError: HCCL refused, or another rank did not come.
         """
         self.health.check()
         if self.journal is not None:
@@ -78,6 +79,8 @@ class Issuer:
             return self.health.lose(failure, rank)
         if failure.out_of_memory:
             return OutOfMemory(f"npu.{kernel}: {failure}")
+        if failure.communication:
+            return CommunicationError(f"npu.{kernel}{'' if rank is None else f' on rank {rank}'}: {failure}")
         given = {name: tensor for name, tensor in operands.items() if tensor is not None}
         reason = str(failure) if failure.is_npu else str(error)
         return OperatorError.describe(f"npu.{kernel}", reason, given, rank if rank is not None else failure.rank)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from polyaccel.backend import Device, KVCache, KVSpec, OperatorError
+from polyaccel_npu.attention_plan import KeyRoom
 
 BLOCK_SIZE = 128
 """Prefill takes multiples of 128 up to 512, and nothing smaller."""
@@ -65,6 +66,11 @@ class BlockKVCache(KVCache):
             )
             for stored in (self.keys, self.values):
                 stored.index_copy_(1, written, stored.index_select(1, read))
+
+    @property
+    def room(self) -> KeyRoom:
+        """What one call of FIA may read of it."""
+        return KeyRoom(self.spec.block_size, self.keys.shape[1])
 
     @property
     def nbytes(self) -> int:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from polyaccel.backend import AdapterRows, OperatorError, RowSet, Step, Weight
+from polyaccel.backend import AdapterRows, RowSet, Step, Weight
 from polyaccel_npu import check, runtime
 from polyaccel_npu.adapter_store import NpuAdapterStore, own_store
 from polyaccel_npu.issue import Issuer
+from polyaccel_npu.lora_cover import covered
 from polyaccel_npu.step import NpuStep
 
 MOST_GROUPS = 128
@@ -78,6 +79,8 @@ class Lora:
     ) -> torch.Tensor | None:
         """``y`` (zero without) plus every triple's delta, float32, ``[T, n]``: y itself where that is float32 already.
         None where no adapter touches the site."""
+        if step.graph is not None:
+            return covered(self._issuer, y, x, weight, step, step.graph.rank_rows, row_set)
         found = step.adapters(row_set)
         if found is None:
             return None
@@ -87,8 +90,6 @@ class Lora:
         groups = groups_of(store, weight.spec.site, len(weight.spec.slices), triples)
         if not groups or not x.shape[0]:
             return None
-        if step.graph_rank_rows is not None:
-            raise OperatorError("sgmv", "a graph's adapters are not grouped: their segments differ from step to step")
         h = self._shrink(x, groups, triples, step, row_set)
         return self.expanded(y, x, h, groups, weight, step, row_set)
 
@@ -140,6 +141,8 @@ class Lora:
         self, y: torch.Tensor, h: torch.Tensor, weight: Weight, step: Step, row_set: RowSet = "tokens"
     ) -> torch.Tensor:
         check.rows("sgmv_expand", "y", y, weight, weight.spec.n)
+        check.floats("sgmv_expand", h=h)
+        self._issuer.launcher.common_device("npu.sgmv_expand", {"y": y, "h": h})
         own = NpuStep.of("sgmv_expand", step)
         found = own.adapters(row_set)
         if found is None:

@@ -16,6 +16,7 @@ from polyaccel_npu.adapter_store import own_store
 from polyaccel_npu.attention import Attention
 from polyaccel_npu.issue import Issuer
 from polyaccel_npu.lora import Lora, groups_of
+from polyaccel_npu.lora_cover import covered_lookup
 from polyaccel_npu.step import NpuStep
 from polyaccel_npu.weight import TableWeight
 
@@ -77,6 +78,8 @@ class NpuOperators:
     def _adapted_embedding(
         self, x: torch.Tensor, weight: Weight, step: NpuStep, ids: torch.Tensor, start: int
     ) -> torch.Tensor:
+        if step.graph is not None:
+            return covered_lookup(self._issuer, x, ids - start, weight, step, step.graph.rank_rows)
         found, spec = step.adapters("tokens"), weight.spec
         if found is None:
             return x

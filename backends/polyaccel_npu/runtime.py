@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """Where torch looks for device packages to import by itself; 0 switches that off."""
+
+
+SIMULATOR = "cannsim_last_error"
 
 
 def installed() -> bool:
@@ -25,6 +29,18 @@ def npu() -> Any:
     """
     importlib.import_module("torch_npu")
     return torch.npu  # type: ignore[attr-defined]
+
+
+def simulated() -> bool:
+    """Whether the libraries behind torch_npu are no CANN but its simulator, by a symbol that only that one has. Nothing
+    but what is said of results depends on it."""
+    if not installed():
+        return False
+    try:
+        npu()
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return hasattr(ctypes.CDLL(None), SIMULATOR)
 
 
 def ops() -> Any:

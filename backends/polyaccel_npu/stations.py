@@ -84,6 +84,8 @@ class NpuStations:
         if not reduce:
             return self._adapted(station, x, own, issued, "tokens")
         group = own_group(station, comm, self._groups)
+        # Once for both: the adapters' products take no strided rows either.
+        x = self._fused.rows(x)
         delta = self._operators.lora.partial(x, weight, issued, "tokens")
         return self._fused(x, own.tensor, group, own.bias, delta)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +21,14 @@ from polyaccel.backend import (
     TokenClass,
 )
 from polyaccel.backend.step import DEVICE_ARRAYS, plan_key
+from polyaccel_npu.adapter_store import NpuAdapterStore
 from polyaccel_npu.arena import Arena, Field
-from polyaccel_npu.attention_plan import AttentionPlan, plan_attention
+from polyaccel_npu.attention_plan import AttentionPlan, KeyRoom, plan_attention
 from polyaccel_npu.issue import Issuer
-from polyaccel_npu.kv_cache import SPARE_BLOCKS
+from polyaccel_npu.kv_cache import SPARE_BLOCKS, BlockKVCache
+
+if TYPE_CHECKING:
+    from polyaccel_npu.graph import HostCalls
 
 ROW_SETS: tuple[RowSet, ...] = ("tokens", "logits")
 _I32, _I64, _F32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
@@ -38,24 +43,42 @@ class Stored:
     rows: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class GraphMode:
+    """How operators treat the step of a capture: rank rows that its products cover, and who issues what takes numbers
+    of the host."""
+
+    rank_rows: int
+    host: HostCalls
+
+
 class NpuStep(Step):
     """A step as operators take it.
 
     Attributes:
         issuer: how to launch.
-        graph_rank_rows: rank rows that a graph's products cover; None outside of graphs, where segments are exact.
+        graph: set while the step is being captured; None elsewhere, where segments are exact.
+        last_rank_row: rank rows up to the last one that the step's adapters have.
+        width: blocks in a row of the block tables where they lie.
     """
 
     def __init__(self, inputs: StepInput, state: DeviceState, arena: StepArena, device: Device, issuer: Issuer) -> None:
         self.input, self.state, self.arena = inputs, state, arena
         self.plan_key = plan_key(inputs.token_class, inputs.has_adapters)
         self.issuer = issuer
-        self.graph_rank_rows: int | None = None
+        self.graph: GraphMode | None = None
+        self.last_rank_row = _last_rank_row(inputs, state.adapters)
+        self.width = arena.width
         self._device = device
         self.torch_device = device.torch_device
         self._angles: dict[int, tuple[RopeTable, Angles]] = {}
         self._attention: AttentionPlan | None = None
         self._masks: dict[int, torch.Tensor] = {}
+        self._covers: dict[tuple[RowSet, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def forget(self) -> None:
+        """Drop what operators made for this step: a capture makes it anew."""
+        self._angles, self._attention, self._masks, self._covers = {}, None, {}, {}
 
     @classmethod
     def of(cls, operator: str, step: Step) -> NpuStep:
@@ -68,6 +91,8 @@ class NpuStep(Step):
         if name not in DEVICE_ARRAYS:
             raise OperatorError("Step.tensor", f"no array {name!r}; a step has {', '.join(DEVICE_ARRAYS)}")
         array = getattr(self.input, name)
+        if name == "block_tables":
+            return self.tables if self.graph is not None else self.tables[:, : array.shape[1]]
         found = self.arena.view(name, array.size)
         return found.view(array.shape) if array.ndim > 1 else found
 
@@ -77,6 +102,32 @@ class NpuStep(Step):
         return view(f"{row_set}.row", count), view(f"{row_set}.slot", count), view(f"{row_set}.weight", count)
 
     # -- for operators -----------------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> torch.Tensor:
+        """``[sequences, width]`` int32, dense: the block tables with what room they have."""
+        sequences = self.input.block_tables.shape[0]
+        return self.arena.view("block_tables", sequences * self.width).view(sequences, self.width)
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a sequence can have in these block tables."""
+        return self.width if self.state.kv is None else self.width * self.state.kv.spec.block_size
+
+    def cover(self, row_set: RowSet, rank_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """By row and rank row: whether an adapter of the row has it, bool, and its mix, float32; both
+        ``[rows, rank_rows]``. For graphs: where the adapters are is data."""
+        found = self._covers.get((row_set, rank_rows))
+        if found is None:
+            store, issue = self.state.adapters, self.issuer.issue
+            assert store is not None
+            columns = store.slots + 1
+            mixes = self.arena.view(f"{row_set}.mix", self.input.tokens * columns).view(-1, columns)
+            owner = self.arena.view("owner", rank_rows)
+            mix = issue("sgmv_cover", {"mix": mixes}, torch.ops.aten.index_select, mixes, 1, owner)
+            own = issue("sgmv_own", {"mix": mix}, torch.ops.aten.ne, mix, 0.0)
+            found = self._covers[row_set, rank_rows] = (own, mix)
+        return found
 
     @property
     def device(self) -> Device:
@@ -92,9 +143,14 @@ class NpuStep(Step):
             raise OperatorError("sgmv", "the step names adapters but its state has no adapter store")
         return triples, store
 
+    @property
+    def key_room(self) -> KeyRoom | None:
+        """What one call of FIA may read of the step's cache; None without one."""
+        return self.state.kv.room if isinstance(self.state.kv, BlockKVCache) else None
+
     def attention(self) -> AttentionPlan:
         if self._attention is None:
-            self._attention = plan_attention(self.input, self.graph_rank_rows is not None)
+            self._attention = plan_attention(self.input, self.key_room)
         return self._attention
 
     def stored(self) -> Stored:
@@ -143,9 +199,15 @@ class StepLoader:
         arrays = _arrays(inputs, state)
         lengths = {name: array.size for name, array in arrays.items()}
         lengths["token_ids"] = inputs.tokens
-        arena = self._arenas.get(inputs.token_class)
-        if arena is None or not arena.fits(lengths):
-            arena = self._arenas[inputs.token_class] = StepArena(_fields(lengths, inputs, state), self._device)
+        arena, blocks = self._arenas.get(inputs.token_class), inputs.block_tables.shape[1]
+        if arena is None or arena.width < blocks or not arena.fits(lengths | _tables(inputs, arena.width)):
+            width = _width(inputs, state)
+            fields = _fields(lengths, inputs, state, width)
+            arena = self._arenas[inputs.token_class] = StepArena(fields, self._device)
+            arena.width = width
+        if arena.width != blocks:
+            arrays["block_tables"] = np.zeros((len(inputs.block_tables), arena.width), dtype=np.int32)
+            arrays["block_tables"][:, :blocks] = inputs.block_tables
         arena.lengths = lengths
         arena.load(arrays)
         step = NpuStep(inputs, state, arena, self._device, self._issuer)
@@ -172,9 +234,11 @@ class StepArena(Arena):
 
     Attributes:
         lengths: elements by field.
+        width: blocks in a row of the block tables.
     """
 
     lengths: dict[str, int]
+    width: int
 
 
 def _arrays(inputs: StepInput, state: DeviceState) -> dict[str, np.ndarray]:
@@ -195,19 +259,49 @@ def _arrays(inputs: StepInput, state: DeviceState) -> dict[str, np.ndarray]:
         arrays[f"{row_set}.row"] = triples.rows.astype(np.int64)
         arrays[f"{row_set}.slot"] = triples.slots.astype(np.int64)
         arrays[f"{row_set}.weight"] = triples.weights.astype(np.float32)
+    if inputs.token_class is TokenClass.DECODE and isinstance(state.adapters, NpuAdapterStore):
+        arrays |= _covers(inputs, state.adapters)
     return arrays
 
 
-def _fields(lengths: dict[str, int], inputs: StepInput, state: DeviceState) -> list[Field]:
+def _covers(inputs: StepInput, store: NpuAdapterStore) -> dict[str, np.ndarray]:
+    """``owner: [rank_rows]``, the slot that has each rank row, or one past the last; and for each row set the mix of
+    each row's adapters, ``[rows, slots + 1]``, zero for all others."""
+    found: dict[str, np.ndarray] = {"owner": np.full(store.rank_rows, store.slots, dtype=np.int64)}
+    for slot, where in enumerate(store.ranges()):
+        if where is not None:
+            found["owner"][where.first_rank_row : where.first_rank_row + where.rank_rows] = slot
+    for row_set in ROW_SETS:
+        triples = inputs.rows(row_set)
+        mixes = found[f"{row_set}.mix"] = np.zeros((inputs.tokens, store.slots + 1), dtype=np.float32)
+        np.add.at(mixes, (triples.rows, triples.slots), triples.weights)
+    return found
+
+
+def _last_rank_row(inputs: StepInput, store: AdapterStore | None) -> int:
+    if store is None or not inputs.has_adapters:
+        return 0
+    ranges = store.ranges()
+    named = {int(slot) for rows in inputs.adapters.values() for slot in rows.segment_slots}
+    return max((r.first_rank_row + r.rank_rows for slot in named if (r := ranges[slot]) is not None), default=0)
+
+
+def _tables(inputs: StepInput, width: int) -> dict[str, int]:
+    return {"block_tables": len(inputs.block_tables) * width}
+
+
+def _width(inputs: StepInput, state: DeviceState) -> int:
+    """Blocks in a row of the tables: as many as the step has, with room to grow in decode, whose addresses stay."""
+    blocks = int(inputs.block_tables.shape[1])
+    if inputs.token_class is TokenClass.DECODE and state.kv is not None:
+        return max(blocks, min(2 * blocks + 8, state.kv.spec.blocks))
+    return blocks
+
+
+def _fields(lengths: dict[str, int], inputs: StepInput, state: DeviceState, width: int) -> list[Field]:
     rows = max(inputs.tokens, len(inputs.logits_rows), inputs.sequences, 1)
-    tables = max(lengths["block_tables"], 1)
-    if inputs.token_class is TokenClass.DECODE:
-        if state.sampling is not None:
-            rows = max(rows, state.sampling.spec.request_slots)
-        if state.kv is not None and inputs.sequences:
-            # Tables are as wide as the longest context: leave room for it to grow.
-            width = inputs.block_tables.shape[1] if inputs.block_tables.ndim > 1 else 1
-            tables = max(tables, rows * min(2 * width + 8, state.kv.spec.blocks))
+    if inputs.token_class is TokenClass.DECODE and state.sampling is not None:
+        rows = max(rows, state.sampling.spec.request_slots)
     rows = 1 << (rows - 1).bit_length()
     triples = max(4 * rows, *(lengths[f"{row_set}.row"] for row_set in ROW_SETS))
     fields = [Field(name, _I64, rows) for name in ("token_ids", "positions", "kv_slots", "sources", "logits_rows")]
@@ -217,7 +311,11 @@ def _fields(lengths: dict[str, int], inputs: StepInput, state: DeviceState) -> l
     for row_set in ROW_SETS:
         fields += [Field(f"{row_set}.{name}", _I64, triples) for name in ("row", "slot")]
         fields += [Field(f"{row_set}.weight", _F32, triples)]
-    return [*(_of(field, inputs) for field in fields), Field("block_tables", _I32, tables)]
+    store = state.adapters
+    if store is not None and "owner" in lengths:
+        fields += [Field("owner", _I64, store.rank_rows)]
+        fields += [Field(f"{row_set}.mix", _F32, rows * (store.slots + 1)) for row_set in ROW_SETS]
+    return [*(_of(field, inputs) for field in fields), Field("block_tables", _I32, max(rows * width, 1))]
 
 
 def _of(field: Field, inputs: StepInput) -> Field:

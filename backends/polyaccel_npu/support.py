@@ -20,6 +20,8 @@ LARGEST_ROTARY = 896
 MOST_ROTARY_HEADS = 1000
 SHORTEST_310P_ROW = 32
 """Bytes of a row that RmsNorm on 310P takes at least."""
+SWIGLU_310P_BYTES = 64
+"""Of which rows of SwiGlu on 310P are a multiple."""
 
 Rule = Callable[[Query, Chip], list[Reason]]
 
@@ -47,6 +49,16 @@ def _plain(query: Query, chip: Chip) -> list[Reason]:
 
 def _any_weight(query: Query, chip: Chip) -> list[Reason]:
     return [reason for reason in _plain(query, chip) if reason != "the weight is quantised"]
+
+
+def _wide_product(query: Query, chip: Chip) -> list[Reason]:
+    if _dtype(query) != "float32" or chip.float32_products:
+        return []
+    return [f"chip {chip.family} multiplies float32 as float16; load the model as float16"]
+
+
+def _linear(query: Query, chip: Chip) -> list[Reason]:
+    return [*_any_weight(query, chip), *_wide_product(query, chip)]
 
 
 def _norm(query: Query, chip: Chip) -> list[Reason]:
@@ -118,21 +130,42 @@ def _adapted(query: Query, chip: Chip) -> list[Reason]:
     return list(dict.fromkeys([*_plain(query, chip), *(_sgmv(query, chip) if query.adapters else [])]))
 
 
+def _station(query: Query, chip: Chip) -> list[Reason]:
+    return [*_adapted(query, chip), *_wide_product(query, chip)]
+
+
+def _swiglu_width(query: Query, chip: Chip) -> list[Reason]:
+    slices = query.static.get("slices", ())
+    widths = slices if isinstance(slices, tuple) and slices else (2 * query.integer("n"),)
+    if chip.family == "310P" and sum(widths) * (4 if _dtype(query) == "float32" else 2) % SWIGLU_310P_BYTES:
+        return [f"rows of {sum(widths)}; SwiGlu on 310P takes multiples of {SWIGLU_310P_BYTES} bytes"]
+    return []
+
+
+def _silu_and_mul(query: Query, chip: Chip) -> list[Reason]:
+    return [*_plain(query, chip), *_swiglu_width(query, chip)]
+
+
 def _gate_up_act(query: Query, chip: Chip) -> list[Reason]:
     act = query.static.get("act", "silu")
-    return [*_adapted(query, chip), *([] if act == "silu" else [f"the activation is silu here, {act!r} was asked for"])]
+    return [
+        *_station(query, chip),
+        *_swiglu_width(query, chip),
+        *([] if act == "silu" else [f"the activation is silu here, {act!r} was asked for"]),
+    ]
 
 
 def _qkv(query: Query, chip: Chip) -> list[Reason]:
-    reasons = [*_adapted(query, chip), *_rotary(query, chip), *_scatter(query, chip)]
+    reasons = [*_station(query, chip), *_rotary(query, chip), *_scatter(query, chip)]
     return list(dict.fromkeys(reasons))
 
 
 _RULES: Mapping[str, Rule] = MappingProxyType(
     {
-        "linear": _any_weight,
+        "linear": _linear,
         "dequantize": lambda query, chip: [],
         "rms_norm": _norm,
+        "silu_and_mul": _silu_and_mul,
         "paged_attention": _fia,
         "dense_attention": _fia,
         "write_kv_cache": _scatter,
@@ -141,10 +174,10 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "sgmv_shrink": _sgmv,
         "sgmv_expand": _sgmv,
         "embedding": _adapted,
-        "column_linear": _adapted,
+        "column_linear": _station,
         "gate_up_act": _gate_up_act,
         "qkv_rope_cache": _qkv,
-        "row_parallel_linear": _adapted,
-        "row_parallel_add_norm": _adapted,
+        "row_parallel_linear": _station,
+        "row_parallel_add_norm": _station,
     }
 )

@@ -142,6 +142,72 @@ def test_a_task_group_takes_new_host_values(cannsim: Simulator) -> None:
     assert torch.equal(out.cpu(), x.cpu())
 
 
+def attention_operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = torch.randn(2, 1, 4, 64).half()
+    cache = torch.randn(6, 128, 4 * 64).half()
+    return q.npu(), cache.npu(), torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32).npu()
+
+
+def attended(operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], lengths: list[int], **given: Any) -> Any:
+    """Attention over pages, as a decode step asks for it."""
+    q, cache, table = operands
+    name = given.pop("name", "npu_fused_infer_attention_score")
+    asked = getattr(torch.ops.npu, name)
+    return (asked.out if "out" in given else asked)(
+        q,
+        cache,
+        cache,
+        actual_seq_lengths_kv=lengths,
+        block_table=table,
+        num_heads=4,
+        num_key_value_heads=4,
+        scale=0.125,
+        input_layout="BSND",
+        block_size=128,
+        **given,
+    )
+
+
+def test_the_largest_workspace_is_told_before_a_capture_and_launches_nothing(
+    cannsim: Simulator, cann_ledger: Ledger
+) -> None:
+    operands = attention_operands()
+    npu.synchronize()
+    cann_ledger.reset()
+    workspace = attended(operands, [3, 5], name="_npu_fused_infer_attention_score_get_max_workspace")
+    assert workspace.device.type == "npu"
+    assert not cann_ledger.counts()
+
+
+def test_lengths_that_change_between_replays_do_not_reach_the_replays_before(cannsim: Simulator) -> None:
+    operands = attention_operands()
+    wanted = {length: attended(operands, [length, length])[0].cpu() for length in (3, 200, 384)}
+    out, lse = torch.zeros_like(operands[0]), torch.zeros(1, device="npu")
+    graph, side, seen = npu.NPUGraph(), npu.Stream(), []
+    with npu.graph(graph):
+        stream = npu.current_stream()
+        npu.graph_task_group_begin(stream)
+        attended(operands, [3, 3], out=[out, lse])
+        handle = npu.graph_task_group_end(stream)
+    npu.synchronize()
+    cannsim.set_quiet(-1)  # nothing runs before somebody waits for it
+    try:
+        for length in (3, 200, 384, 200):
+            side.wait_stream(npu.current_stream())
+            with npu.stream(side):
+                npu.graph_task_update_begin(side, handle)
+                attended(operands, [length, length], out=[out, lse])
+                npu.graph_task_update_end(side)
+            npu.current_stream().wait_stream(side)
+            graph.replay()
+            seen.append((length, out + 0))
+    finally:
+        cannsim.set_quiet(cannsim.settings.quiet_ms)
+    npu.synchronize()
+    for length, found in seen:
+        assert torch.equal(found.cpu(), wanted[length]), length
+
+
 def test_a_synchronisation_inside_a_capture_fails_as_on_a_card(program: Any) -> None:
     out = program(
         """

@@ -32,9 +32,12 @@ def ask(
     *,
     ranks: int = 1,
     adapters: Sequence[str | None] = (None,),
+    graphs: bool = False,
+    captures: list[tuple[int, int]] | None = None,
     **options: object,
 ) -> Mapping[str | None, Answers]:
-    """Answers by adapter, None for the base."""
+    """Answers by adapter, None for the base. ``captures`` gets how many graphs the first rank captured and replayed
+    after each adapter."""
     loaded = {name: ADAPTERS / name for name in adapters if name is not None}
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=2)
     found: dict[str | None, Answers] = {}
@@ -47,7 +50,7 @@ def ask(
         max_num_seqs=4,
         kv_cache_bytes=64 << 20,
         adapters=loaded or None,
-        graphs=False,
+        graphs=graphs,
         **options,  # type: ignore[arg-type]
     ) as llm:
         for name in adapters:
@@ -58,6 +61,10 @@ def ask(
                 margins=tuple(tuple(_margins(one.logprobs)) for one in done),
                 texts=tuple(one.text for one in done),
             )
+            if captures is not None:
+                counts = llm.explain().ranks[0]["graphs"]
+                assert isinstance(counts, dict)
+                captures.append((int(counts["captures"]), int(counts["replays"])))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,24 @@ if TYPE_CHECKING:
     from polyaccel_npu.backend import NpuBackend
     from polyaccel_npu.device import NpuDevice
 
-PURE = ("test_errors", "test_attention_plan", "test_fused_rules", "test_journal", "test_probe", "test_health")
+PURE = (
+    "test_errors",
+    "test_attention_plan",
+    "test_fused_rules",
+    "test_journal",
+    "test_probe",
+    "test_health",
+    "test_import_safety",
+)
 """Modules that need no device."""
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "hardware: runs on a card, or on a simulated one, unchanged")
+LONG = "POLYACCEL_LONG_TESTS"
+LONG_CASES = (
+    "test_one_card_answers_with_the_cpu_backends_tokens[bfloat16]",
+    "test_several_cards_answer_with_the_cpu_backends_tokens[3]",
+    "test_several_cards_answer_with_the_cpu_backends_tokens[4]",
+    "test_replayed_steps_answer_as_those_that_run_call_by_call[2]",
+)
+"""What takes a minute or more on two cores; the others of its module ask the same of less."""
 
 
 def _unusable() -> str:
@@ -37,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.hardware)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+        elif not os.environ.get(LONG) and item.name in LONG_CASES:
+            item.add_marker(pytest.mark.skip(reason=f"takes minutes; set {LONG}=1"))
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from polyaccel.backend import StepInput, TokenClass
-from polyaccel_npu.attention_plan import plan_attention
+from polyaccel_npu.attention_plan import KeyRoom, plan_attention
 
 
 def step(queries: list[int], contexts: list[int], padding: int = 0) -> StepInput:
@@ -58,6 +60,21 @@ def test_sequences_with_one_query_share_a_call() -> None:
     assert plan.covered
 
 
-def test_a_graphs_padding_rows_take_part_with_one_key() -> None:
-    plan = plan_attention(step([1, 1], [4, 0]), padded=True)
-    assert [c.lengths for c in plan.calls] == [(4, 1)]
+@given(
+    contexts=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    size=st.sampled_from([1, 4, 16]),
+    extra=st.integers(0, 9),
+)
+def test_calls_hold_no_more_blocks_than_the_cache_and_no_fewer_sequences_than_fit(
+    contexts: list[int], size: int, extra: int
+) -> None:
+    room = KeyRoom(size, -(-max(contexts) // size) + extra)
+    plan = plan_attention(step([1] * len(contexts), contexts), room)
+    assert [i for call in plan.calls for i in range(call.first, call.last)] == [i for i, n in enumerate(contexts) if n]
+    for call in plan.calls:
+        assert room.takes(call.lengths)
+    for one, other in pairwise(plan.calls):
+        if one.last == other.first:
+            assert not room.takes((*one.lengths, other.lengths[0])), "two calls where one would do"
+    if room.takes(contexts) and min(contexts) > 0:
+        assert len(plan.calls) == 1

@@ -74,3 +74,17 @@ def test_memory_that_ran_out_is_told_from_other_failures() -> None:
 
 def test_an_exception_of_someone_else_is_not_taken_for_one_of_the_npus() -> None:
     assert not parse("shape '[2, 3]' is invalid for input of size 5").is_npu
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "EI0002: the collective of hccl_world on rank 0 did not finish within 2 s\n",
+        "HcclBarrier failed\n[ERROR] 2026-11-23-01:00:00 (PID:7, RankID:0) ERR02200 DIST call hccl api failed.",
+        "store wait timed out\n[ERROR] 2026-11-23-01:00:00 (PID:7, Device:0, RankID:0) ERR02005 DIST internal error",
+    ],
+)
+def test_what_ranks_do_to_each_other_is_told_from_what_an_operator_does(text: str) -> None:
+    assert parse(text).communication
+    assert not parse(OLD).communication
+    assert not parse(NEW).communication

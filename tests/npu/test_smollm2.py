@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,22 @@ def test_several_cards_answer_with_the_cpu_backends_tokens(
     assert "Paris" in found[None].texts[0]
     for name in NAMES:
         assert_same(found[name], expected[name], f"{ranks} cards, adapter {name}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_replayed_steps_answer_as_those_that_run_call_by_call(smollm2_path: Path, ranks: int) -> None:
+    names = (None, "pirate", "json", "pirate")
+    eager = ask(smollm2_path, "npu", "float16", ranks=ranks, adapters=NAMES)
+    captures: list[tuple[int, int]] = []
+    found = ask(smollm2_path, "npu", "float16", ranks=ranks, adapters=names, graphs=True, captures=captures)
+    for name in NAMES:
+        assert found[name].ids == eager[name].ids, f"{ranks} cards, adapter {name}"
+    made = [captured for captured, _ in captures]
+    assert made[:2] == [1, 2], "one graph without adapters, one with"
+    assert made[2] <= 3, "the second adapter's rank rows end later, which may be another size of graph"
+    assert made[3] == made[2], "an adapter that comes back captures nothing"
+    replays = [0, *(replayed for _, replayed in captures)]
+    assert all(later > before for before, later in pairwise(replays)), replays
 
 
 def test_adapters_change_the_answer(expected: Mapping[str | None, Answers]) -> None:

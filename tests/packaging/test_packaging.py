@@ -99,10 +99,18 @@ def test_the_type_marker_is_installed(probe: dict[str, object]) -> None:
 def test_the_console_script_lists_the_built_in_backends(overlay: Overlay) -> None:
     assert "backends" in overlay.run("polyaccel", "--help")
     lines = overlay.run("polyaccel", "backends").splitlines()
+    # What needs hardware passes where it is, and says what is missing where it is not.
+    missing = {"npu": "torch_npu is not installed: python -m pip install 'polyaccel[npu]'"}
+    if not torch.cuda.is_available():
+        missing["cuda"] = "torch finds no CUDA device"
     for name in project()["entry-points"]["polyaccel.backends"]:
-        # What needs hardware passes where it is, and says what is missing where it is not.
-        said = "torch finds no CUDA device" if name == "cuda" and not torch.cuda.is_available() else "PASS"
+        said = missing.get(name, "PASS")
         assert [line for line in lines if name in line.split() and said in line], f"no {said!r} row for {name}: {lines}"
+
+
+def test_the_simulators_command_is_installed_and_needs_no_torch_npu_to_explain_itself(overlay: Overlay) -> None:
+    assert "--soc" in overlay.run("polyaccel-cannsim", "run", "--help")
+    assert "aclnnMatmulAllReduce" in overlay.run("polyaccel-cannsim", "show")
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
@@ -134,13 +142,16 @@ def test_the_sdist_can_build_itself(built: tuple[Path, Path]) -> None:
     assert not [name for name in names if name.startswith((".git/", ".tox/", "build/"))]
 
 
-@pytest.mark.parametrize("extra", project()["optional-dependencies"])
+@pytest.mark.parametrize("extra", [*project()["optional-dependencies"], "cuda,npu"])
 def test_an_extra_resolves_beside_the_installed_torch(extra: str, built: tuple[Path, Path], work: Path) -> None:
     options = ["--dry-run", "--quiet", "--report", "-", "--constraint", str(ROOT / "constraints.txt")]
     report = json.loads(run([*PIP, "install", *options, f"polyaccel[{extra}] @ {built[1].as_uri()}"], work))
     chosen = {canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"] for one in report["install"]}
     assert "torch" not in chosen
-    wanted = {canonicalize_name(Requirement(text).name) for text in project()["optional-dependencies"][extra]}
+    # It would install into Triton's own folder.
+    assert "triton-ascend" not in chosen
+    texts = [text for one in extra.split(",") for text in project()["optional-dependencies"][one]]
+    wanted = {canonicalize_name(Requirement(text).name) for text in texts}
     assert wanted <= chosen.keys() | {
         canonicalize_name(one.metadata["Name"]) for one in importlib.metadata.distributions()
     }

@@ -15,13 +15,13 @@ from polyaccel.backend.version import format_version
 from polyaccel.engine.config import EngineConfig
 from polyaccel.engine.outputs import Completion, Timing
 from polyaccel.engine.sampling_params import SamplingParams
-from tests.project.source import ROOT, Module, modules, suite_modules
+from tests.project.source import ROOT, Module, backend_modules, modules, suite_modules
 
 
 def module_list() -> str:
     """One line a module, its docstring's first sentence, under a heading for each package."""
     lines: list[str] = []
-    for module in (*modules(), *suite_modules()):
+    for module in (*modules(), *backend_modules(), *suite_modules()):
         if _has_heading(module):
             lines += ["", f"## {module.name}", "", f"{module.summary()}.", ""]
         else:
@@ -30,7 +30,7 @@ def module_list() -> str:
 
 
 def _has_heading(module: Module) -> bool:
-    return module.is_package and module.name.count(".") == (0 if module.is_suite else 1)
+    return module.is_package and module.name.count(".") == (module.name.split(".")[0] == "polyaccel")
 
 
 def operator_tables() -> str:

@@ -60,5 +60,5 @@ def test_a_built_in_backend_can_be_loaded(name: str, target: str) -> None:
 
 def test_tox_has_an_environment_for_every_chore_and_at_most_four_with_torch() -> None:
     text = (ROOT / "tox.ini").read_text(encoding="utf-8")
-    assert "env_list = lint, types, py, triton, docs, packaging, conformance" in text
+    assert "env_list = lint, types, py, triton, npu-sim, docs, packaging, conformance" in text
     assert 1 <= len(re.findall(r"^skip_install = false$", text, flags=re.MULTILINE)) <= 4

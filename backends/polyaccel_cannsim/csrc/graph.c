@@ -237,7 +237,12 @@ EXPORT aclError aclmdlRICaptureTaskUpdateEnd(void *handle) {
       fresh = after_fresh;
     }
   }
+  /* What was replaced may still be queued: it is forgotten when this stream has done what the caller made it wait for. */
+  item *last = new_item(ITEM_GRAPH_DONE);
+  if (last) {
+    last->graph = collected;
+    append_locked(s, last);
+  }
   pthread_mutex_unlock(&state_lock);
-  graph_done(collected);
-  return code;
+  return last ? code : MEMORY_ALLOCATION;
 }

@@ -120,4 +120,3 @@ EXPORT aclError aclDestroyFloatArray(const array *a) { return destroy(a); }
 EXPORT aclError aclDestroyScalar(const array *a) { return destroy(a); }
 EXPORT aclError aclDestroyTensorList(const array *a) { return destroy_all(a); }
 EXPORT aclError aclDestroyScalarList(const array *a) { return destroy_all(a); }
-EXPORT aclError aclDestroyAclOpExecutor(void *executor) { (void)executor; return OK; }

@@ -68,4 +68,4 @@ def environment_of(simulator: Simulator) -> Environment:
     return found
 
 
-RULES: tuple[Rule, ...] = tuple(row.rule(environment_of) for row in OPERATORS)
+RULES: tuple[Rule, ...] = tuple(rule for row in OPERATORS for rule in row.rules(environment_of))

@@ -5,6 +5,8 @@ The plain ones (silu, sigmoid, tanh) are rows of elementwise.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .descriptor import (
@@ -70,6 +72,11 @@ def _tanh_gelu(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(values, approximate="tanh")
 
 
+def _exact_gelu(values: torch.Tensor) -> torch.Tensor:
+    """As the page has it; torch's own kernel for the CPU has a coarser erf and makes NaN of infinity."""
+    return 0.5 * values * (1 + torch.erf(values * math.sqrt(0.5)))
+
+
 @aclnn("aclnnGelu", "2*tensor", serves="gelu", document=GELU)
 def gelu(environment: Environment, x: Tensor, out: Tensor) -> Compute:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the only formula of the page.
@@ -89,7 +96,7 @@ def gelu_v2(environment: Environment, x: Tensor, approximate: int, out: Tensor) 
         raise invalid(f"approximate must be 0 or 1, but is {approximate}.")  # GeluV2, approximate
     if approximate:
         return lambda: store(out, _tanh_gelu(wide(x)))
-    return lambda: store(out, torch.nn.functional.gelu(wide(x)))
+    return lambda: store(out, _exact_gelu(wide(x)))
 
 
 OPERATORS = (swiglu, gelu, gelu_v2)

@@ -142,6 +142,7 @@ _FUSED_TAIL = "int64 double 2*int64 string 4*int64 int64 bool 2*int64 2*tensor"
     serves="npu_fused_infer_attention_score before CANN 8.1",
     document=FUSED,
     since="8.0.RC2",
+    max_workspace=True,
 )
 def fused_infer_attention_score_v2(environment: Environment, *arguments: Any) -> Compute:
     """Attention of queries [B, S, N, D] (or another layout) on dense or paged keys and values."""
@@ -154,6 +155,7 @@ def fused_infer_attention_score_v2(environment: Environment, *arguments: Any) ->
     serves="npu_fused_infer_attention_score",
     document=FUSED,
     since="8.1.RC1",
+    max_workspace=True,
 )
 def fused_infer_attention_score_v3(environment: Environment, *arguments: Any) -> Compute:
     """V2 with the ropes of MLA, which are not simulated."""

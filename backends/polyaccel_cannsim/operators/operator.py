@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..registry import Compute, Launch, Rule, parse
+from ..registry import MAX_WORKSPACE, Compute, Launch, Rule, parse
 from ..soc import CannVersion
 from .environment import Environment
 
@@ -29,6 +29,7 @@ class Operator:
     (workspace size, executor). `serves` names the torch or torch_npu operators that end in it. `document` is where its
     signature and constraints are published. `since` is the first CANN version that exports it: from the document, from
     op-plugin's version checks, or, where both are silent, an estimate from the snapshots that have its page.
+    `max_workspace`: `<name>GetMaxWorkspaceSize` is exported as well, which graphs ask before they are captured.
     """
 
     name: str
@@ -37,26 +38,31 @@ class Operator:
     serves: str
     document: str
     since: str = OLDEST
+    max_workspace: bool = False
 
     def __call__(self, environment: Environment, *arguments: Any) -> Compute | Launch:
         """Check the call; return what computes it."""
         return self.check(environment, *arguments)
 
-    def rule(self, environment_of: Callable[[Simulator], Environment]) -> Rule:
+    def rules(self, environment_of: Callable[[Simulator], Environment]) -> tuple[Rule, ...]:
         """The row for the simulator's registry."""
 
         def first_stage(*arguments: Any, simulator: Simulator) -> Compute | Launch:
             return self.check(environment_of(simulator), *arguments)
 
         words = parse(self.name, self.signature)
-        return Rule(self.name, words, first_stage, self.document, CannVersion(self.since), wants_simulator=True)
+        names = (self.name, f"{self.name}{MAX_WORKSPACE}") if self.max_workspace else (self.name,)
+        since = CannVersion(self.since)
+        return tuple(Rule(name, words, first_stage, self.document, since, wants_simulator=True) for name in names)
 
 
-def aclnn(name: str, signature: str, *, serves: str, document: str, since: str = OLDEST) -> Callable[[Check], Operator]:
+def aclnn(
+    name: str, signature: str, *, serves: str, document: str, since: str = OLDEST, max_workspace: bool = False
+) -> Callable[[Check], Operator]:
     """Make an Operator of a first stage. Raises RuleError where the signature does not parse."""
     parse(name, signature)
 
     def make(check: Check) -> Operator:
-        return Operator(name, signature, check, serves, document, since)
+        return Operator(name, signature, check, serves, document, since, max_workspace)
 
     return make

@@ -20,6 +20,7 @@ from polyaccel_conformance.levels.evidence import Machine
 from polyaccel_conformance.multi.identity import RankIdentity, device_properties
 
 YES = "yes"
+UNKNOWN = "unknown"
 SOURCES = ("source.backend", "source.contract", "source.core", "source.suite")
 """Keys of the hashes that decide whether a certificate is stale."""
 
@@ -54,12 +55,17 @@ def environment(name: str, backend: Backend) -> dict[str, str]:
 
 
 def driver(device: torch.device) -> str:
-    """Versions below torch, as far as its module for the device tells them."""
+    """Versions below torch, as far as its module for the device tells them; ``unknown`` for a device that its driver
+    does not describe, such as one that nothing has used yet."""
     known = [f"{name} {version}" for name in ("cuda", "hip", "xpu") if (version := getattr(torch.version, name, None))]
     if device.type in ("cpu", "meta"):
         return ""
-    if (properties := device_properties(device)) is not None:
-        known.append(str(properties))
+    try:
+        properties = device_properties(device)
+        if properties is not None:
+            known.append(str(properties))
+    except RuntimeError:
+        known.append(f"{device.type} {UNKNOWN}")
     with suppress(metadata.PackageNotFoundError):
         known.append(f"torch_{device.type} {metadata.version(f'torch_{device.type}')}")
     return ", ".join(known)

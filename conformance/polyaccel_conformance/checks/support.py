@@ -146,7 +146,11 @@ class BadArguments(Check):
     def _bad(self, trial: Trial, name: str, tensor: torch.Tensor) -> list[_Bad]:
         found = []
         other = torch.float64 if tensor.dtype.is_floating_point else torch.float32
-        found.append(_Bad(argument=name, what=f"dtype {other}", tensor=tensor.to(other)))
+        turned = tensor.to(other)
+        if turned.dtype != other:
+            # A device without that dtype gives another one instead, which may be the right one.
+            turned = tensor.to(torch.int32)
+        found.append(_Bad(argument=name, what=f"dtype {turned.dtype}", tensor=turned))
         if tensor.dim() and tensor.shape[-1] > 1 and _width_is_fixed(trial.problem, name):
             shape = (*tensor.shape[:-1], tensor.shape[-1] + 1)
             found.append(

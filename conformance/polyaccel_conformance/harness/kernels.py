@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,10 +17,28 @@ _profiler: Any = torch.profiler
 
 def has_profiler(device: torch.device) -> bool:
     """Whether torch's profiler sees the kernels of a device here. Virtual devices have a trace of their own."""
-    if virtual_device(device) is not None:
-        return True
-    kind = _kind(device)
-    return kind is not None and kind in _profiler.supported_activities()
+    return not profiler_refusal(device)
+
+
+def profiler_refusal(device: torch.device) -> str:
+    """Why torch's profiler does not see the kernels of a device here; empty if it does."""
+    return "" if virtual_device(device) is not None else _refusal(device.type)
+
+
+@functools.cache
+def _refusal(type_: str) -> str:
+    """Asked once a process: an activity that torch supports may still lack the vendor's library, such as CUPTI or
+    libmspti, which torch loads when the first trace begins or ends."""
+    kind = _kind(type_)
+    if kind is None or kind not in _profiler.supported_activities():
+        return f"torch's profiler sees no kernels of {type_}"
+    try:
+        with _profiler.profile(activities=[kind]):
+            pass
+    except RuntimeError as error:
+        said = str(error).strip() or type(error).__name__
+        return f"torch's profiler sees no kernels of {type_}: {said.splitlines()[0]}"
+    return ""
 
 
 def launches_unseen(device: torch.device) -> bool:
@@ -28,10 +47,10 @@ def launches_unseen(device: torch.device) -> bool:
     return has_profiler(device) and virtual_device(device) is None
 
 
-def _kind(device: torch.device) -> Any:
-    if device.type in ("cpu", "meta"):
+def _kind(type_: str) -> Any:
+    if type_ in ("cpu", "meta"):
         return None
-    return getattr(_profiler.ProfilerActivity, "CUDA" if device.type == "cuda" else "PrivateUse1", None)
+    return getattr(_profiler.ProfilerActivity, "CUDA" if type_ == "cuda" else "PrivateUse1", None)
 
 
 class KernelTrace:
@@ -44,7 +63,7 @@ class KernelTrace:
         self._virtual = virtual_device(device)
         self._profile: Any = None
         if self._virtual is None:
-            self._profile = _profiler.profile(activities=[_kind(device)], acc_events=True)
+            self._profile = _profiler.profile(activities=[_kind(device.type)], acc_events=True)
         self.kernels: tuple[str, ...] = ()
         self.copies: tuple[str, ...] = ()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -67,22 +68,23 @@ def device_id(device: Device) -> str:
     kind = device.torch_device.type
     if kind == "cpu":
         return kind
-    found = getattr(device_properties(device.torch_device), "uuid", None)
+    found: object | None = None
+    # Some drivers answer each property when it is read.
+    with suppress(RuntimeError):
+        found = getattr(device_properties(device.torch_device), "uuid", None)
     return str(device.torch_device) if found is None else f"{kind} {found}"
 
 
 def device_properties(device: torch.device) -> object | None:
-    """What torch's module for the device says of it; None where it says nothing, as some drivers do of a device that
-    nothing has used yet."""
+    """What torch's module for the device says of it; None where it has nothing to say.
+
+    Raises:
+        RuntimeError: the driver does not answer, as some do not for a device that nothing has used yet.
+    """
     if device.type in ("cpu", "meta"):
         return None
     describe = getattr(torch.get_device_module(device.type), "get_device_properties", None)
-    if describe is None:
-        return None
-    try:
-        found: object = describe(device)
-    except RuntimeError:
-        return None
+    found: object = None if describe is None else describe(device)
     return found
 
 

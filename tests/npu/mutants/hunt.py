@@ -1,0 +1,147 @@
+"""Runs of mutants: each in fresh processes, until what must find it has found it.
+
+``python -m tests.npu.mutants.hunt [NAME ...]`` prints a table: mutant, what found it, seconds; without names of all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.npu.constraints.judge import faults
+from tests.npu.constraints.pool import Pool, RankFailed
+from tests.npu.mutants.mutant import ByTest, Edit, Killer, Mutant, OnCard, OnRanks, environment, plant
+
+SECONDS = 240.0
+BLUNDERS = ("NameError", "ImportError", "AttributeError", "SyntaxError", "TypeError")
+CRASHES = tuple(f"{how}{blunder}" for how in ("crash: ", "E       ", "E   ") for blunder in BLUNDERS)
+"""How findings begin that are about the mutant's own code: it must be a program that works and is wrong."""
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass(frozen=True)
+class Score:
+    """``found``: what was wrong, empty if nothing; ``by``: the check or test that says so.
+
+    ``seconds``: wall clock; ``busy``: processor time of the processes.
+    """
+
+    found: str
+    by: str
+    seconds: float
+    busy: float
+
+
+def hunt(edits: tuple[Edit, ...], killer: Killer) -> Score:
+    """Ask the killer about the sources with these edits; without any, about healthy ones through the same wrapper."""
+    began, used = time.monotonic(), _used()
+    with tempfile.TemporaryDirectory(prefix="npu-mutant-") as name:
+        folder = Path(name).resolve()
+        plant(edits, folder)
+        if isinstance(killer, OnCard):
+            found, by = _on_card(killer, folder)
+        elif isinstance(killer, OnRanks):
+            found, by = _on_ranks(killer, folder)
+        else:
+            found, by = _by_test(killer, folder)
+    return Score(found, by, time.monotonic() - began, _used() - used)
+
+
+def _used() -> float:
+    """Processor seconds of this process's children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=dict(environment(folder)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+
+
+def _on_card(killer: OnCard, folder: Path) -> tuple[str, str]:
+    words = [sys.executable, "-m", "tests.npu.mutants.on_card", str(folder)]
+    done = _run([*words, ",".join(killer.operators), ",".join(killer.checks)], folder)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, f"no answer, exit {done.returncode}:\n{done.stderr[-3000:]}"
+    answer = json.loads(lines[-1])
+    found = f"{answer['cause']}: {answer['message']}" if answer["check"] else ""
+    return found, f"check {answer['check']} of {', '.join(killer.operators)}, case {answer['cases']}"
+
+
+def _on_ranks(killer: OnRanks, folder: Path) -> tuple[str, str]:
+    pool = Pool(killer.chip, killer.world, environment(folder))
+    try:
+        pool.open(killer.world)
+        for number, case in enumerate(killer.cases, 1):
+            answers = pool.call(case)
+            found = [fault for one in answers for fault in faults(killer.chip, killer.world, case, one)]
+            if found:
+                first = next((fault for fault in found if fault.startswith(killer.fault)), found[0])
+                return first, f"test_constraints_kept, {first.partition(':')[0]}, case {number}"
+        wrong = pool.collect() if killer.collectives else []
+        return (f"collectives: {wrong[0]}", "test_constraints_kept, collectives") if wrong else ("", "")
+    except RankFailed as failed:
+        # A rank that ends for another reason proves nothing about the tests.
+        refused = re.search(r"\baclnn\w+ failed", str(failed))
+        return f"{'refused' if refused else 'broken'}: {failed}", "test_constraints_kept, CANN's refusal"
+    finally:
+        pool.close()
+
+
+def _by_test(killer: ByTest, folder: Path) -> tuple[str, str]:
+    # The configured path would put the true sources first.
+    path = f"pythonpath={folder} . conformance backends"
+    words = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-o", path]
+    done = _run([sys.executable, "-m", "pytest", *words, killer.test], folder)
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout.splitlines()[-1], done.stdout[-500:]
+    name = killer.test.rpartition("::")[2]
+    if done.returncode == 0:
+        return "", name
+    lines = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
+    return (lines[0] if lines else "failed"), f"{Path(killer.test.partition('::')[0]).stem}::{name}"
+
+
+def expected(killer: Killer, score: Score) -> bool:
+    """Whether what was found is what must find it."""
+    if isinstance(killer, OnRanks):
+        return score.found.startswith(killer.fault)
+    return bool(score.found) and not score.found.startswith(CRASHES)
+
+
+def told(mutant: Mutant) -> Score:
+    """Hunt one and print its line."""
+    score = hunt(mutant.edits, mutant.killer)
+    verdict = score.by if expected(mutant.killer, score) else f"SURVIVES {score.found[:200]}"
+    print(f"{mutant.name:28} {score.seconds:6.1f} s, busy {score.busy:5.1f} s  {verdict}", flush=True)
+    print(f"{'':28} {score.found.replace(chr(10), ' ')[:160]}", flush=True)
+    return score
+
+
+def main(names: list[str]) -> int:
+    from tests.npu.mutants.catalogue import MUTANTS
+
+    chosen = [MUTANTS[name] for name in names] or list(MUTANTS.values())
+    scores = [(mutant, told(mutant)) for mutant in chosen]
+    caught = sum(expected(mutant.killer, score) for mutant, score in scores)
+    busy = sum(score.busy for _, score in scores)
+    print(f"{caught} of {len(scores)} found, {sum(score.seconds for _, score in scores):.0f} s, busy {busy:.0f} s")
+    return int(caught < len(scores))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
