@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="run tox -e triton")
+
 from polyaccel_cuda import graph, step
 from polyaccel_cuda.backend import CudaBackend
 
