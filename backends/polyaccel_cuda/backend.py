@@ -35,10 +35,10 @@ from polyaccel.backend import (
     WeightSpec,
 )
 from polyaccel.backend.backend import Implementations
+from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
 from polyaccel.backend.composite.linear import dequantize
 from polyaccel_cuda.evidence import evidence
 from polyaccel_cuda.kv_cache import BLOCK_SIZE, BlockMajorKVCache
-from polyaccel_cuda.sampling_state import CudaSamplingState
 from polyaccel_cuda.support import supports
 from polyaccel_cuda.warm_up import WarmUp, prepare
 from polyaccel_cuda.weight import allocate
@@ -170,7 +170,7 @@ class CudaBackend(Backend):
         return BlockMajorKVCache(spec, device)
 
     def allocate_sampling(self, spec: SamplingSpec, device: Device) -> SamplingState:
-        return CudaSamplingState(spec, device)
+        return CapturedSamplingState(spec, device)
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 

@@ -16,11 +16,10 @@ from polyaccel.backend import (
     SampleOutput,
     Step,
     StepFunction,
-    UnsupportedError,
 )
+from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
 from polyaccel_cuda.arena import Arena
 from polyaccel_cuda.kernels.early import can_begin_early, early_launches
-from polyaccel_cuda.sampling_state import CudaSamplingState
 from polyaccel_cuda.step import CudaStep
 
 
@@ -62,7 +61,7 @@ class CudaGraph(Graph):
 
     def capture(self, step: CudaStep) -> None:
         """Add the capture that ``step`` needs, unless there is one."""
-        state, needs = _sampling(step)
+        state, needs = CapturedSamplingState.of(step)
         found = self._captured.get(needs)
         if found is not None and found.arena is step.arena:
             return
@@ -94,7 +93,7 @@ class CudaGraph(Graph):
         if own.input.tokens != self.key.rows:
             raise OperatorError("replay", f"a step of {own.input.tokens} rows for {self.key}")
         self.capture(own)
-        state, needs = _sampling(own)
+        state, needs = CapturedSamplingState.of(own)
         captured = self._captured[needs]
         self._ledger.add(captured.launches)
         with torch.cuda.device(own.tensor("positions").device):
@@ -108,12 +107,3 @@ class CudaGraph(Graph):
         for captured in self._captured.values():
             captured.graph.reset()
         self._captured.clear()
-
-
-def _sampling(step: CudaStep) -> tuple[CudaSamplingState, object]:
-    state = step.state.sampling
-    if not isinstance(state, CudaSamplingState):
-        raise UnsupportedError("a graph is captured for decode steps, which sample")
-    # Wide tables appear when a request first needs them; a capture made before does not read them.
-    tables = (state.output_counts is None, state.bias is None, state.allowed is None)
-    return state, (state.needs(step.input.sample_slots), tables)

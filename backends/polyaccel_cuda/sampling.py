@@ -7,9 +7,9 @@ import triton
 
 from polyaccel.backend import OperatorError, SampleOutput, SamplingState
 from polyaccel.backend.composite import sampling
+from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
 from polyaccel.backend.composite.sampling_state import StepNeeds
 from polyaccel_cuda.kernels import sample as kernels
-from polyaccel_cuda.sampling_state import CudaSamplingState
 from polyaccel_cuda.step import CudaStep
 
 FUSED = True
@@ -29,7 +29,7 @@ def sample(logits: torch.Tensor, state: SamplingState, step: CudaStep) -> Sample
     Raises:
         OperatorError: another state class, or logits of another shape.
     """
-    if not isinstance(state, CudaSamplingState):
+    if not isinstance(state, CapturedSamplingState):
         return sampling.sample(logits, state, step)
     slots, vocabulary = step.input.sample_slots, state.spec.vocabulary
     if logits.shape != (len(slots), vocabulary):
@@ -69,7 +69,7 @@ def sample(logits: torch.Tensor, state: SamplingState, step: CudaStep) -> Sample
     return _with_logprobs(scores, ids, not changed, state.spec.max_top_logprobs, block)
 
 
-def _adjusted(logits: torch.Tensor, state: CudaSamplingState, rows: torch.Tensor, needs: StepNeeds) -> torch.Tensor:
+def _adjusted(logits: torch.Tensor, state: CapturedSamplingState, rows: torch.Tensor, needs: StepNeeds) -> torch.Tensor:
     """``[R, vocabulary]`` float32: penalties, bias and mask applied; minus infinity where masked."""
     count, vocabulary = logits.shape
     scores = torch.empty((count, vocabulary), dtype=torch.float32, device=logits.device)

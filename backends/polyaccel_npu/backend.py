@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 
@@ -36,6 +37,7 @@ from polyaccel.backend import (
 )
 from polyaccel.backend.backend import Implementations
 from polyaccel.backend.composite import operators as composite
+from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
 from polyaccel_npu import runtime
 from polyaccel_npu.evidence import evidence
 from polyaccel_npu.health import Health
@@ -46,6 +48,7 @@ from polyaccel_npu.support import supports
 if TYPE_CHECKING:
     from polyaccel_npu.communicator import NpuCommunicator
     from polyaccel_npu.device import NpuDevice
+    from polyaccel_npu.graph import NpuGraph
     from polyaccel_npu.step import StepLoader
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier")
@@ -80,6 +83,7 @@ class NpuBackend(Backend):
         self._groups: list[NpuCommunicator] = []
         self._own_device: int | None = None
         self._pool: object | None = None
+        self._graphs: WeakSet[NpuGraph] = WeakSet()
 
     @property
     def simulated(self) -> bool:  # type: ignore[override]
@@ -178,9 +182,8 @@ class NpuBackend(Backend):
         return BlockKVCache(spec, device)
 
     def allocate_sampling(self, spec: SamplingSpec, device: Device) -> SamplingState:
-        from polyaccel_npu.sampling_state import NpuSamplingState
 
-        return NpuSamplingState(spec, device)
+        return CapturedSamplingState(spec, device)
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
@@ -206,9 +209,12 @@ class NpuBackend(Backend):
         refused = self.graph_refusals()
         if refused:
             raise UnsupportedError(f"no graph of {key}: {'; '.join(refused)}")
-        if self._pool is None:
+        if not any(graph.holds_memory for graph in self._graphs):
+            # A pool ends with its last graph; torch_npu, as torch, refuses a capture into one that has ended.
             self._pool = new_pool(NpuStep.of("capture", step).device.torch_device)
-        return capture(key, fn, step, self._issuer, self._pool)
+        graph = capture(key, fn, step, self._issuer, self._pool)
+        self._graphs.add(graph)
+        return graph
 
     # -- ranks -------------------------------------------------------------------------------------------------------
 

@@ -27,12 +27,12 @@ from polyaccel.backend import (
     StepInput,
     UnsupportedError,
 )
+from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
 from polyaccel.backend.ledger import COMPOSITE_PREFIX, NESTED_PREFIX
 from polyaccel_npu import runtime
 from polyaccel_npu.arena import Arena
 from polyaccel_npu.chip import Chip
 from polyaccel_npu.issue import Issuer
-from polyaccel_npu.sampling_state import NpuSamplingState
 from polyaccel_npu.step import GraphMode, NpuStep
 
 FAMILIES = ("A2", "A3", "950")
@@ -132,13 +132,18 @@ class NpuGraph(Graph):
         self._fn, self._issuer, self._pool = fn, issuer, pool
         self._captured: dict[object, _Captured] = {}
 
+    @property
+    def holds_memory(self) -> bool:
+        """Whether it has a capture, whose memory pool is then in use."""
+        return bool(self._captured)
+
     def capture(self, step: NpuStep) -> None:
         """Add the capture that ``step`` needs, unless there is one.
 
         Raises:
             UnsupportedError: something in the step cannot be captured; the reason says what.
         """
-        state, needs = _sampling(step)
+        state, needs = CapturedSamplingState.of(step)
         found = self._captured.get(needs)
         if found is not None and found.arena is step.arena:
             return
@@ -176,7 +181,7 @@ class NpuGraph(Graph):
             self._issuer.launcher.ledger.record(EAGER)
             return self._fn(own)
         self.capture(own)
-        state, needs = _sampling(own)
+        state, needs = CapturedSamplingState.of(own)
         captured = self._captured[needs]
         with runtime.npu().device(own.torch_device):
             captured.host.update(_lengths(own.input), self._issuer)
@@ -237,15 +242,6 @@ def _irregular(step: NpuStep) -> bool:
 def _lengths(inputs: StepInput) -> list[int]:
     """Keys of each sequence, one where there are none: rows that pad a step read one, which means nothing."""
     return np.maximum(inputs.context_lengths, 1).tolist()  # type: ignore[no-any-return]
-
-
-def _sampling(step: NpuStep) -> tuple[NpuSamplingState, object]:
-    state = step.state.sampling
-    if not isinstance(state, NpuSamplingState):
-        raise UnsupportedError("a graph is captured for decode steps, which sample")
-    # Wide tables appear when a request first needs them; a capture made before does not read them.
-    tables = (state.output_counts is None, state.bias is None, state.allowed is None)
-    return state, (state.needs(step.input.sample_slots), tables)
 
 
 def capture(key: GraphKey, fn: StepFunction, step: Step, issuer: Issuer, pool: Any) -> NpuGraph:

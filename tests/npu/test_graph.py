@@ -245,6 +245,19 @@ def test_metadata_stays_where_it_is(backend: NpuBackend, device: NpuDevice) -> N
     assert len(places) == 1
 
 
+def test_graphs_can_be_captured_again_after_all_have_been_closed(backend: NpuBackend, device: NpuDevice) -> None:
+    model = OneLayer(backend, device)
+    step = model.begin(decode([1, 2], [3, 4], []))
+    wanted, held = model.left(model.forward(step), 2), []
+    for _ in range(3):
+        graphs = [backend.capture(WITHOUT, model.forward, step) for _ in range(2)]
+        assert_alike(model.left(graphs[-1].replay(step), 2), wanted, "after others were closed")
+        # Memory of a pool that has ended, still in use.
+        held.append(model.logits)
+        for graph in graphs:
+            graph.close()
+
+
 def test_a_context_that_outgrows_its_block_table_is_captured_anew_and_right(
     backend: NpuBackend, device: NpuDevice
 ) -> None:

@@ -91,23 +91,22 @@ class Panels(Packed):
         self._opaque = _panels(plain, ROWS)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.shape[0] <= FEW:
-            return self._once(x, bias, None)
-        y = x.new_empty(x.shape[0], self._n)
-        for start, stop in cuts(x.shape[0], self._sizes):
-            y[start:stop].copy_(self._once(x[start:stop], bias, None))
-        return y
+        return self._product(x, bias, None)
 
     def multiply_add(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        return self._product(x, bias, residual)
+
+    def plain(self) -> torch.Tensor:
+        return self._opaque.to_dense().reshape(self._n, self._k)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
         if x.shape[0] <= FEW:
             return self._once(x, bias, residual)
         y = x.new_empty(x.shape[0], self._n)
         for start, stop in cuts(x.shape[0], self._sizes):
-            y[start:stop].copy_(self._once(x[start:stop], bias, residual[start:stop]))
+            added = None if residual is None else residual[start:stop]
+            y[start:stop].copy_(self._once(x[start:stop], bias, added))
         return y
-
-    def plain(self) -> torch.Tensor:
-        return self._opaque.to_dense().reshape(self._n, self._k)
 
     def _once(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
         t, n = x.shape[0], self._n

@@ -1,4 +1,4 @@
-"""Sampling state whose host part can be held still while a step is tried out."""
+"""Sampling state for graphs: its host part can be held still while a step is tried out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,29 @@ import numpy as np
 import torch
 
 from polyaccel.backend.composite.sampling_state import StepNeeds, TensorSamplingState
+from polyaccel.backend.errors import UnsupportedError
+from polyaccel.backend.step import Step
 
 
-class CudaSamplingState(TensorSamplingState):
+class CapturedSamplingState(TensorSamplingState):
     """As the composite's; ``rehearsal`` undoes what a step changes."""
 
     _rehearsing = False
+
+    @classmethod
+    def of(cls, step: Step) -> tuple[CapturedSamplingState, object]:
+        """A decode step's sampling state, and what a capture of the step reads of it: equal for two steps that the
+        same capture serves.
+
+        Raises:
+            UnsupportedError: the step has none.
+        """
+        state = step.state.sampling
+        if not isinstance(state, cls):
+            raise UnsupportedError("a graph is captured for decode steps, which sample")
+        # Wide tables appear when a request first needs them; a capture made before does not read them.
+        tables = (state.output_counts is None, state.bias is None, state.allowed is None)
+        return state, (state.needs(step.input.sample_slots), tables)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
