@@ -7,13 +7,17 @@ from types import MappingProxyType
 
 import torch
 
+from polyaccel.backend.composite.tiles import whole_tiles
 from polyaccel.backend.composite.weight import QuantisedTensors, TensorWeight, unpack_codes
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.weight import Weight, WeightSpec
 
 _DEQUANTISE = ("aten::bitwise_and", "aten::__rshift__", "aten::stack", "aten::sub", "aten::mul")
 EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"linear": ("aten::linear", "aten::addmm", "aten::mm", *_DEQUANTISE), "dequantize": _DEQUANTISE}
+    {
+        "linear": ("aten::linear", "aten::addmm", "aten::mm", "aten::constant_pad_nd", *_DEQUANTISE),
+        "dequantize": _DEQUANTISE,
+    }
 )
 """Torch operators that the two may execute, for backends whose own forms they are."""
 
@@ -30,7 +34,8 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         raise OperatorError("linear", f"weight {spec.site!r} has {spec.experts} experts; use moe_experts")
     if x.dtype != spec.dtype or x.shape[-1] != spec.k:
         raise OperatorError.describe("linear", f"weight {spec.site!r} takes {spec.dtype} rows of {spec.k}", {"x": x})
-    return torch.nn.functional.linear(x, dequantize(stored), stored.bias)
+    rows, matrix = whole_tiles(x, dequantize(stored), axis=-1)
+    return torch.nn.functional.linear(rows, matrix, stored.bias)
 
 
 def dequantize(weight: Weight) -> torch.Tensor:

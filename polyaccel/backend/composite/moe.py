@@ -16,6 +16,7 @@ import torch
 
 from polyaccel.backend.composite.linear import dequantize_experts
 from polyaccel.backend.composite.lora import adapter_store, segments
+from polyaccel.backend.composite.tiles import whole_tiles
 from polyaccel.backend.composite.weight import TensorWeight
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.step import Step
@@ -195,7 +196,8 @@ def _product(
         expert = blocks.expert[i : i + 1]
         matrix = take(expert)[0].to(dtype)
         own_bias = None if bias is None else bias.index_select(0, expert)[0].to(dtype)
-        out[i * blocks.size : (i + 1) * blocks.size] = torch.nn.functional.linear(packed[i], matrix, own_bias)
+        own, matrix = whole_tiles(packed[i], matrix, axis=-1)
+        out[i * blocks.size : (i + 1) * blocks.size] = torch.nn.functional.linear(own, matrix, own_bias)
     return out.index_select(0, blocks.place)
 
 

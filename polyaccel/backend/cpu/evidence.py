@@ -15,13 +15,14 @@ _PRODUCT = (
     "aten::linear",
     "aten::addmm",
     "aten::mm",
+    "aten::constant_pad_nd",
 )
 _DEQUANTISE = ("aten::bitwise_and", "aten::__rshift__", "aten::stack", "aten::sub", "aten::mul", "aten::_to_dense")
 _LINEAR = (*_PRODUCT, *_DEQUANTISE)
 _BATCHES = ("aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::mul_", "aten::add_", "aten::index_select")
 _SCATTER = ("aten::index_add_", "aten::index_copy_")
 _SEGMENTS = ("aten::mm", "aten::mul", "aten::add_", "aten::index_select", "aten::index_add_")
-_LORA = (*_BATCHES, *_SCATTER, *_SEGMENTS)
+_LORA = (*_BATCHES, *_SCATTER, *_SEGMENTS, "aten::constant_pad_nd")
 _NORM = (
     "aten::linalg_vector_norm",
     "aten::addcmul",

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import linear as plain_linear
 
 from polyaccel.backend.composite.linear import linear as composite_linear
+from polyaccel.backend.composite.tiles import whole_tiles
 from polyaccel.backend.cpu.weight import PackedWeight
 from polyaccel.backend.errors import OperatorError
 from polyaccel.backend.weight import Weight
@@ -35,7 +36,8 @@ def multiply(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         return packed.multiply(x, weight.bias)
     if weight.quantised is not None:
         return composite_linear(x, weight)
-    return plain_linear(x, weight.tensor, weight.bias)
+    rows, matrix = whole_tiles(x, weight.tensor, axis=-1)
+    return plain_linear(rows, matrix, weight.bias)
 
 
 def multiply_add(x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor) -> torch.Tensor:

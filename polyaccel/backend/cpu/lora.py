@@ -6,9 +6,11 @@ Products accumulate in float32; h is kept in x's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
+from polyaccel.backend.composite.tiles import whole_tiles
 from polyaccel.backend.cpu.lora_plan import Batch
 
 
@@ -72,20 +74,20 @@ def _add_by_chunk(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, batch: Batc
 def _add_segments(y: torch.Tensor, x: torch.Tensor, batch: Batch) -> None:
     matrices, rank, width = batch.matrices, batch.rank, batch.matrices.width
     rows = x[batch.run] if batch.index is None else x.index_select(0, batch.index)
-    h = torch.bmm(rows.view(batch.segments, batch.rows, x.shape[1]), batch.a)
+    h = torch.bmm(*whole_tiles(rows.view(batch.segments, batch.rows, x.shape[1]), batch.a, axis=-2))
     if batch.mix is not None:
         h.mul_(batch.mix)
     b = batch.b.view(batch.segments, matrices.chunks, rank, width)
-    chunk = 0
-    for index in range(matrices.slices):
+    for index, (start, end) in enumerate(pairwise(matrices.starts)):
         own = h[:, :, index * rank : (index + 1) * rank]
-        while chunk < matrices.starts[index + 1]:
-            _add_chunk(y[:, chunk * width : (chunk + 1) * width], own, b[:, chunk], batch)
-            chunk += 1
+        # The chunks of a slice side by side: a copy of B, which has far fewer rows than x.
+        joined = b[:, start:end].transpose(1, 2).reshape(batch.segments, rank, (end - start) * width)
+        _add_slice(y[:, start * width : end * width], own, joined, batch)
 
 
-def _add_chunk(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, batch: Batch) -> None:
-    """Add ``h @ b`` for ``h: [segments, rows, rank]`` and ``b: [segments, rank, width]`` to the batch's rows of y."""
+def _add_slice(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, batch: Batch) -> None:
+    """Add ``h @ b`` for ``h: [segments, rows, rank]`` and ``b: [segments, rank, n]`` to the batch's rows of y."""
+    h, b = whole_tiles(h, b, axis=-2)
     if batch.index is not None:
         if y.dtype == torch.float32:
             y.index_add_(0, batch.index, torch.bmm(h, b).flatten(0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from polyaccel.backend.composite.tiles import ragged
 from polyaccel.backend.composite.weight import TensorWeight
 from polyaccel.backend.cpu.packed import Packed, pack, packs
 from polyaccel.backend.device import Device
@@ -32,6 +33,7 @@ class PackedWeight(TensorWeight):
             and spec.n > 0
             and spec.k > 0
             and packs(spec.dtype)
+            and not ragged(spec.dtype, spec.k)
         )
 
     @property
