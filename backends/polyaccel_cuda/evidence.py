@@ -9,7 +9,7 @@ from polyaccel.backend.composite.linear import EVIDENCE as PLAIN
 
 _PRODUCT = ("one_row_kernel", "few_rows_kernel", "aten::linear", "aten::addmm", "aten::mm")
 _SHRINK = ("shrink_kernel", "sum_planes_kernel")
-_EXPAND = ("expand_kernel", "tiled_expand_kernel", *_SHRINK)
+_EXPAND = ("expand_kernel", "lone_expand_kernel", "tiled_expand_kernel", *_SHRINK)
 _NCCL = ("*nccl*DevKernel*",)
 _SUM = ("one_shot_all_reduce_kernel", "two_shot_all_reduce_kernel", *_NCCL)
 _PARTS = ("Memcpy PtoP*", "Memcpy DtoD*", "meet_kernel", "add_received_kernel")
@@ -45,12 +45,13 @@ _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sgmv_expand": ("expand_triples_kernel", _COPY),
         "sample": _SAMPLE,
         "column_linear": (*_PRODUCT, *_EXPAND),
-        "qkv_rope_cache": (*_PRODUCT, *_EXPAND, "rope_cache_kernel"),
+        "qkv_rope_cache": (*_PRODUCT, *_EXPAND, "rope_cache_kernel", "lone_rope_cache_kernel"),
         "gate_up_act": (
             *_PRODUCT,
             *_SHRINK,
             "silu_and_mul_kernel",
             "adapted_silu_and_mul_kernel",
+            "lone_silu_and_mul_kernel",
             "tiled_silu_and_mul_kernel",
         ),
         "row_parallel_linear": (*_PRODUCT, *_EXPAND, *_SUM, *_PARTS, _COPY),

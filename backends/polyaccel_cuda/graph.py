@@ -13,6 +13,7 @@ from polyaccel.backend import (
     GraphKey,
     Ledger,
     OperatorError,
+    OutOfMemory,
     SampleOutput,
     Step,
     StepFunction,
@@ -83,8 +84,14 @@ class CudaGraph(Graph):
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the device meanwhile: the collective library's own looks at what is under way.
             capturing = torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local")
-            with self._ledger.capture() as launches, capturing:
-                output = self._fn(step)
+            try:
+                with self._ledger.capture() as launches, capturing:
+                    output = self._fn(step)
+            except torch.AcceleratorError as error:
+                # The driver's own memory for a graph, which no allocator of torch has asked for.
+                if "out of memory" not in str(error):
+                    raise
+                raise OutOfMemory(f"no room to capture a step of {self.key.rows} rows: {error}") from error
             torch.cuda.current_stream().wait_stream(stream)
         self._captured[needs] = _Captured(graph, step.arena, output, dict(launches))
 

@@ -81,6 +81,13 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
                 units(empty(32, 512), rows, most, split),
             )
             rope.rope_cache(empty(128, 512), (4, 2, 64), turned, (norms, norms, 1e-5), cache, ids, ids)
+    sole, cache = units(empty(32, 512), 16, 1, False), (empty(4, 2, 16, 64), empty(4, 2, 16, 64))
+    expand.expand(empty(1, 96), empty(1, 96), (0, 64, 96), sole, empty(1, 96))
+    activation.silu_and_mul(empty(1, 96), 48, empty(1, 96), sole)
+    for rotary, norms in ((64, None), (48, empty(64))):
+        turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=rotary)
+        heads, scaled = (4, 2, 64), (norms, norms, 1e-5)
+        rope.rope_cache(empty(1, 512), heads, turned, scaled, cache, ids, ids, empty(1, 96), sole)
     for largest, mixed in ((16, False), (70, True)):
         tiled = replace(units(empty(32, 96), 64, 3, False), largest=largest, mixed=mixed)
         for slices, residual in ((1, empty(128, 96)), (3, None)):

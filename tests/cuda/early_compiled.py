@@ -39,6 +39,8 @@ def calls(tokens: int) -> None:
     table = RopeTable(cos=torch.zeros(8, 32), sin=torch.zeros(8, 32), rotary_dim=64)
     cache, norms = (empty(16, 2, 16, 64), empty(16, 2, 16, 64)), (None, None, 1e-5)
     rope.rope_cache(empty(tokens, 512), (4, 2, 64), table, norms, cache, ids, ids)
+    turned = units(empty(32, 512), 16, tokens, tokens > 1)
+    rope.rope_cache(empty(tokens, 512), (4, 2, 64), table, norms, cache, ids, ids, empty(tokens, 96), turned)
     q, out = empty(tokens, 4, 64), empty(tokens, 4, 64)
     decode.decode(q, cache, numbers, numbers[:8], numbers[:8], 0.1, None, 4, out)
     peers, rounds, stop = (1 << 20, 2 << 20), empty(256, kind=torch.int64), empty(1, kind=torch.int32)
@@ -56,6 +58,7 @@ def main() -> None:
             "kernel": self.__name__,
             "tokens": tokens,
             "asked": kwargs["EARLY"],
+            "adapted": kwargs.get("ADAPTED", True),
             "early": bool(kernel.metadata.launch_pdl),
             "warps": kernel.metadata.num_warps,
             "shared_reads": kernel.asm["ptx"].count("ld.shared"),
@@ -65,7 +68,7 @@ def main() -> None:
         return kernel
 
     with mock.patch.object(JITFunction, "run", compiled):
-        for tokens in (1, 8):
+        for tokens in (1, 8, 32):
             for can in (True, False):
                 with early.early_launches(can):
                     calls(tokens)

@@ -295,7 +295,8 @@ def adds_and_norms_in_one_kernel(here: Rank) -> None:
             residual, weight = here.drawn((rows, n), dtype, 50), here.drawn((n,), dtype, 51)
             if not here.comm.adds_and_norms(x, n):
                 continue
-            summed = x.contiguous()
+            # A row alone is contiguous whatever its stride, and would be summed in place.
+            summed = x.clone(memory_format=torch.contiguous_format)
             here.comm.all_reduce(summed)
             wanted = rms_norm(summed, weight, 1e-5, residual)
             for turn in range(3):
@@ -333,9 +334,9 @@ def parts_of_products(here: Rank) -> None:
     device = here.device.torch_device
     other = torch.device("cuda", (here.rank + 1) % here.world)
     for dtype, rows, k, n in (
-        (torch.bfloat16, 1024, 512, 4096),
-        (torch.float16, 2000, 256, 4104),
-        (torch.float32, 900, 64, 2056),
+        (torch.bfloat16, 1600, 512, 8192),
+        (torch.float16, 3100, 256, 4104),
+        (torch.float32, 1600, 64, 4112),
     ):
         starts = here.comm.parts(rows, n, dtype)
         assert len(starts) > 2, (rows, n)
@@ -405,8 +406,8 @@ def parts_of_products(here: Rank) -> None:
 
 def withheld_from_a_product(here: Rank) -> None:
     def call(group: CudaCommunicator) -> None:
-        y = torch.ones(1024, 8192, dtype=torch.bfloat16, device=here.device.torch_device)
-        group.sum_in_parts(y, group.parts(1024, 8192, torch.bfloat16), lambda begin, end: None)
+        y = torch.ones(2048, 8192, dtype=torch.bfloat16, device=here.device.torch_device)
+        group.sum_in_parts(y, group.parts(2048, 8192, torch.bfloat16), lambda begin, end: None)
 
     _withheld(here, call)
 

@@ -229,7 +229,8 @@ def test_memory_that_a_load_lacks_is_a_typed_error_and_leaves_other_engines_alon
         assert said(llm) == wanted
         torch.cuda.empty_cache()
         taken, (size, _) = list[torch.Tensor](), torch.cuda.mem_get_info(0)
-        while size >= 1 << 20:
+        # Down to what the allocator itself has left over: a small model would fit there.
+        while size >= 512:
             try:
                 taken.append(torch.empty(size, dtype=torch.uint8, device="cuda:0"))
             except torch.OutOfMemoryError:

@@ -18,13 +18,17 @@ from polyaccel_cuda.kernels.delta import (
     served,
     silu,
     tile_rows,
+    two_streamed,
 )
 from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
 from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 128, 4
 # For rows alone in their unit. Measured, see docs/cuda.md.
-LONE = (256, 1)
+LONE = (128, 1)
+# For a row that is the only one.
+SOLE = (128, 1)
 
 
 @triton.jit
@@ -58,7 +62,6 @@ def adapted_silu_and_mul_kernel(
     more,
     LOOP: tl.constexpr,
     SPLIT: tl.constexpr,
-    ALONE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -67,11 +70,10 @@ def adapted_silu_and_mul_kernel(
     follow(EARLY)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
-    R: tl.constexpr = 1 if ALONE else ROWS
-    start, live = served(count, SPLIT, ALONE)
+    start, live = tl.program_id(0), served(count, SPLIT)
     for unit in range(start, last_unit(start, live, LOOP), tl.num_programs(0)):
         member, low, left, high, weight, begin, end_more = read_unit(
-            unit, members, first, place, rank, mix, more, ROWS, R
+            unit, members, first, place, rank, mix, more, ROWS, ROWS
         )
         if unit < live:
             present = member >= 0
@@ -83,15 +85,68 @@ def adapted_silu_and_mul_kernel(
             h1, right, both = h + rows * h_stride, n + columns, 2 * n
             h2 = h1 + 1
             gate, up = add_two_deltas(
-                gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, R, BLOCK_R
+                gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
             )
             for extra in range(begin, end_more):
-                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, ROWS)
                 gate, up = add_two_deltas(
-                    gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, R, BLOCK_R
+                    gate, up, low, left, high, weight, h1, h2, 2, b, both, columns, right, inside, ROWS, BLOCK_R
                 )
             y = silu(gate, out.dtype.element_ty) * up
             tl.store(out + rows[:, None] * n + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def lone_silu_and_mul_kernel(
+    x,
+    out,
+    x_stride,
+    n,
+    h,
+    h_stride,
+    b,
+    count,
+    members,
+    first,
+    place,
+    rank,
+    mix,
+    more,
+    SOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
+    right, both = n + columns, 2 * n
+    _unit, there, row, low, left, high, weight, begin, end_more = lone_unit(
+        count, members, first, place, rank, mix, more, ROWS, SOLE
+    )
+    if SOLE:
+        b1 = some_of_b(0, low, high, b, both, columns, inside & there, BLOCK_R)
+        b2 = some_of_b(0, low, high, b, both, right, inside & there, BLOCK_R)
+    follow(EARLY)
+    if there:
+        gate = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + row * x_stride + right, mask=inside, other=0.0).to(tl.float32)
+        hp = h + row * h_stride
+        if SOLE:
+            gate += lone_delta(b1, low, left, high, weight, hp, 2, b, both, columns, inside, BLOCK_R)
+            up += lone_delta(b2, low, left, high, weight, hp + 1, 2, b, both, right, inside, BLOCK_R)
+        else:
+            delta1, delta2 = two_streamed(low, left, high, hp, hp + 1, 2, b, both, columns, right, inside)
+            gate += tl.where(weight != 0.0, weight * delta1, 0.0)
+            up += tl.where(weight != 0.0, weight * delta2, 0.0)
+        for extra in range(begin, end_more):
+            low, left, high, weight = lone_segment(extra, first, place, rank, mix, ROWS)
+            b1 = some_of_b(0, low, high, b, both, columns, inside, BLOCK_R)
+            b2 = some_of_b(0, low, high, b, both, right, inside, BLOCK_R)
+            gate += lone_delta(b1, low, left, high, weight, hp, 2, b, both, columns, inside, BLOCK_R)
+            up += lone_delta(b2, low, left, high, weight, hp + 1, 2, b, both, right, inside, BLOCK_R)
+        y = silu(gate, out.dtype.element_ty) * up
+        tl.store(out + row * n + columns, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -185,25 +240,23 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
     if units.largest:
         _tiled(x, out, n, h, units, tiling.ACTIVATION)
         return out
-    for alone in (False, True) if units.split else (False,):
-        most, warps = LONE if alone else (BLOCK, WARPS)
+    sole = tokens == 1
+    split = sole or units.split
+    operands = (x, out, x.stride(0), n, *pointers(h, units))
+    forms: dict[str, int | bool] = {"ROWS": units.rows, "BLOCK_R": RANK_BLOCK, **early(split)}
+    if split:
+        # Before the others: it may begin while the product before ends.
+        most, warps = SOLE if sole else LONE
         block = min(most, max(16, triton.next_power_of_2(n)))
+        lone_silu_and_mul_kernel[(units.most, triton.cdiv(n, block))](
+            *operands, SOLE=sole, BLOCK=block, num_warps=warps, **forms
+        )
+    if not sole:
+        block = min(BLOCK, max(16, triton.next_power_of_2(n)))
         blocks = triton.cdiv(n, block)
-        lanes, loop = (units.most, False) if alone else units.lanes(blocks)
+        lanes, loop = units.lanes(blocks, split)
         adapted_silu_and_mul_kernel[(lanes, blocks)](
-            x,
-            out,
-            x.stride(0),
-            n,
-            *pointers(h, units),
-            LOOP=loop,
-            SPLIT=units.split,
-            ALONE=alone,
-            ROWS=units.rows,
-            BLOCK=block,
-            BLOCK_R=RANK_BLOCK,
-            num_warps=warps,
-            **early(tokens == 1),
+            *operands, LOOP=loop, SPLIT=split, BLOCK=block, num_warps=WARPS, **forms
         )
     return out
 

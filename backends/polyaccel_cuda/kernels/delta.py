@@ -16,13 +16,11 @@ AHEAD = tl.constexpr(16)
 
 
 @triton.jit
-def served(count, SPLIT: tl.constexpr, ALONE: tl.constexpr):
-    """This program's first unit, and the end of the units that the kernel serves; see :class:`rows.Units`."""
-    if ALONE:
-        return tl.load(count + 1) + tl.program_id(0), tl.load(count)
+def served(count, SPLIT: tl.constexpr):
+    """The end of the units that a kernel of tiles serves; see :class:`rows.Units`."""
     if SPLIT:
-        return tl.program_id(0), tl.load(count + 1)
-    return tl.program_id(0), tl.load(count)
+        return tl.load(count + 1)
+    return tl.load(count)
 
 
 @triton.jit
@@ -63,10 +61,9 @@ def _only(pointers):
 
 
 @triton.jit
-def _lone_delta(low, left, high, h, h_stride, b, n, columns, inside):
-    """``[columns]`` float32: the sum over r of one row, ``h: [1]`` pointers."""
+def streamed(low, left, high, h, h_stride, b, n, columns, inside):
+    """``[columns]`` float32: the sum over r of one row, whose rank rows begin at ``h``."""
     delta = tl.zeros(columns.shape, tl.float32)
-    h = _only(h)
     for r in range(0, high, AHEAD):
         for j in tl.static_range(AHEAD):
             known = r + j < high
@@ -76,10 +73,9 @@ def _lone_delta(low, left, high, h, h_stride, b, n, columns, inside):
 
 
 @triton.jit
-def _two_lone_deltas(low, left, high, h1, h2, h_stride, b, n, columns1, columns2, inside):
-    """:func:`_lone_delta` for two blocks of columns, whose reads are under way together."""
+def two_streamed(low, left, high, h1, h2, h_stride, b, n, columns1, columns2, inside):
+    """:func:`streamed` for two blocks of columns, whose reads are under way together."""
     delta1, delta2 = tl.zeros(columns1.shape, tl.float32), tl.zeros(columns2.shape, tl.float32)
-    h1, h2 = _only(h1), _only(h2)
     for r in range(0, high, AHEAD):
         for j in tl.static_range(AHEAD):
             known = r + j < high
@@ -102,7 +98,7 @@ def add_delta(acc, low, left, high, weight, h, h_stride, b, n, columns, inside, 
     own = weight != 0.0
     delta = tl.zeros_like(acc)
     if R == 1:
-        delta += _lone_delta(low, left, high, h, h_stride, b, n, columns, inside)[None, :]
+        delta += streamed(low, left, high, _only(h), h_stride, b, n, columns, inside)[None, :]
     else:
         for r in range(0, high, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
@@ -137,7 +133,8 @@ def add_two_deltas(
     own = weight != 0.0
     delta1, delta2 = tl.zeros_like(acc1), tl.zeros_like(acc2)
     if R == 1:
-        lone1, lone2 = _two_lone_deltas(low, left, high, h1, h2, h_stride, b, n, columns1, columns2, inside)
+        only1, only2 = _only(h1), _only(h2)
+        lone1, lone2 = two_streamed(low, left, high, only1, only2, h_stride, b, n, columns1, columns2, inside)
         delta1 += lone1[None, :]
         delta2 += lone2[None, :]
     else:

@@ -17,14 +17,18 @@ from polyaccel_cuda.kernels.delta import (
     read_unit,
     segment,
     served,
+    streamed,
     tile_rows,
 )
 from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
 from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
 
 BLOCK, WARPS = 64, 4
 # For rows alone in their unit. Measured, see docs/cuda.md.
 LONE = (128, 1)
+# For a row that is the only one.
+SOLE = (64, 1)
 # That one launch of tiles serves.
 TILED_SLICES = 3
 
@@ -54,7 +58,6 @@ def expand_kernel(
     more,
     LOOP: tl.constexpr,
     SPLIT: tl.constexpr,
-    ALONE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,11 +67,10 @@ def expand_kernel(
     follow(EARLY)
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
-    R: tl.constexpr = 1 if ALONE else ROWS
-    start, live = served(count, SPLIT, ALONE)
+    start, live = tl.program_id(0), served(count, SPLIT)
     for unit in range(start, last_unit(start, live, LOOP), tl.num_programs(0)):
         member, low, left, high, weight, begin, end_more = read_unit(
-            unit, members, first, place, rank, mix, more, ROWS, R
+            unit, members, first, place, rank, mix, more, ROWS, ROWS
         )
         if unit < live:
             present = member >= 0
@@ -79,11 +81,66 @@ def expand_kernel(
                 where = residual + rows[:, None] * residual_stride + columns[None, :]
                 acc += tl.load(where, mask=mask, other=0.0).to(tl.float32)
             hp = h + rows * h_stride + part
-            acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, R, BLOCK_R)
+            acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, ROWS, BLOCK_R)
             for extra in range(begin, end_more):
-                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
-                acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, R, BLOCK_R)
+                low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, ROWS)
+                acc = add_delta(acc, low, left, high, weight, hp, slices, b, n, columns, inside, ROWS, BLOCK_R)
             tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def lone_expand_kernel(
+    y,
+    residual,
+    out,
+    y_stride,
+    residual_stride,
+    out_stride,
+    n,
+    low_column,
+    high_column,
+    part,
+    slices,
+    h,
+    h_stride,
+    b,
+    count,
+    members,
+    first,
+    place,
+    rank,
+    mix,
+    more,
+    SOLE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < high_column
+    _unit, there, row, low, left, high, weight, begin, end_more = lone_unit(
+        count, members, first, place, rank, mix, more, ROWS, SOLE
+    )
+    if SOLE:
+        br = some_of_b(0, low, high, b, n, columns, inside & there, BLOCK_R)
+    follow(EARLY)
+    if there:
+        acc = tl.load(y + row * y_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            acc += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        hp = h + row * h_stride + part
+        if SOLE:
+            acc += lone_delta(br, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
+        else:
+            delta = streamed(low, left, high, hp, slices, b, n, columns, inside)
+            acc += tl.where(weight != 0.0, weight * delta, 0.0)
+        for extra in range(begin, end_more):
+            low, left, high, weight = lone_segment(extra, first, place, rank, mix, ROWS)
+            br = some_of_b(0, low, high, b, n, columns, inside, BLOCK_R)
+            acc += lone_delta(br, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
+        tl.store(out + row * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -210,37 +267,41 @@ def expand(
     if units.largest and slices <= TILED_SLICES:
         _tiled(y, h, starts, units, residual, out, tiling.EXPAND)
         return out
-    split = units.split and units.most >= SPLIT_EXPAND_ROWS
+    sole = tokens == 1
+    split = sole or (units.split and units.most >= SPLIT_EXPAND_ROWS)
     for i in range(slices):
         width = starts[i + 1] - starts[i]
         if not width:
             continue
-        for alone in (False, True) if split else (False,):
-            most, warps = LONE if alone else (BLOCK, WARPS)
+        operands = (
+            y,
+            y if residual is None else residual,
+            out,
+            y.stride(0),
+            0 if residual is None else residual.stride(0),
+            out.stride(0),
+            n,
+            starts[i],
+            starts[i + 1],
+            i,
+            slices,
+            *pointers(h, units),
+        )
+        forms: dict[str, int | bool] = {
+            "HAS_RESIDUAL": residual is not None,
+            "ROWS": units.rows,
+            "BLOCK_R": RANK_BLOCK,
+            **early(split),
+        }
+        if split:
+            most, warps = SOLE if sole else LONE
             block = min(most, max(16, triton.next_power_of_2(width)))
-            blocks = triton.cdiv(width, block)
-            lanes, loop = (units.most, False) if alone else units.lanes(blocks)
-            expand_kernel[(lanes, blocks)](
-                y,
-                y if residual is None else residual,
-                out,
-                y.stride(0),
-                0 if residual is None else residual.stride(0),
-                out.stride(0),
-                n,
-                starts[i],
-                starts[i + 1],
-                i,
-                slices,
-                *pointers(h, units),
-                HAS_RESIDUAL=residual is not None,
-                LOOP=loop,
-                SPLIT=split,
-                ALONE=alone,
-                ROWS=units.rows,
-                BLOCK=block,
-                BLOCK_R=RANK_BLOCK,
-                num_warps=warps,
-                **early(tokens == 1),
+            lone_expand_kernel[(units.most, triton.cdiv(width, block))](
+                *operands, SOLE=sole, BLOCK=block, num_warps=warps, **forms
             )
+        if not sole:
+            block = min(BLOCK, max(16, triton.next_power_of_2(width)))
+            blocks = triton.cdiv(width, block)
+            lanes, loop = units.lanes(blocks, split)
+            expand_kernel[(lanes, blocks)](*operands, LOOP=loop, SPLIT=split, BLOCK=block, num_warps=WARPS, **forms)
     return out

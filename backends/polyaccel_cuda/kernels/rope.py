@@ -7,13 +7,96 @@ import triton
 import triton.language as tl
 
 from polyaccel.backend import RopeTable
-from polyaccel_cuda.kernels.delta import RANK_BLOCK, add_delta, add_two_deltas, last_unit, read_lone, read_unit, segment
+from polyaccel_cuda.kernels.delta import (
+    RANK_BLOCK,
+    add_delta,
+    add_two_deltas,
+    last_unit,
+    read_lone,
+    read_unit,
+    segment,
+    served,
+)
 from polyaccel_cuda.kernels.early import early, follow
-from polyaccel_cuda.kernels.rows import Pointers, Units, pointers
+from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
+from polyaccel_cuda.kernels.rows import SPLIT_ROPE_ROWS, Pointers, Units, pointers
 
 WARPS = 4
 # Where many rows are alone in their unit: they are streamed, and more programs have room.
 SPLIT_WARPS = 2
+# Where they have a kernel of their own, and for a row that is the only one.
+LONE_WARPS = 1
+
+
+@triton.jit
+def _turn_and_store(
+    x1,
+    x2,
+    x3,
+    c,
+    s,
+    rows,
+    present,
+    slot,
+    one,
+    two,
+    rest,
+    turned,
+    over,
+    head,
+    is_q,
+    is_v,
+    q_out,
+    keys,
+    values,
+    q_norm,
+    k_norm,
+    q_heads,
+    kv_heads,
+    head_dim,
+    block_size,
+    eps,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    HAS_REST: tl.constexpr,
+):
+    """A head's halves and its rest, ``[rows, columns]`` float32 each: norm, rotation, and where they belong."""
+    kind = q_out.dtype.element_ty
+    square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+    if HAS_REST:
+        square += tl.sum(x3 * x3, 1)
+    scale = (1.0 / tl.sqrt_rn(square / head_dim + eps))[:, None]
+    if Q_NORM:
+        if is_q:
+            x1 *= scale * tl.load(q_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+            x2 *= scale * tl.load(q_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+            if HAS_REST:
+                x3 *= scale * tl.load(q_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+    if K_NORM:
+        if (head >= q_heads) & (head < q_heads + kv_heads):
+            x1 *= scale * tl.load(k_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
+            x2 *= scale * tl.load(k_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
+            if HAS_REST:
+                x3 *= scale * tl.load(k_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
+    o1 = tl.where(is_v, x1, x1 * c - x2 * s)
+    o2 = tl.where(is_v, x2, x2 * c + x1 * s)
+    if is_q:
+        out = q_out + (rows * q_heads + head) * head_dim
+        kept = present
+    else:
+        kept = slot >= 0
+        kv_head = tl.where(is_v, head - q_heads - kv_heads, head - q_heads)
+        offset = ((slot // block_size * kv_heads + kv_head) * block_size + slot % block_size) * head_dim
+        offset = tl.where(kept, offset, 0)
+        if is_v:
+            out = values + offset
+        else:
+            out = keys + offset
+    mask = kept[:, None] & turned[None, :]
+    tl.store(out[:, None] + one[None, :], o1.to(kind), mask=mask)
+    tl.store(out[:, None] + two[None, :], o2.to(kind), mask=mask)
+    if HAS_REST:
+        tl.store(out[:, None] + rest[None, :], x3.to(kind), mask=kept[:, None] & over[None, :])
 
 
 @triton.jit
@@ -74,7 +157,6 @@ def _rope_rows(
     base = head * head_dim
     rest = 2 * half + tl.arange(0, BLOCK_REST)
     over = rest < head_dim
-    kind = q_out.dtype.element_ty
     present = member >= 0
     rows = tl.where(present, member, 0).to(tl.int64)
     position = tl.load(positions + rows, mask=present, other=0)
@@ -95,8 +177,8 @@ def _rope_rows(
             x1, x2 = add_two_deltas(
                 x1, x2, low, left, high, weight, hp, hp, 3, b, n, base + one, base + two, turned, R, BLOCK_R
             )
-    square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
     mask_rest = present[:, None] & over[None, :]
+    x3 = x1
     if HAS_REST:
         x3 = tl.load(here + rest[None, :], mask=mask_rest, other=0.0).to(tl.float32)
         if ADAPTED:
@@ -105,39 +187,10 @@ def _rope_rows(
             for extra in range(begin, end_more):
                 low, left, high, weight = segment(extra, first, place, rank, mix, ROWS, R)
                 x3 = add_delta(x3, low, left, high, weight, hp, 3, b, n, base + rest, over, R, BLOCK_R)
-        square += tl.sum(x3 * x3, 1)
-    scale = (1.0 / tl.sqrt_rn(square / head_dim + eps))[:, None]
-    if Q_NORM:
-        if is_q:
-            x1 *= scale * tl.load(q_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
-            x2 *= scale * tl.load(q_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
-            if HAS_REST:
-                x3 *= scale * tl.load(q_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
-    if K_NORM:
-        if (head >= q_heads) & (head < q_heads + kv_heads):
-            x1 *= scale * tl.load(k_norm + one, mask=turned, other=0.0).to(tl.float32)[None, :]
-            x2 *= scale * tl.load(k_norm + two, mask=turned, other=0.0).to(tl.float32)[None, :]
-            if HAS_REST:
-                x3 *= scale * tl.load(k_norm + rest, mask=over, other=0.0).to(tl.float32)[None, :]
-    o1 = tl.where(is_v, x1, x1 * c - x2 * s)
-    o2 = tl.where(is_v, x2, x2 * c + x1 * s)
-    if is_q:
-        out = q_out + (rows * q_heads + head) * head_dim
-        kept = present
-    else:
-        kept = slot >= 0
-        kv_head = tl.where(is_v, head - q_heads - kv_heads, head - q_heads)
-        offset = ((slot // block_size * kv_heads + kv_head) * block_size + slot % block_size) * head_dim
-        offset = tl.where(kept, offset, 0)
-        if is_v:
-            out = values + offset
-        else:
-            out = keys + offset
-    mask = kept[:, None] & turned[None, :]
-    tl.store(out[:, None] + one[None, :], o1.to(kind), mask=mask)
-    tl.store(out[:, None] + two[None, :], o2.to(kind), mask=mask)
-    if HAS_REST:
-        tl.store(out[:, None] + rest[None, :], x3.to(kind), mask=kept[:, None] & over[None, :])
+    _turn_and_store(
+        x1, x2, x3, c, s, rows, present, slot, one, two, rest, turned, over, head, is_q, is_v,
+        q_out, keys, values, q_norm, k_norm, q_heads, kv_heads, head_dim, block_size, eps, Q_NORM, K_NORM, HAS_REST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -171,6 +224,7 @@ def rope_cache_kernel(
     mix,
     more,
     LOOP: tl.constexpr,
+    SPLIT: tl.constexpr,
     ADAPTED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     Q_NORM: tl.constexpr,
@@ -185,14 +239,14 @@ def rope_cache_kernel(
     follow(EARLY)
     head = tl.program_id(1)
     if ADAPTED:
-        live = tl.load(count)
+        live = served(count, SPLIT)
         for unit in range(tl.program_id(0), last_unit(tl.program_id(0), live, LOOP), tl.num_programs(0)):
             lead, alone, second = read_lone(unit, members, mix, ROWS)
             member, low, left, high, weight, begin, end_more = read_unit(
                 unit, members, first, place, rank, mix, more, ROWS, ROWS
             )
             if unit < live:
-                if second < 0:
+                if (second < 0) & (not SPLIT):
                     _rope_rows(
                         y, q_out, keys, values, kv_slots, positions, cos, sin, q_norm, k_norm, y_stride, n,
                         q_heads, kv_heads, head_dim, half, block_size, eps, h, h_stride, b, unit,
@@ -214,6 +268,99 @@ def rope_cache_kernel(
             head_dim, half, block_size, eps, h, h_stride, b, unit, member, 0, 0, 0, 0.0, 0, 0,
             first, place, rank, mix, head, ADAPTED, INTERLEAVED, Q_NORM, K_NORM, HAS_REST, ROWS, 1,
             BLOCK, BLOCK_REST, BLOCK_R,
+        )  # fmt: skip
+
+
+@triton.jit
+def lone_rope_cache_kernel(
+    y,
+    q_out,
+    keys,
+    values,
+    kv_slots,
+    positions,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    y_stride,
+    n,
+    q_heads,
+    kv_heads,
+    head_dim,
+    half,
+    block_size,
+    eps,
+    h,
+    h_stride,
+    b,
+    count,
+    members,
+    first,
+    place,
+    rank,
+    mix,
+    more,
+    SOLE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    head = tl.program_id(1)
+    is_q = head < q_heads
+    is_v = head >= q_heads + kv_heads
+    base = head * head_dim
+    i = tl.arange(0, BLOCK)
+    turned = i < half
+    both = tl.arange(0, 2)
+    # Both halves of a head's pairs, read together.
+    if INTERLEAVED:
+        one, two, columns = 2 * i, 2 * i + 1, 2 * i[:, None] + both[None, :]
+    else:
+        one, two, columns = i, i + half, i[:, None] + half * both[None, :]
+    pairs = turned[:, None] & (both >= 0)[None, :]
+    rest = 2 * half + tl.arange(0, BLOCK_REST)
+    over = rest < head_dim
+    _unit, there, row, low, left, high, weight, begin, end_more = lone_unit(
+        count, members, first, place, rank, mix, more, ROWS, SOLE
+    )
+    br = some_of_b(0, low, high, b, n, base + columns, pairs & there, BLOCK_R)
+    if HAS_REST:
+        b3 = some_of_b(0, low, high, b, n, base + rest, over & there, BLOCK_R)
+    position = tl.load(positions + row)
+    rows = row + tl.zeros([1], tl.int64)
+    slot = tl.load(kv_slots + rows)
+    c = tl.load(cos + position * half + i, mask=turned, other=1.0)[None, :]
+    s = tl.load(sin + position * half + i, mask=turned, other=0.0)[None, :]
+    follow(EARLY)
+    if there:
+        here = y + row * y_stride + base
+        x1 = tl.load(here + one, mask=turned, other=0.0).to(tl.float32)
+        x2 = tl.load(here + two, mask=turned, other=0.0).to(tl.float32)
+        hp = h + row * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
+        delta = lone_delta(br, low, left, high, weight, hp, 3, b, n, base + columns, pairs, BLOCK_R)
+        x3 = x1
+        if HAS_REST:
+            x3 = tl.load(here + rest, mask=over, other=0.0).to(tl.float32)
+            x3 += lone_delta(b3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
+        for extra in range(begin, end_more):
+            low, left, high, weight = lone_segment(extra, first, place, rank, mix, ROWS)
+            br = some_of_b(0, low, high, b, n, base + columns, pairs, BLOCK_R)
+            delta += lone_delta(br, low, left, high, weight, hp, 3, b, n, base + columns, pairs, BLOCK_R)
+            if HAS_REST:
+                b3 = some_of_b(0, low, high, b, n, base + rest, over, BLOCK_R)
+                x3 += lone_delta(b3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
+        delta1, delta2 = tl.split(delta)
+        _turn_and_store(
+            (x1 + delta1)[None, :], (x2 + delta2)[None, :], x3[None, :], c, s, rows, rows >= 0, slot,
+            one, two, rest, turned, over, head, is_q, is_v, q_out, keys, values, q_norm, k_norm,
+            q_heads, kv_heads, head_dim, block_size, eps, Q_NORM, K_NORM, HAS_REST,
         )  # fmt: skip
 
 
@@ -241,13 +388,9 @@ def rope_cache(
     half = rope.rotary_dim // 2
     q_norm, k_norm, eps = norms
     programs = q_heads + 2 * kv_heads
-    if h is None or units is None:
-        adapted: Pointers = (y, 0, *(y,) * 8)
-        rows, least, lanes, loop = 1, 2, tokens, False
-    else:
-        adapted, rows, least = pointers(h, units), units.rows, 16
-        lanes, loop = units.lanes(programs)
-    rope_cache_kernel[(lanes, programs)](
+    sole = tokens == 1
+    split = units is not None and not units.largest and (sole or (units.split and units.most >= SPLIT_ROPE_ROWS))
+    operands = (
         y,
         out,
         *cache,
@@ -265,20 +408,38 @@ def rope_cache(
         half,
         cache[0].shape[2],
         eps,
-        *adapted,
-        LOOP=loop,
-        ADAPTED=units is not None,
-        INTERLEAVED=rope.style == "interleaved",
-        Q_NORM=q_norm is not None,
-        K_NORM=k_norm is not None,
-        HAS_REST=head_dim > 2 * half,
-        ROWS=rows,
-        BLOCK=max(least, triton.next_power_of_2(max(1, half))),
-        BLOCK_REST=max(least, triton.next_power_of_2(max(1, head_dim - 2 * half))),
-        BLOCK_R=RANK_BLOCK,
-        num_warps=2 if units is None else SPLIT_WARPS if units.split else WARPS,
-        **early(tokens == 1),
     )
+    forms: dict[str, int | bool] = {
+        "INTERLEAVED": rope.style == "interleaved",
+        "Q_NORM": q_norm is not None,
+        "K_NORM": k_norm is not None,
+        "HAS_REST": head_dim > 2 * half,
+        "BLOCK_R": RANK_BLOCK,
+        **early(sole or split),
+    }
+
+    def blocks(least: int) -> dict[str, int]:
+        widths = {"BLOCK": half, "BLOCK_REST": head_dim - 2 * half}
+        return {name: max(least, triton.next_power_of_2(max(1, width))) for name, width in widths.items()}
+
+    if h is None or units is None:
+        adapted: Pointers = (y, 0, *(y,) * 8)
+        rope_cache_kernel[(tokens, programs)](
+            *operands, *adapted, LOOP=False, SPLIT=False, ADAPTED=False, ROWS=1, num_warps=2, **blocks(2), **forms
+        )
+        return out
+    forms["ROWS"] = units.rows
+    adapted = pointers(h, units)
+    if split:
+        lone_rope_cache_kernel[(units.most, programs)](
+            *operands, *adapted, SOLE=sole, num_warps=LONE_WARPS, **blocks(2), **forms
+        )
+    if not (split and sole):
+        lanes, loop = units.lanes(programs, split)
+        warps = SPLIT_WARPS if units.split and not split else WARPS
+        rope_cache_kernel[(lanes, programs)](
+            *operands, *adapted, LOOP=loop, SPLIT=split, ADAPTED=True, num_warps=warps, **blocks(16), **forms
+        )
     return out
 
 

@@ -8,11 +8,13 @@ import torch
 
 # Enough programs that every multiprocessor of a large chip has several; beyond, each takes unit after unit.
 PROGRAMS = 2048
+SPLIT_PROGRAMS = 528
 
 # Measured: below this many rank rows a row, or with fewer rows, one more launch costs more than it saves.
 SPLIT_ROWS, SPLIT_RANK_ROWS = 8, 8
 # The expand's bytes are fewer: it takes more rows to pay.
-SPLIT_EXPAND_ROWS = 48
+SPLIT_EXPAND_ROWS = 32
+SPLIT_ROPE_ROWS = 32
 
 
 def splits(rows: int, rank_rows: int) -> bool:
@@ -56,9 +58,12 @@ class Units:
     largest: int = 0
     mixed: bool = True
 
-    def lanes(self, programs: int) -> tuple[int, bool]:
-        """Programs that share the units, where each unit takes ``programs``; and whether any takes several."""
-        lanes = max(1, min(self.most, -(-PROGRAMS // programs)))
+    def lanes(self, programs: int, split: bool = False) -> tuple[int, bool]:
+        """Programs that share the units, where each unit takes ``programs``; and whether any takes several.
+
+        ``split``: rows alone are another launch's, so that often no unit is left for this one.
+        """
+        lanes = max(1, min(self.most, -(-(SPLIT_PROGRAMS if split else PROGRAMS) // programs)))
         return lanes, lanes < self.most
 
 
