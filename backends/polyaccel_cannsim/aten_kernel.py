@@ -68,6 +68,10 @@ class AtenKernel:
             values = {word: _on(one, AclTensor.tensor, _CPU) for word, one in named.items()}
             return operator(*[_on(one, AclTensor.tensor, _CPU) for one in plain], **values)
 
+        if self._npu.current_device() != index:
+            # Asking for a card's stream empties torch_npu's own queue of the card that is current, whichever is asked.
+            with self._npu.device(index):
+                return self(*args, **kwargs)
         if self._allowed.kind is Kind.READS:
             self._npu.current_stream(index).synchronize()
             simulator.ledger.add(Call(name, tuple(operands), index))

@@ -50,9 +50,11 @@ def bytes_at(
         address: of the storage's first element.
         stride, offset: in elements.
     """
-    if not math.prod(shape):
-        return torch.empty_strided(shape, stride, dtype=dtype)
-    elements = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    elements = offset + 1
+    for size, step in zip(shape, stride, strict=True):
+        if not size:
+            return torch.empty_strided(shape, stride, dtype=dtype)
+        elements += (size - 1) * step
     storage = torch._C._construct_storage_from_data_pointer(address, _CPU, elements * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
 

@@ -43,7 +43,7 @@ class Call:
             if isinstance(one, AclTensor):
                 out.append(one)
             elif isinstance(one, (list, tuple)):
-                out.extend(member for member in one if isinstance(member, AclTensor))
+                out += [member for member in one if isinstance(member, AclTensor)]
         return out
 
     def line(self) -> str:

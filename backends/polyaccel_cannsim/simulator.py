@@ -56,7 +56,7 @@ class Simulator:
         acl.cannsim_machine(
             s.devices,
             s.soc.name.encode(),
-            str(s.cann).encode(),
+            str(s.cann).encode() if s.cann.tells_itself else b"",
             s.soc.cube_cores,
             s.soc.vector_cores,
             int(s.soc.bfloat16),
@@ -96,18 +96,26 @@ class Simulator:
 
     def _first_phase(self, rule: Rule) -> int | None:
         decoder = self.decoder
+        # A null pointer is None whatever it points to; a data type is a number, of which 0 is one.
         readers = [
-            getattr(decoder, word) if word and word != "string" else _text if word else None for word in rule.readers
+            (i, _text if word == "string" else getattr(decoder, word))
+            for i, word in enumerate(rule.readers)
+            if word and word != "dtype"
         ]
-        count = len(readers)
+        codes = [i for i, word in enumerate(rule.readers) if word == "dtype"]
+        count = len(rule.readers)
         function = rule.function
         extra = {"simulator": self} if rule.wants_simulator else {}
 
         def first_phase(*raw: Any) -> int:
             try:
-                arguments = tuple(
-                    read(value) if read is not None else value for read, value in zip(readers, raw[:count], strict=True)
-                )
+                decoded = list(raw[:count])
+                for i, read in readers:
+                    if decoded[i] is not None:
+                        decoded[i] = read(decoded[i])
+                for i in codes:
+                    decoded[i] = decoder.dtype(decoded[i])
+                arguments = tuple(decoded)
             except Exception as problem:
                 return self._broken(rule.name, problem)
             try:
@@ -273,8 +281,8 @@ class Simulator:
         return int(code)
 
 
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode()
+def _text(value: bytes) -> str:
+    return value.decode()
 
 
 def _illegal_address(name: str, tensor: AclTensor, device: int) -> Compute:

@@ -92,6 +92,12 @@ class CannVersion:
         candidate = match[3]
         return int(match[1]), int(match[2]), candidate is None, int(candidate or match[4])
 
+    @property
+    def tells_itself(self) -> bool:
+        """Whether it has the function that says its version (torch_npu 2.13: ``When the cann version is less than
+        "8.1.RC1", GetCANNVersion is not supported``)."""
+        return self.key >= (8, 1, 0, 1)
+
     def __lt__(self, other: CannVersion) -> bool:
         return self.key < other.key
 

@@ -177,9 +177,10 @@ class Attention:
         return out
 
     def _triangle(self, device: torch.device) -> torch.Tensor:
-        """``[2048, 2048]`` bool, true above the diagonal, which is what is hidden; made on the host, once a device."""
+        """``[2048, 2048]`` bool, true above the diagonal, which is what is hidden; made on the host, once a device:
+        torch_npu has tril and triu as operators of the older interface, compiled when they are first called."""
         found = self._triangles.get(device)
         if found is None:
-            hidden = torch.ones((TRIANGLE, TRIANGLE), dtype=torch.bool).triu_(1)
+            hidden = torch.ones((TRIANGLE, TRIANGLE), dtype=torch.bool, device="cpu").triu_(1)
             found = self._triangles[device] = hidden.to(device)
         return found

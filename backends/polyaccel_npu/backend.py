@@ -14,6 +14,7 @@ from polyaccel.backend import (
     AdapterStore,
     Availability,
     Backend,
+    BackendUnavailable,
     Communicator,
     Device,
     DeviceState,
@@ -38,7 +39,8 @@ from polyaccel.backend import (
 from polyaccel.backend.backend import Implementations
 from polyaccel.backend.composite import operators as composite
 from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
-from polyaccel_npu import runtime
+from polyaccel.backend.errors import ConfigurationError
+from polyaccel_npu import cann, runtime
 from polyaccel_npu.evidence import evidence
 from polyaccel_npu.health import Health
 from polyaccel_npu.issue import Issuer
@@ -46,11 +48,13 @@ from polyaccel_npu.journal import Journal
 from polyaccel_npu.support import supports
 
 if TYPE_CHECKING:
+    from polyaccel_npu.chip import Chip
     from polyaccel_npu.communicator import NpuCommunicator
     from polyaccel_npu.device import NpuDevice
     from polyaccel_npu.graph import NpuGraph
     from polyaccel_npu.step import StepLoader
 
+SGMV = ("grouped", "vllm-ascend")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier")
 
 
@@ -62,6 +66,11 @@ class NpuBackend(Backend):
     Args:
         blame: remember each step's calls, and after an asynchronous failure repeat them in a child with
             ASCEND_LAUNCH_BLOCKING=1 to name the one that fails. Costs host time on every call.
+        sgmv: what does adapters where a graph does not: ``grouped`` for grouped matmul, ``vllm-ascend`` for the kernels
+            of that project where they take a call. They have to be installed.
+
+    Raises:
+        ConfigurationError: another ``sgmv``.
 
     Attributes:
         health: whether the devices' results can be trusted.
@@ -72,8 +81,11 @@ class NpuBackend(Backend):
     fork_safe = False
     needs_equal_shards = True
 
-    def __init__(self, *, blame: bool = False) -> None:
+    def __init__(self, *, blame: bool = False, sgmv: str = "grouped") -> None:
         super().__init__()
+        if sgmv not in SGMV:
+            raise ConfigurationError(f"sgmv={sgmv!r}; it is one of {', '.join(SGMV)}")
+        self._kernels = sgmv != SGMV[0]
         self.launcher = Launcher(self.ledger, enter=_entered, is_current=_is_current)
         journal = Journal() if blame else None
         self.health = Health(None if journal is None else functools.partial(self._blame, journal))
@@ -102,7 +114,15 @@ class NpuBackend(Backend):
         if self._devices is None:
             from polyaccel_npu.device import NpuDevice
 
-            self._devices = tuple(NpuDevice(i, self._issuer) for i in range(runtime.npu().device_count()))
+            npu = runtime.npu()
+            too_old = cann.refusal(cann.version(), cann.exports)
+            if too_old:
+                raise BackendUnavailable(too_old)
+            if self._kernels:
+                from polyaccel_npu.vllm_sgmv import require
+
+                require()
+            self._devices = tuple(NpuDevice(i, self._issuer) for i in range(npu.device_count()))
         return self._devices
 
     def operators(self) -> Mapping[str, Implementations]:
@@ -110,12 +130,12 @@ class NpuBackend(Backend):
         from polyaccel_npu.stations import NpuStations
 
         self._groups = [group for group in self._groups if not group.closed]
-        chip = self._all_devices()[self._own_device or 0].chip
+        chip, exports = self._all_devices()[self._own_device or 0].chip, functools.cache(cann.exports)
         operators = NpuOperators(self._issuer)
         stations = NpuStations(self._issuer, operators, self._groups)
         own: dict[str, Callable[..., object]] = {**operators.table(), **stations.table()}
         entries: dict[str, Implementations] = {
-            name: Entry(fn, supports=supports(name, chip), evidence=evidence(name), name=f"npu.{name}")
+            name: Entry(fn, supports=supports(name, chip, exports), evidence=evidence(name), name=f"npu.{name}")
             for name, fn in own.items()
         }
         sums = self._groups[0].describe() if self._groups else ""
@@ -124,7 +144,7 @@ class NpuBackend(Backend):
             "row_parallel_add_norm": (stations.fused_add_norm, stations.row_parallel_add_norm),
         }
         for name, (fused, parts) in pairs.items():
-            rules = supports(name, chip)
+            rules = supports(name, chip, exports)
             detail = f"adapters add (x3), {sums}" if sums else "adapters add (x3)"
             entries[name] = (
                 Entry(
@@ -145,6 +165,28 @@ class NpuBackend(Backend):
         for name in COLLECTIVES:
             detail = sums if name == "all_reduce" else ""
             entries[name] = Entry(getattr(composite, name), evidence=evidence(name), name=f"npu.{name}", detail=detail)
+        return self._with_kernels(entries, chip) if self._kernels else entries
+
+    def _with_kernels(self, entries: dict[str, Implementations], chip: Chip) -> dict[str, Implementations]:
+        """Before each entry the same with vllm-ascend's adapters, where there are any."""
+        from polyaccel_npu import vllm_sgmv
+        from polyaccel_npu.operators import NpuOperators
+        from polyaccel_npu.stations import NpuStations
+
+        operators = NpuOperators(self._issuer, vllm_sgmv.VllmLora(self._issuer))
+        stations = NpuStations(self._issuer, operators, self._groups)
+        table: dict[str, tuple[Callable[..., object], ...]] = {
+            "sgmv": (operators.lora.sgmv,),
+            "column_linear": (stations.column_linear,),
+            "gate_up_act": (stations.gate_up_act,),
+            "row_parallel_linear": (stations.fused_linear, stations.row_parallel_linear),
+            "row_parallel_add_norm": (stations.fused_add_norm, stations.row_parallel_add_norm),
+        }
+        for name, functions in table.items():
+            given = entries[name]
+            plain = (given,) if isinstance(given, Entry) else tuple(given) if not callable(given) else ()
+            pairs = zip(functions, plain, strict=True)
+            entries[name] = [one for fn, entry in pairs for one in (vllm_sgmv.before(entry, fn, chip), entry)]
         return entries
 
     def _fused_refusals(self, rules: Callable[[Query], list[Reason]], query: Query) -> list[Reason]:
@@ -168,8 +210,10 @@ class NpuBackend(Backend):
         self, weights: Mapping[str, Weight], *, rank_rows: int, slots: int, device: Device
     ) -> AdapterStore:
         from polyaccel_npu.adapter_store import NpuAdapterStore
+        from polyaccel_npu.vllm_sgmv import VllmAdapterStore
 
-        return NpuAdapterStore(weights, rank_rows=rank_rows, slots=slots, device=device)
+        store = VllmAdapterStore if self._kernels else NpuAdapterStore
+        return store(weights, rank_rows=rank_rows, slots=slots, device=device)
 
     def kv_block_size(self) -> int:
         from polyaccel_npu.kv_cache import BLOCK_SIZE
@@ -182,7 +226,6 @@ class NpuBackend(Backend):
         return BlockKVCache(spec, device)
 
     def allocate_sampling(self, spec: SamplingSpec, device: Device) -> SamplingState:
-
         return CapturedSamplingState(spec, device)
 
     # -- stepping ----------------------------------------------------------------------------------------------------
@@ -195,7 +238,12 @@ class NpuBackend(Backend):
         if loader is None:
             loader = self._loaders[device.index] = StepLoader(device, self._issuer)
         with device.scope():
-            return loader.begin(inputs, state)
+            step = loader.begin(inputs, state)
+        if self._kernels:
+            from polyaccel_npu.vllm_sgmv import prepare
+
+            prepare(step)
+        return step
 
     def graph_refusals(self) -> list[Reason]:
         from polyaccel_npu.graph import refusals

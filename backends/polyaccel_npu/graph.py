@@ -25,7 +25,6 @@ from polyaccel.backend import (
     Step,
     StepFunction,
     StepInput,
-    UnsupportedError,
 )
 from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
 from polyaccel.backend.ledger import COMPOSITE_PREFIX, NESTED_PREFIX
@@ -42,7 +41,8 @@ NEEDED = ("NPUGraph", "graph", "graph_task_group_begin", "graph_task_update_begi
 EAGER = "npu.eager_decode"
 """Counted for each step that a graph could not hold and that ran call by call."""
 HOST_SEGMENTS = ("sgmv", "sgmv_shrink", "sgmv_expand", "embedding", "moe_experts")
-"""Composites whose calls follow the step's segments, which the host knows: with adapters no graph can hold them."""
+"""Composites whose calls follow the step's segments, which the host knows: with adapters no graph can hold them, and
+such steps run call by call."""
 
 
 def refusals(chip: Chip) -> list[Reason]:
@@ -121,7 +121,8 @@ class _Captured:
 
 class NpuGraph(Graph):
     """One or more captures of a key: one for each kind of sampling that its steps asked for. The rare step whose calls
-    would be others runs eagerly, counted as ``npu.eager_decode``.
+    would be others runs eagerly, counted as ``npu.eager_decode``; so do all steps of a key with adapters on a composite
+    whose calls follow the segments.
 
     Captures are made when a step first needs them, and again when the block tables outgrow their place. Adapters never
     cause one. Collectives may be among what is captured: all ranks run the same steps in the same order.
@@ -131,6 +132,7 @@ class NpuGraph(Graph):
         self.key = key
         self._fn, self._issuer, self._pool = fn, issuer, pool
         self._captured: dict[object, _Captured] = {}
+        self._follows_segments = False
 
     @property
     def holds_memory(self) -> bool:
@@ -141,14 +143,14 @@ class NpuGraph(Graph):
         """Add the capture that ``step`` needs, unless there is one.
 
         Raises:
-            UnsupportedError: something in the step cannot be captured; the reason says what.
+            OperatorError: a step of another key; or something in it cannot be captured.
         """
         state, needs = CapturedSamplingState.of(step)
         found = self._captured.get(needs)
         if found is not None and found.arena is step.arena:
             return
         self._check(step)
-        if _irregular(step):
+        if self._follows_segments or _irregular(step):
             return
         npu, ledger = runtime.npu(), self._issuer.launcher.ledger
         host = HostCalls(_lengths(step.input))
@@ -159,7 +161,10 @@ class NpuGraph(Graph):
                 # Communicators, masks and workspaces are made outside the capture.
                 self._fn(step)
             stream.synchronize()
-            self._check_composites(rehearsed)
+            self._follows_segments = self._has_host_segments(rehearsed)
+            if self._follows_segments:
+                npu.current_stream().wait_stream(stream)
+                return
             step.forget()
             graph, host.recording = npu.NPUGraph(), True
             # Other threads may use the device meanwhile: HCCL's own looks at what is under way.
@@ -177,10 +182,11 @@ class NpuGraph(Graph):
         own = NpuStep.of("replay", step)
         self._check(own)
         self._issuer.health.check()
-        if _irregular(own):
+        if not _irregular(own):
+            self.capture(own)
+        if self._follows_segments or _irregular(own):
             self._issuer.launcher.ledger.record(EAGER)
             return self._fn(own)
-        self.capture(own)
         state, needs = CapturedSamplingState.of(own)
         captured = self._captured[needs]
         with runtime.npu().device(own.torch_device):
@@ -206,14 +212,9 @@ class NpuGraph(Graph):
         if last > self.key.rank_rows:
             raise OperatorError("graph", f"a step whose adapters end at rank row {last} for {self.key}")
 
-    def _check_composites(self, launches: Mapping[str, int]) -> None:
+    def _has_host_segments(self, launches: Mapping[str, int]) -> bool:
         names = {name.removeprefix(NESTED_PREFIX).removeprefix(COMPOSITE_PREFIX) for name in launches}
-        fixed = [name for name in HOST_SEGMENTS if name in names] if self.key.rank_rows else []
-        if fixed:
-            raise UnsupportedError(
-                f"{', '.join(fixed)} with adapters runs as a composite, whose calls follow each step's segments: no "
-                "graph can hold them; open the engine with graphs=False"
-            )
+        return bool(self.key.rank_rows) and not names.isdisjoint(HOST_SEGMENTS)
 
 
 @contextmanager

@@ -30,10 +30,10 @@ class NpuOperators:
         lora, attention: the parts that stations use as well.
     """
 
-    def __init__(self, issuer: Issuer) -> None:
+    def __init__(self, issuer: Issuer, lora: Lora | None = None) -> None:
         self._issuer, self._issue, self._tensor = issuer, issuer.issue, issuer.tensor
         self._operands = issuer.operands
-        self.lora, self.attention = Lora(issuer), Attention(issuer)
+        self.lora, self.attention = lora or Lora(issuer), Attention(issuer)
 
     def table(self) -> Mapping[str, Callable[..., object]]:
         return {
@@ -220,6 +220,7 @@ class NpuOperators:
         return self._tensor("gelu", {"x": x}, runtime.ops().npu_gelu, x, approximate=approximate)
 
     def select_rows(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        check.floats("select_rows", x=x)
         rows = NpuStep.of("select_rows", step).tensor("logits_rows")
         if len(rows) == x.shape[0]:
             return x
@@ -250,6 +251,7 @@ class NpuOperators:
     # -- sampling ----------------------------------------------------------------------------------------------------
 
     def sample(self, logits: torch.Tensor, state: SamplingState, step: Step) -> SampleOutput:
+        check.floats("sample", logits=logits)
         return self._issue("sample", {"logits": logits}, sampling.sample, logits, state, step)
 
 

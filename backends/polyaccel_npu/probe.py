@@ -8,17 +8,13 @@ import subprocess
 import sys
 
 from polyaccel.backend import Availability
-from polyaccel_npu import runtime
+from polyaccel_npu import cann, runtime
 from polyaccel_npu.chip import chip_of
 
 DEVICE_NODES = "/dev/davinci[0-9]*"
 """What the driver makes, one a card."""
 PROBE_SECONDS = 60.0
-_SCRIPT = (
-    "import torch, torch_npu\n"
-    "n = torch.npu.device_count()\n"
-    "print('DEVICES', *(torch.npu.get_device_name(i).replace(' ', '_') for i in range(n)))\n"
-)
+_SCRIPT = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
 INSTALL = "python -m pip install 'polyaccel[npu]'"
 AUTOLOAD_HINT = (
     f"while it is installed on a machine without CANN, plain `import torch` fails unless {runtime.AUTOLOAD}=0 is set"
@@ -34,13 +30,14 @@ def probe() -> Availability:
         try:
             npu = runtime.npu()
             names = tuple(str(npu.get_device_name(i)) for i in range(npu.device_count()))
+            too_old = cann.refusal(cann.version(), cann.exports)
         except (ImportError, RuntimeError) as error:
             return unusable(f"{type(error).__name__}: {error}", bool(nodes))
-        return available(names, bool(nodes))
+        return available(names, bool(nodes), too_old)
     environment = {**os.environ, runtime.AUTOLOAD: "0"}
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _SCRIPT],
+            [sys.executable, "-c", _SCRIPT, cann.__file__],
             capture_output=True,
             text=True,
             timeout=PROBE_SECONDS,
@@ -49,14 +46,17 @@ def probe() -> Availability:
         )
     except subprocess.TimeoutExpired:
         return unusable(f"importing torch_npu in a child took more than {PROBE_SECONDS:g} s", bool(nodes))
-    lines = [line for line in child.stdout.splitlines() if line.startswith("DEVICES")]
-    if child.returncode or not lines:
+    told = dict(line.partition(" ")[::2] for line in child.stdout.splitlines())
+    if child.returncode or "DEVICES" not in told:
         return unusable(child.stderr or f"exit status {child.returncode}", bool(nodes))
-    return available(tuple(name.replace("_", " ") for name in lines[-1].split()[1:]), bool(nodes))
+    names = tuple(name.replace("_", " ") for name in told["DEVICES"].split())
+    return available(names, bool(nodes), told.get("CANN", ""))
 
 
-def available(names: tuple[str, ...], nodes: bool) -> Availability:
-    """What follows from the devices that torch_npu shows."""
+def available(names: tuple[str, ...], nodes: bool, too_old: str = "") -> Availability:
+    """What follows from the devices that torch_npu shows. ``too_old``: why its CANN is refused."""
+    if too_old:
+        return Availability(usable=False, reason=too_old, hardware=nodes or bool(names), devices=names)
     if not names:
         missing = "its driver is loaded" if nodes else f"no driver: {DEVICE_NODES} matches nothing"
         return Availability(usable=False, reason=f"torch_npu finds no device ({missing})", hardware=nodes)

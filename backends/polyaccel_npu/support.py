@@ -1,4 +1,4 @@
-"""What the NPU backend's operators refuse, by chip."""
+"""What the NPU backend's operators refuse, by chip and by what CANN exports."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from polyaccel.backend import Query, Reason
 from polyaccel.backend.support import Supports
+from polyaccel_npu import cann
 from polyaccel_npu.chip import Chip
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -24,12 +25,29 @@ SWIGLU_310P_BYTES = 64
 """Of which rows of SwiGlu on 310P are a multiple."""
 
 Rule = Callable[[Query, Chip], list[Reason]]
+SCATTER = ("aclnnScatterPaKvCache",)
+GROUPED = ("aclnnGroupedMatmulV5", "aclnnGroupedMatmulV4", "aclnnGroupedMatmul")
+"""Functions younger than the oldest CANN; torch_npu takes the first one that is there (seen by running it)."""
+_WRITING = ("write_kv_cache", "qkv_rope_cache")
+_GROUPING = ("sgmv", "sgmv_shrink", "sgmv_expand")
 
 
-def supports(operator: str, chip: Chip) -> Supports:
-    """The function that answers queries about an operator or station on a chip."""
+def supports(operator: str, chip: Chip, exports: cann.Exports = lambda function: True) -> Supports:
+    """The function that answers queries about an operator or station on a chip. ``exports``: whether CANN has an aclnn
+    function."""
     rule = _RULES.get(operator, _plain)
-    return lambda query: rule(query, chip)
+    scatters = any(map(exports, SCATTER))
+    groups = any(map(exports, GROUPED))
+
+    def answer(query: Query) -> list[Reason]:
+        reasons = rule(query, chip)
+        if not scatters and operator in _WRITING:
+            reasons.append(f"this CANN has no {SCATTER[0]}")
+        if not groups and (operator in _GROUPING or (query.adapters and operator in _ADAPTED)):
+            reasons.append(f"this CANN has no {GROUPED[-1]}")
+        return reasons
+
+    return answer
 
 
 def _dtype(query: Query) -> str:
@@ -180,4 +198,8 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "row_parallel_linear": _station,
         "row_parallel_add_norm": _station,
     }
+)
+_ADAPTED = (
+    *("embedding", "column_linear", "gate_up_act", "qkv_rope_cache"),
+    *("row_parallel_linear", "row_parallel_add_norm"),
 )

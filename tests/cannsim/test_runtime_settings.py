@@ -79,6 +79,13 @@ def test_a_version_reads_back_its_numbers(numbers: tuple[int, int, int], candida
     assert version.key == (major, minor, not candidate, last)
 
 
+@pytest.mark.parametrize(
+    ("version", "tells"), [("8.0.RC1", False), ("8.0.1", False), ("8.1.RC1", True), ("8.3.RC1", True)]
+)
+def test_cann_tells_its_version_from_8_1_on(version: str, tells: bool) -> None:
+    assert CannVersion(version).tells_itself == tells
+
+
 def test_the_two_layouts_of_an_error_text_name_operator_code_and_reason() -> None:
     refusal = Refused(Status.INNER, "1 uncontiguous input")
     classic, stamped = (cann_text("MatmulAllReduce", refusal, style) for style in ErrorText)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polyaccel_cannsim.operators import attention_math
 from polyaccel_cannsim.operators.environment import CHIP_310P, CHIP_A3
 from polyaccel_cannsim.operators.operator import Launch
 from polyaccel_cannsim.operators.refusal import INNER, INVALID, TILING, NotSimulated, Refusal
@@ -180,10 +182,12 @@ def test_paged_attention_of_chunks_matches_float64(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     layout=st.sampled_from(["BSH", "BSND", "BNSD"]),
     name=st.sampled_from([FUSED, INCRE]),
+    padded=st.sampled_from([0, 2, 99]),
 )
 def test_decode_reads_the_keys_of_the_block_table_whatever_the_sparse_mode(
-    seed: int, lengths: list[int], layout: str, name: str
+    seed: int, lengths: list[int], layout: str, name: str, padded: int
 ) -> None:
+    """One sequence after the other, those of like lengths at once, or all at once."""
     heads, key_heads, width, batch = 4, 2, 32, len(lengths)
     keys = [draw(seed + i, n, key_heads, width, dtype=torch.float16) for i, n in enumerate(lengths)]
     values = [draw(seed + 9 + i, n, key_heads, width, dtype=torch.float16) for i, n in enumerate(lengths)]
@@ -194,16 +198,20 @@ def test_decode_reads_the_keys_of_the_block_table_whatever_the_sparse_mode(
         layout
     ]
     given_query, out = query.reshape(shape), torch.empty(shape, dtype=torch.float16)
-    if name == FUSED:
-        options: dict[str, Any] = {"heads": heads, "key_heads": key_heads, "layout": layout, "sparse": 3, "scale": 0.25}
-        run(
-            name,
-            *fused(given_query, key, value, out, table=table, actual_keys=tuple(lengths), block_size=16, **options),
-        )
-    else:
-        head = (given_query, (key,), (value,), None, None, tuple(lengths), *([None] * 7), table, None)
-        run(name, *head, heads, 0.25, layout, key_heads, 16, 1, out)
+    lse = torch.empty(batch, heads, 1, 1) if name == FUSED else None
+    with patch.object(attention_math, "_PADDED", padded):
+        if name == FUSED:
+            options: dict[str, Any] = {"heads": heads, "key_heads": key_heads, "layout": layout, "sparse": 3}
+            options |= {"table": table, "actual_keys": tuple(lengths), "block_size": 16, "lse": lse, "scale": 0.25}
+            run(name, *fused(given_query, key, value, out, **options))
+        else:
+            head = (given_query, (key,), (value,), None, None, tuple(lengths), *([None] * 7), table, None)
+            run(name, *head, heads, 0.25, layout, key_heads, 16, 1, out)
     for i, n in enumerate(lengths):
+        if lse is not None:
+            scores = exact(query[i]).reshape(key_heads, 2, width) @ exact(keys[i]).transpose(1, 2, 0) * 0.25
+            sums = np.log(np.exp(scores).sum(-1)).reshape(heads)
+            np.testing.assert_allclose(exact(lse[i, :, 0, 0]), sums, rtol=1e-5, atol=1e-5)
         wanted, size = reference(exact(query[i : i + 1]), exact(keys[i]), exact(values[i]), 0.25, np.ones((1, n)))
         close(out.view(batch, heads, width)[i : i + 1], wanted, size * 8, terms=n + width)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PURE = (
     "test_errors",
     "test_attention_plan",
+    "test_cann",
     "test_fused_rules",
     "test_journal",
     "test_probe",

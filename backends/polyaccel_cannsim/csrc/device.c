@@ -118,8 +118,10 @@ EXPORT aclError aclrtGetDeviceInfo(uint32_t device, int attribute, int64_t *valu
   return fail(PARAM_INVALID, "cannsim: aclrtGetDeviceInfo(%d) is not simulated", attribute);
 }
 
+/* CANN answers from 8.1 on; before, torch_npu finds no such function and knows no version. */
 EXPORT aclError aclsysGetCANNVersion(int package, void *version) {
   (void)package;
+  if (!machine.cann[0]) return fail(NOT_SUPPORTED, "cannsim: this CANN has no aclsysGetCANNVersion");
   memset(version, 0, 128);
   snprintf(version, 128, "%s", machine.cann);
   return OK;
@@ -127,6 +129,7 @@ EXPORT aclError aclsysGetCANNVersion(int package, void *version) {
 
 EXPORT aclError aclsysGetVersionStr(char *package, char *version) {
   (void)package;
+  if (!machine.cann[0]) return fail(NOT_SUPPORTED, "cannsim: this CANN has no aclsysGetVersionStr");
   snprintf(version, 64, "%s", machine.cann);
   return OK;
 }

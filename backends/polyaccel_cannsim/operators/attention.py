@@ -11,7 +11,6 @@ log-sum-exp. Refused by name as not simulated: quantisation, MLA ropes, shared p
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,15 +114,9 @@ def _fused(function: str, ropes: int, environment: Environment, arguments: tuple
     if precise not in (0, 1, 2, 3):
         raise invalid(f"innerPrecise must be 0 to 3, but is {precise}.")
     key, value = _one_list(function, "key", keys), _one_list(function, "value", values)
-    problem = replace(
-        _problem(query, key, value, out, mask, heads, scale, layout, key_heads),
-        lse=lse if want_lse else None,
-        block_table=table,
-        block_size=block_size,
-        sparse_mode=sparse,
-        before=before,
-        after=after,
-    )
+    problem = _problem(query, key, value, out, mask, heads, scale, layout, key_heads)
+    problem.lse, problem.block_table, problem.block_size = lse if want_lse else None, table, block_size
+    problem.sparse_mode, problem.before, problem.after = sparse, before, after
     planned = plan(function, environment, problem, actual, actual_keys, _FUSED_LIMITS)
     if planned.layout != "TND" and max(planned.query_lengths, default=0) == 1 and precise not in (0, 1):
         raise invalid(f"innerPrecise must be 0 or 1 when Q_S is 1, but is {precise}.")
@@ -186,7 +179,7 @@ def incre_flash_attention_v4(environment: Environment, *arguments: Any) -> Compu
         raise invalid(f"query must have one token a sequence, but its shape is {list(query.shape)} in {layout}.")
     key, value = _one_list(function, "key", keys), _one_list(function, "value", values)
     problem = _problem(query, key, value, out, mask, heads, scale, layout, key_heads)
-    problem = replace(problem, block_table=table, block_size=block_size)
+    problem.block_table, problem.block_size = table, block_size
     planned = plan(function, environment, problem, None, actual, _INCRE_LIMITS[environment.chip])
     return lambda: compute(planned)
 
@@ -217,7 +210,7 @@ def prompt_flash_attention_v3(environment: Environment, *arguments: Any) -> Comp
         _check_layout(function, layout, ("BSH", "BSND", "BNSD", "BNSD_BSND"))
     _check_layout(function, layout, _LAYOUTS)
     problem = _problem(query, key, value, out, mask, heads, scale, layout, key_heads)
-    problem = replace(problem, sparse_mode=sparse, before=before, after=after)
+    problem.sparse_mode, problem.before, problem.after = sparse, before, after
     planned = plan(function, environment, problem, actual, actual_keys, _PROMPT_LIMITS[environment.chip])
     return lambda: compute(planned)
 

@@ -12,13 +12,15 @@ from .refusal import inner
 UNBOUNDED = 2147483647  # the documents' "INT_MAX" for pre_tokens and next_tokens
 COMPRESSED = 2048  # the side of the mask that stands for a causal one of any size
 
+_PADDED = 2  # how many times their keys sequences may be padded to, to be computed at once
+
 DEFAULT, ALL_MASK, LEFT_UP, RIGHT_DOWN, BAND = range(5)
 """sparse_mode (FusedInfer, sparseMode): mask and band; mask; causal from the left; causal from the right; band."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Problem:
-    """One attention call, checked.
+    """One attention call, checked, and not changed after that.
 
     Layouts: "BSH", "BSND", "BNSD", "BNSD_BSND", "TND". `query_lengths`, `key_lengths`: per sequence, not cumulative.
     `block_table` is None for keys that are laid out like the query.
@@ -44,31 +46,38 @@ class Problem:
     key_lengths: tuple[int, ...]
 
 
-def _sequences(x: torch.Tensor, layout: str, heads: int) -> list[torch.Tensor]:
-    """Views [S, N, D] of each sequence, longest extent; TND is cut by the caller."""
+def _batched(x: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
+    """A view [B, S, N, D] of any layout but TND."""
     if layout == "BSH":
-        return list(x.view(x.shape[0], x.shape[1], heads, -1))
-    if layout == "BNSD":
-        return [one.transpose(0, 1) for one in x]
-    return list(x)
+        return x.view(x.shape[0], x.shape[1], heads, -1)
+    return x.transpose(1, 2) if layout == "BNSD" else x
 
 
 def _cut(x: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
     return list(torch.ops.aten.split_with_sizes(x[: sum(lengths)], list(lengths)))
 
 
-def _paged(cache: Tensor, table: torch.Tensor, length: int, block_size: int, heads: int) -> torch.Tensor:
-    """[length, heads, D] gathered from [blocks, block_size, heads * D] or [blocks, heads, block_size, D]."""
-    whole = cache.view()
-    needed = -(-length // block_size)
-    blocks = table[:needed].to(torch.int64)
-    if needed and (int(blocks.min()) < 0 or int(blocks.max()) >= whole.shape[0]):
-        # FusedInfer, page attention: "block ids are not checked, the caller guarantees them": a card reads wild memory.
-        raise inner(f"blockTable names blocks {blocks.tolist()}, but the cache has {whole.shape[0]}.")
-    picked = whole[blocks]
+def _blocks(problem: Problem, limit: int) -> list[list[int]]:
+    """The blocks of each sequence, as many as its length needs."""
+    assert problem.block_table is not None
+    found = []
+    for row, length in zip(problem.block_table.view().tolist(), problem.key_lengths, strict=True):
+        blocks = row[: -(-length // problem.block_size)]
+        if blocks and (min(blocks) < 0 or max(blocks) >= limit):
+            # FusedInfer, page attention: "block ids are not checked, the caller guarantees them": a card reads wild
+            # memory.
+            raise inner(f"blockTable names blocks {blocks}, but the cache has {limit}.")
+        found.append(blocks)
+    return found
+
+
+def _gathered(whole: torch.Tensor, blocks: torch.Tensor, heads: int) -> torch.Tensor:
+    """[rows of the blocks, heads, D] from [blocks, block_size, heads * D] or [blocks, heads, block_size, D]."""
+    width = whole.shape[-1] // (heads if whole.ndim == 3 else 1)
+    picked = whole.index_select(0, blocks)
     if whole.ndim == 4:
         picked = picked.transpose(1, 2)
-    return picked.reshape(needed * block_size, heads, -1)[:length]
+    return picked.reshape(picked.shape[0] * picked.shape[1], heads, width)
 
 
 def _check_compressed(mask: torch.Tensor) -> None:
@@ -116,29 +125,35 @@ def compute(problem: Problem) -> None:
     """
     tnd = problem.layout == "TND"
     layout = "BNSD" if problem.layout == "BNSD_BSND" else problem.layout
-    query, out = problem.query.view(), problem.out.view()
-    queries = _cut(query, problem.query_lengths) if tnd else _sequences(query, layout, problem.heads)
     out_layout = "BSND" if problem.layout == "BNSD_BSND" else layout
-    outs = _cut(out, problem.query_lengths) if tnd else _sequences(out, out_layout, problem.heads)
+    query, out, key, value = (one.view() for one in (problem.query, problem.out, problem.key, problem.value))
+    lse = problem.lse.view() if problem.lse is not None else None
+    blocks = _blocks(problem, key.shape[0]) if problem.block_table is not None else None
+    if blocks is not None and not tnd and _alike(problem, blocks):
+        q, target = _batched(query, layout, problem.heads), _batched(out, out_layout, problem.heads)
+        result, logsum = _decoded(problem, q, key, value, blocks)
+        target.copy_(result)
+        if lse is not None:
+            lse.copy_(logsum.view(lse.shape))
+        return
+    queries = _cut(query, problem.query_lengths) if tnd else list(_batched(query, layout, problem.heads))
+    outs = _cut(out, problem.query_lengths) if tnd else list(_batched(out, out_layout, problem.heads))
     dense: torch.Tensor | None = None
     if problem.mask is not None:
         if problem.sparse_mode in (LEFT_UP, RIGHT_DOWN, BAND):
             _check_compressed(problem.mask.view())
         else:
             dense = problem.mask.view().to(torch.bool)
-    tables = problem.block_table.view() if problem.block_table is not None else None
     keys: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
-    if tables is None:
-        for found, source in ((keys, problem.key), (values, problem.value)):
-            whole = source.view()
-            found += _cut(whole, problem.key_lengths) if tnd else _sequences(whole, layout, problem.key_heads)
-    lse = problem.lse.view() if problem.lse is not None else None
+    if blocks is None:
+        for found, whole in ((keys, key), (values, value)):
+            found += _cut(whole, problem.key_lengths) if tnd else _batched(whole, layout, problem.key_heads)
     first = 0
     for i, (rows, length) in enumerate(zip(problem.query_lengths, problem.key_lengths, strict=True)):
-        if tables is not None:
-            k = _paged(problem.key, tables[i], length, problem.block_size, problem.key_heads)
-            v = _paged(problem.value, tables[i], length, problem.block_size, problem.key_heads)
+        if blocks is not None:
+            own = torch.tensor(blocks[i], dtype=torch.int64)
+            k, v = (_gathered(whole, own, problem.key_heads)[:length] for whole in (key, value))
         else:
             k, v = keys[i][:length], values[i][:length]
         if rows:
@@ -149,6 +164,39 @@ def compute(problem: Problem) -> None:
             elif lse is not None:
                 lse[i, :, :rows, 0].copy_(logsum)
         first += rows
+
+
+def _alike(problem: Problem, blocks: list[list[int]]) -> bool:
+    """Whether all sequences are one query that sees all its keys, of lengths so near that they may as well be one."""
+    longest = max(map(len, blocks), default=0)
+    return (
+        problem.mask is None
+        and all(rows == 1 for rows in problem.query_lengths)
+        and min(problem.key_lengths, default=0) > 0
+        and longest * len(blocks) <= _PADDED * sum(map(len, blocks))
+    )
+
+
+def _decoded(
+    problem: Problem, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All sequences at once. q: [B, 1, N, D]; returns [B, 1, N, D] and the log-sum-exp [B, KVN, N / KVN]."""
+    longest, count, heads = max(map(len, blocks)), len(blocks), problem.key_heads
+    padded = torch.tensor([own + own[:1] * (longest - len(own)) for own in blocks]).view(-1)
+    lengths, most = problem.key_lengths, max(problem.key_lengths)
+    k, v = (
+        _gathered(whole, padded, heads).view(count, -1, heads, q.shape[-1])[:, :most].float() for whole in (key, value)
+    )
+    wide_q = q.float().reshape(count, heads, problem.heads // heads, -1)
+    scores = (wide_q @ k.permute(0, 2, 3, 1)).mul_(problem.scale)
+    if min(lengths) < most:
+        hidden = torch.arange(most)[None, :] >= torch.tensor(lengths)[:, None]
+        scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
+        # What lies past a length may be anything, and anything times zero may be NaN.
+        v = v.masked_fill(hidden[:, :, None, None], 0.0)
+    logsum = torch.logsumexp(scores, -1)
+    weights = scores.sub_(logsum[..., None]).exp_()
+    return (weights @ v.transpose(1, 2)).view(count, 1, problem.heads, -1), logsum
 
 
 def _one(

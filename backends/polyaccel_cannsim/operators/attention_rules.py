@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -200,7 +200,7 @@ def plan(
     actual_keys: tuple[int, ...] | None,
     limits: Limits,
 ) -> Problem:
-    """The checks that all operators share; returns the problem with its lengths, heads and width filled in."""
+    """The checks that all operators share; fills in the problem's lengths, heads and width, and returns it."""
     layout, table = problem.layout, problem.block_table
     _check_operands(function, environment, problem.query, problem.key, problem.value, problem.mask, problem.out)
     key_heads = _check_heads(problem.heads, problem.key_heads)
@@ -241,18 +241,19 @@ def plan(
         keys = _lengths("actualSeqLengthsKv", actual_keys, batch, extent)
     if max(keys, default=0) > limits.keys:
         raise tiling(f"KV_S must not exceed {limits.keys}, but is {max(keys)}.")
-    planned = replace(problem, key_heads=key_heads, width=width, query_lengths=rows, key_lengths=keys)
+    problem.key_heads, problem.width = key_heads, width
+    problem.query_lengths, problem.key_lengths = rows, keys
     if not tnd and span == 1:
         # FusedInfer: at Q_S = 1 sparse_mode, pre_tokens and next_tokens have no effect; inner_precise is 0 or 1.
-        planned = replace(planned, sparse_mode=DEFAULT, before=UNBOUNDED, after=UNBOUNDED)
+        problem.sparse_mode, problem.before, problem.after = DEFAULT, UNBOUNDED, UNBOUNDED
     columns = max(keys, default=0)
-    if table is not None and planned.sparse_mode < 2:
+    if table is not None and problem.sparse_mode < 2:
         columns = max(-(-length // problem.block_size) for length in keys) * problem.block_size if keys else 0
-    if planned.sparse_mode == DEFAULT and planned.mask is None:
-        planned = replace(planned, before=UNBOUNDED, after=UNBOUNDED)
-    _check_mask(planned, longest, columns, batch)
+    if problem.sparse_mode == DEFAULT and problem.mask is None:
+        problem.before = problem.after = UNBOUNDED
+    _check_mask(problem, longest, columns, batch)
     shape = problem.query.shape
     if layout == "BNSD_BSND":
         shape = (shape[0], shape[2], shape[1], shape[3])
     require_shape("attentionOut", problem.out, shape)
-    return planned
+    return problem

@@ -70,18 +70,17 @@ def _check_types(environment: Environment, call: _Call) -> None:
 
 
 def _check_layouts(call: _Call) -> None:
-    for i, x in enumerate(call.x):
-        if is_transposed(x) and call.group_type != _INNER:
-            raise invalid(f"x[{i}] must not be transposed when groupType is {call.group_type}.")
-    turned = [is_transposed(weight) for weight in call.weight]
+    turned_x, turned = [is_transposed(x) for x in call.x], [is_transposed(weight) for weight in call.weight]
+    if any(turned_x) and call.group_type != _INNER:
+        raise invalid(f"x[{turned_x.index(True)}] must not be transposed when groupType is {call.group_type}.")
     if any(turned) and not all(turned):
         raise invalid("either all tensors of weight are transposed or none is.")
     for i, weight in enumerate(call.weight):
-        if not is_contiguous(weight) and not is_transposed(weight):
+        if not turned[i] and not is_contiguous(weight):
             raise invalid(f"weight[{i}] must be contiguous or transposed, but has stride {list(weight.stride)}.")
-    for name, tensors in (("x", call.x), ("weight", call.weight)):
+    for name, tensors, kinds in (("x", call.x, turned_x), ("weight", call.weight, turned)):
         for i, tensor in enumerate(tensors):
-            last = tensor.shape[-2] if is_transposed(tensor) else tensor.shape[-1]
+            last = tensor.shape[-2 if kinds[i] else -1]
             if last >= _INNER_LIMIT:
                 raise invalid(f"the last axis of {name}[{i}] must be less than {_INNER_LIMIT}, but is {last}.")
 

@@ -190,9 +190,24 @@ def _tap(model: RankModel, site: Site) -> None:
             model.bench.synchronize()
             for station, part in zip(RESULTS[name], result if isinstance(result, tuple) else (result,), strict=True):
                 assert isinstance(part, torch.Tensor)
-                model.seen[f"layers.{number}.{station}"] = part.detach().to("cpu", copy=True)
+                own = _without_padding(model, station, part)
+                model.seen[f"layers.{number}.{station}"] = own.detach().to("cpu", copy=True)
             return result
 
         return noted
 
     site.assign(site.planned, [tapped(call) for call in site.calls])
+
+
+def _without_padding(model: RankModel, station: str, result: torch.Tensor) -> torch.Tensor:
+    """The rank's own heads and columns: where shards are equal, zeros that no oracle knows follow them."""
+    options = model.model.options
+    share = model.shares[options.rank]
+    if station in ("q", "attention"):
+        first, last = share.heads
+        width = (last - first) * options.config.head_dim
+    elif station == "gate_up":
+        width = len(share.columns)
+    else:
+        return result
+    return result.reshape(len(result), -1)[:, :width]

@@ -7,6 +7,7 @@ from typing import Any
 
 from polyaccel.backend.levels import LEVELS
 from polyaccel_conformance.certificate.bundle import SUMMARY, Bundle
+from polyaccel_conformance.certificate.environment import YES
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.report.markdown import table
 
@@ -33,19 +34,23 @@ def support(bundles: Sequence[Bundle]) -> str:
             raise UsageError(f"{bundle.path} is a {summary.get('kind')}, no certificate")
         header = summary["result"]["header"]
         environment = header["environment"]
+        devices = environment.get("devices", "")
+        if environment.get("simulated") == YES:
+            # A row is read without its levels' titles: nobody is to take it for one of hardware.
+            devices = f"simulated: {devices}"
         levels = {level["level"]: level for level in summary["levels"]}
         verdicts = [str(levels[name]["verdict"]) if name in levels else "-" for name in LEVELS]
         rows.append(
             [
                 f"`{header['subject']['name']}`",
                 environment.get("distribution", ""),
-                environment.get("devices", ""),
+                devices,
                 environment.get("torch", ""),
                 f"{header['profile']}, {header['started'][:10]}",
                 *(WORDS.get(verdict, verdict) for verdict in verdicts),
             ]
         )
-        details += [f"\n## {header['subject']['name']}: {environment.get('devices', '')}\n"]
+        details += [f"\n## {header['subject']['name']}: {devices}\n"]
         details += [f"- {level['title']}: {level['verdict']}{_why(level)}" for level in summary["levels"]]
         details += [f"- waived: `{waiver['test']}`, {waiver['reason']}" for waiver in summary["waivers"]]
     columns = [f"{level.name} {level.title}" for level in LEVELS.values()]

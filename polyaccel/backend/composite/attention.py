@@ -39,9 +39,9 @@ def paged_attention(
     key, give zeros.
 
     Raises:
-        OperatorError: q's heads are not of the cache's width.
+        OperatorError: q is no float tensor, or its heads are not of the cache's width.
     """
-    if q.shape[-1] != kv.spec.head_dim:
+    if q.shape[-1] != kv.spec.head_dim or not q.is_floating_point():
         raise OperatorError.describe("paged_attention", f"q must be heads of {kv.spec.head_dim}", {"q": q})
     inputs = step.input
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -70,7 +70,14 @@ def paged_attention(
 def dense_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: Sequence[int], scale: float, causal: bool
 ) -> torch.Tensor:
-    """Attention inside each segment ``starts[i]:starts[i + 1]``; tokens of no segment give zeros."""
+    """Attention inside each segment ``starts[i]:starts[i + 1]``; tokens of no segment give zeros.
+
+    Raises:
+        OperatorError: an operand is no float tensor.
+    """
+    operands = {"q": q, "k": k, "v": v}
+    if not all(x.is_floating_point() for x in operands.values()):
+        raise OperatorError.describe("dense_attention", "q, k and v must be floats", operands)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     for begin, end in pairwise(starts):
         keys, values = k[begin:end], v[begin:end]

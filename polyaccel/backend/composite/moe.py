@@ -40,9 +40,11 @@ def moe_route(
     """Weights ``[tokens, top_k]`` float32 and ids ``[tokens, top_k]`` int32 from ``logits: [tokens, experts]``.
 
     Raises:
-        OperatorError: an unknown scoring, or numbers that do not fit the experts.
+        OperatorError: logits that are no floats, an unknown scoring, or numbers that do not fit the experts.
     """
     experts = logits.shape[-1]
+    if not logits.is_floating_point():
+        raise OperatorError.describe("moe_route", "logits must be floats", {"logits": logits})
     if not 1 <= top_k <= experts:
         raise OperatorError.describe("moe_route", f"top_k {top_k} of {experts} experts", {"logits": logits})
     wide = logits.float()
@@ -139,6 +141,8 @@ def _check(x: torch.Tensor, gate_up: Weight, down: Weight, ids: torch.Tensor, we
         )
     if x.shape[-1] != first.k or x.dtype != first.dtype:
         raise OperatorError.describe("moe_experts", f"{first.site!r} takes {first.dtype} rows of {first.k}", operands)
+    if not weights.is_floating_point():
+        raise OperatorError.describe("moe_experts", "weights must be floats", operands)
     if ids.shape != weights.shape or ids.shape[0] != x.shape[0]:
         raise OperatorError.describe("moe_experts", "ids and weights are not [tokens, top_k]", operands)
     return first.experts

@@ -227,6 +227,17 @@ def test_queries_of_another_head_width_than_the_cache_are_refused() -> None:
         attention.paged_attention(torch.zeros(1, 2, 16), paged.cache, 1, step, 1.0)
 
 
+def test_queries_keys_and_values_that_are_no_floats_are_refused() -> None:
+    kv = TensorKVCache(KVSpec(layers=1, kv_heads=1, head_dim=8, dtype=torch.float32, blocks=1, block_size=4), CPU)
+    with pytest.raises(OperatorError, match="q must be heads of 8"):
+        attention.paged_attention(torch.zeros(1, 1, 8, dtype=torch.int32), kv, 0, step_of(step_input([(1, 1)])), 1.0)
+    operands = {name: torch.zeros(2, 1, 8) for name in "qkv"}
+    for name in operands:
+        given = {**operands, name: operands[name].int()}
+        with pytest.raises(OperatorError, match="must be floats"):
+            attention.dense_attention(**given, starts=(0, 2), scale=1.0, causal=False)
+
+
 def reads_of(lengths: list[tuple[int, int]], window: int | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many slots each read of the cache asks for."""
     paged, found = Paged([context for _, context in lengths], 1, 2, torch.float32, Draw(3)), list[int]()

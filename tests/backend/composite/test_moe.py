@@ -130,6 +130,8 @@ def test_numbers_that_do_not_fit_the_experts_are_refused() -> None:
         moe.moe_route(logits, 4, "sigmoid", False, None, 3, 1)
     with pytest.raises(OperatorError, match="scoring"):
         moe.moe_route(logits, 1, "random", False)
+    with pytest.raises(OperatorError, match="logits must be floats"):
+        moe.moe_route(logits.int(), 1, "sigmoid", False)
 
 
 @pytest.mark.parametrize("scoring", ["softmax_topk", "topk_softmax", "sigmoid"])
@@ -423,6 +425,9 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         call(torch.ones(2, 3), gate_up, filled_weight(spec_of("down", [3], 4, experts=2), draw))
     with pytest.raises(OperatorError, match="top_k"):
         call(torch.ones(3, 3), gate_up, down)
+    routing = routing.int()
+    with pytest.raises(OperatorError, match="weights must be floats"):
+        call(torch.ones(2, 3), gate_up, down)
 
 
 @pytest.mark.parametrize(

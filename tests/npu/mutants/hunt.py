@@ -23,6 +23,8 @@ SECONDS = 240.0
 BLUNDERS = ("NameError", "ImportError", "AttributeError", "SyntaxError", "TypeError")
 CRASHES = tuple(f"{how}{blunder}" for how in ("crash: ", "E       ", "E   ") for blunder in BLUNDERS)
 """How findings begin that are about the mutant's own code: it must be a program that works and is wrong."""
+REFUSED = re.compile(r"\baclnn\w+ failed|\[ERR01\d{3} OPS:")
+"""What a refused operator is told by: the function of CANN that failed, or the module OPS of torch_npu's own checks."""
 ROOT = Path(__file__).parents[3]
 
 
@@ -95,9 +97,10 @@ def _on_ranks(killer: OnRanks, folder: Path) -> tuple[str, str]:
         wrong = pool.collect() if killer.collectives else []
         return (f"collectives: {wrong[0]}", "test_constraints_kept, collectives") if wrong else ("", "")
     except RankFailed as failed:
-        # A rank that ends for another reason proves nothing about the tests.
-        refused = re.search(r"\baclnn\w+ failed", str(failed))
-        return f"{'refused' if refused else 'broken'}: {failed}", "test_constraints_kept, CANN's refusal"
+        # A rank that ends for another reason proves nothing about the tests. torch_npu refuses some operands itself.
+        refused = REFUSED.search(str(failed))
+        who = "torch_npu's" if refused and refused[0].startswith("[") else "CANN's"
+        return f"{'refused' if refused else 'broken'}: {failed}", f"test_constraints_kept, {who} refusal"
     finally:
         pool.close()
 

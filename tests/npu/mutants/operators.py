@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from tests.npu.mutants.mutant import Edit, Mutant, OnCard
+from tests.npu.mutants.mutant import ByTest, Edit, Mutant, OnCard
 
 NORM, ATTENTION = OnCard(("rms_norm",)), OnCard(("paged_attention",))
 SGMV, ROTARY, WRITE = OnCard(("sgmv",)), OnCard(("rotary_embedding",)), OnCard(("write_kv_cache",))
+
+KERNELS = "tests/npu/test_vllm_sgmv.py"
 
 
 def _one(name: str, what: str, file: str, old: str, new: str, killer: OnCard) -> Mutant:
@@ -208,5 +210,26 @@ OPERATORS: tuple[Mutant, ...] = (
         "first_rank_row, rank)\n\n    def covers",
         "first_rank_row + 1, rank)\n\n    def covers",
         SGMV,
+    ),
+    Mutant(
+        "sgmv.any_rank",
+        "vllm-ascend's kernels get adapters of every rank.",
+        (Edit("vllm_sgmv.py", "where is None or where.rank_rows not in RANKS:", "where is None:"),),
+        ByTest(f"{KERNELS}::test_what_depends_on_the_step_goes_to_grouped_matmul_whole"),
+    ),
+    Mutant(
+        "sgmv.strided",
+        "vllm-ascend's kernels get operands of any layout.",
+        (
+            Edit("vllm_sgmv.py", "return x.is_contiguous() and x.storage_offset() % BLOCK == 0", "return True"),
+            Edit("vllm_sgmv.py", 'x = self._issuer.operands.dense("sgmv", "x", x)', "pass"),
+        ),
+        ByTest(f"{KERNELS}::test_strided_operands_never_reach_an_address_that_is_read_densely"),
+    ),
+    Mutant(
+        "sgmv.zero_rows",
+        "Rows of zeros stand for what an adapter does not touch.",
+        (Edit("vllm_sgmv.py", "if not store.true_rank(spec.site, index, batch.slots[0]):", "if False:"),),
+        ByTest(f"{KERNELS}::test_an_infinity_in_x_reaches_no_slice_that_the_adapter_does_not_touch"),
     ),
 )
