@@ -17,7 +17,8 @@ from tests.conformance.multi.cases import ranked_case
 pytestmark = pytest.mark.slow
 
 FUSED, PARTS = "npu.mm_all_reduce", "npu.matmul+hccl_all_reduce"
-WORLDS = (2, 4)
+LONG = "POLYACCEL_LONG_TESTS"
+WORLDS = (2, pytest.param(4, marks=pytest.mark.skipif(not os.environ.get(LONG), reason=f"set {LONG}=1")))
 WITHHELD = 6.0
 """Seconds."""
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
