@@ -6,9 +6,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,31 @@ def environment(folder: Path) -> Mapping[str, str]:
     """Variables of a process that finds the package of ``folder`` before any other."""
     rest = os.environ.get("PYTHONPATH", "")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), rest] if rest else [str(folder)])}
+
+
+def run(command: Sequence[str], folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """A command that sees the package of ``folder``."""
+    return subprocess.run(
+        command,
+        env=dict(environment(folder)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+    )
+
+
+def by_test(test: str, folder: Path, seconds: float) -> tuple[str, str]:
+    """What a test of this project, or all of a file, finds wrong with the package, empty if nothing; and its name."""
+    # The configured path would put the true sources first.
+    path = f"pythonpath={folder} . conformance backends"
+    words = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-o", path]
+    done = run([sys.executable, "-m", "pytest", *words, test], folder, seconds)
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout.splitlines()[-1], done.stdout[-500:]
+    name = test.rpartition("::")[2]
+    if done.returncode == 0:
+        return "", name
+    lines = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
+    return (lines[0] if lines else "failed"), f"{Path(test.partition('::')[0]).stem}::{name}"

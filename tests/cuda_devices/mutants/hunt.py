@@ -7,7 +7,6 @@ has the GPUs for.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,12 +15,11 @@ from pathlib import Path
 import torch
 
 from tests.cuda_devices.mutants.catalogue import MUTANTS, PACKAGE, ByTest, Killer, Mutant, OnGpu
-from tests.support.planted import environment, plant
+from tests.support.planted import by_test, plant, run
 
 SECONDS = 400.0
 BLUNDERS = ("NameError", "ImportError", "AttributeError", "SyntaxError", "TypeError", "CompilationError")
 """What is about the mutant's own code: it must be a program that works and is wrong."""
-ROOT = Path(__file__).parents[3]
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -37,44 +35,19 @@ def hunt(mutant: Mutant, *, planted: bool = True, most: int = 120) -> tuple[str,
         folder = Path(name).resolve()
         plant(PACKAGE, mutant.edits if planted else (), folder)
         if isinstance(mutant.killer, ByTest):
-            return _by_test(mutant.killer, folder)
+            return by_test(mutant.killer.test, folder, SECONDS)
         return _on_gpu(mutant.killer, folder, most)
-
-
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        env=dict(environment(folder)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS,
-    )
 
 
 def _on_gpu(killer: OnGpu, folder: Path, most: int) -> tuple[str, str]:
     words = [sys.executable, "-W", "ignore", "-m", "tests.cuda_devices.mutants.on_gpu", str(folder)]
-    done = _run([*words, ",".join(killer.operators), ",".join(killer.checks), str(most)], folder)
+    done = run([*words, ",".join(killer.operators), ",".join(killer.checks), str(most)], folder, SECONDS)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines, f"no answer, exit {done.returncode}:\n{done.stderr[-3000:]}"
     answer = json.loads(lines[-1])
     assert not answer["cannot"], answer["cannot"]
     found = f"{answer['cause']}: {answer['message']}" if answer["check"] else ""
     return found, f"check {answer['check']} of {', '.join(killer.operators)}, case {answer['cases']}"
-
-
-def _by_test(killer: ByTest, folder: Path) -> tuple[str, str]:
-    # The configured path would put the true sources first.
-    path = f"pythonpath={folder} . conformance backends"
-    words = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-o", path]
-    done = _run([sys.executable, "-m", "pytest", *words, killer.test], folder)
-    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-2000:]
-    name = killer.test.rpartition("/")[2]
-    if done.returncode == 0:
-        return "", name
-    lines = [line.removeprefix("E").strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
-    return (lines[0] if lines else "failed"), name
 
 
 def caught(found: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 
 from tests.npu.constraints.judge import faults
 from tests.npu.constraints.pool import Pool, RankFailed
-from tests.npu.mutants.mutant import ByTest, Edit, Killer, Mutant, OnCard, OnRanks, environment, plant
+from tests.npu.mutants.mutant import Edit, Killer, Mutant, OnCard, OnRanks, environment, plant
+from tests.support.planted import by_test, run
 
 SECONDS = 240.0
 BLUNDERS = ("NameError", "ImportError", "AttributeError", "SyntaxError", "TypeError")
@@ -25,7 +25,6 @@ CRASHES = tuple(f"{how}{blunder}" for how in ("crash: ", "E       ", "E   ") for
 """How findings begin that are about the mutant's own code: it must be a program that works and is wrong."""
 REFUSED = re.compile(r"\baclnn\w+ failed|\[ERR01\d{3} OPS:")
 """What a refused operator is told by: the function of CANN that failed, or the module OPS of torch_npu's own checks."""
-ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def hunt(edits: tuple[Edit, ...], killer: Killer) -> Score:
         elif isinstance(killer, OnRanks):
             found, by = _on_ranks(killer, folder)
         else:
-            found, by = _by_test(killer, folder)
+            found, by = by_test(killer.test, folder, SECONDS)
     return Score(found, by, time.monotonic() - began, _used() - used)
 
 
@@ -62,21 +61,9 @@ def _used() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        env=dict(environment(folder)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS,
-    )
-
-
 def _on_card(killer: OnCard, folder: Path) -> tuple[str, str]:
     words = [sys.executable, "-m", "tests.npu.mutants.on_card", str(folder)]
-    done = _run([*words, ",".join(killer.operators), ",".join(killer.checks)], folder)
+    done = run([*words, ",".join(killer.operators), ",".join(killer.checks)], folder, SECONDS)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines, f"no answer, exit {done.returncode}:\n{done.stderr[-3000:]}"
     answer = json.loads(lines[-1])
@@ -103,20 +90,6 @@ def _on_ranks(killer: OnRanks, folder: Path) -> tuple[str, str]:
         return f"{'refused' if refused else 'broken'}: {failed}", f"test_constraints_kept, {who} refusal"
     finally:
         pool.close()
-
-
-def _by_test(killer: ByTest, folder: Path) -> tuple[str, str]:
-    # The configured path would put the true sources first.
-    path = f"pythonpath={folder} . conformance backends"
-    words = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-o", path]
-    done = _run([sys.executable, "-m", "pytest", *words, killer.test], folder)
-    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-2000:]
-    assert " skipped" not in done.stdout.splitlines()[-1], done.stdout[-500:]
-    name = killer.test.rpartition("::")[2]
-    if done.returncode == 0:
-        return "", name
-    lines = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
-    return (lines[0] if lines else "failed"), f"{Path(killer.test.partition('::')[0]).stem}::{name}"
 
 
 def expected(killer: Killer, score: Score) -> bool:
