@@ -21,7 +21,7 @@ from polyaccel.backend import (
 from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.ledger import COPY_PREFIX
 from polyaccel_cuda import check, sampling
-from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rope, shrink
+from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rotary, shrink
 from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.product import product
@@ -168,7 +168,7 @@ class CudaOperators(Issuer):
         check.floats("rotary_embedding", **{name: x})
         x = self.dense_rows("rotary_embedding", name, x)
         operands = {name: x, "cos": table.cos, "sin": table.sin, "positions": positions}
-        return self.launch("rotary_embedding", operands, rope.rotate, x, table, positions)
+        return self.launch("rotary_embedding", operands, rotary.rotate, x, table, positions)
 
     def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 2 or x.shape[1] % 2:
@@ -202,7 +202,7 @@ class CudaOperators(Issuer):
             raise OperatorError.describe("write_kv_cache", reason, {"k": k, "v": v})
         stored = cache.layer(layer)
         operands = {"k": k, "v": v, "kv": stored[0], "slots": slots}
-        self.launch("write_kv_cache", operands, rope.write_kv, k, v, stored, slots)
+        self.launch("write_kv_cache", operands, rotary.write_kv, k, v, stored, slots)
 
     def paged_attention(
         self, q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from polyaccel.backend import RopeTable
-from polyaccel_cuda.kernels import activation, decode, expand, few, gather, norm, prefill, rope, sample, shrink
+from polyaccel_cuda.kernels import activation, decode, expand, few, gather, norm, prefill, rope, rotary, sample, shrink
 from polyaccel_cuda.kernels.rows import Units
 
 TARGETS = {"Ampere": 80, "Hopper": 90}
@@ -66,8 +66,8 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
             expand.expand(empty(128, 96), h, (0, 64, 96), units(empty(32, 96), rows, most, split), residual)
         activation.silu_and_mul(empty(128, 96), 48, h, units(empty(32, 96), rows, most, split))
         gather.embedding(empty(50, 96), ids, 0, empty(50, 32), units(empty(32, 96), rows, most, split))
-        for rotary, norms in ((64, None), (48, empty(64))):
-            turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=rotary)
+        for turns, norms in ((64, None), (48, empty(64))):
+            turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=turns)
             cache = (empty(4, 2, 16, 64), empty(4, 2, 16, 64))
             rope.rope_cache(
                 empty(128, 512),
@@ -84,8 +84,8 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
     sole, cache = units(empty(32, 512), 16, 1, False), (empty(4, 2, 16, 64), empty(4, 2, 16, 64))
     expand.expand(empty(1, 96), empty(1, 96), (0, 64, 96), sole, empty(1, 96))
     activation.silu_and_mul(empty(1, 96), 48, empty(1, 96), sole)
-    for rotary, norms in ((64, None), (48, empty(64))):
-        turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=rotary)
+    for turns, norms in ((64, None), (48, empty(64))):
+        turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=turns)
         heads, scaled = (4, 2, 64), (norms, norms, 1e-5)
         rope.rope_cache(empty(1, 512), heads, turned, scaled, cache, ids, ids, empty(1, 96), sole)
     for largest, mixed in ((16, False), (70, True)):
@@ -103,10 +103,10 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
     norm.rms_norm(empty(128, 96), empty(96), 1e-5, empty(128, 96))
     norm.rms_norm(empty(2, 40000), empty(40000), 1e-5)
     norm.layer_norm(empty(128, 96), empty(96), empty(96), 1e-5)
-    rope.rotate(empty(128, 4, 64), table, ids)
+    rotary.rotate(empty(128, 4, 64), table, ids)
     yield "rows"
     cache = (empty(16, 2, 16, 64), empty(16, 2, 16, 64))
-    rope.write_kv(empty(128, 2, 64), empty(128, 2, 64), cache, ids)
+    rotary.write_kv(empty(128, 2, 64), empty(128, 2, 64), cache, ids)
     for window in (None, 32):
         for splits in (1, 4):
             q, out = empty(8, 4, 64), empty(8, 4, 64)

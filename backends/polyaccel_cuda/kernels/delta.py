@@ -39,10 +39,10 @@ def segment(i, first, place, rank, mix, ROWS: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def read_unit(unit, members, first, place, rank, mix, more, ROWS: tl.constexpr, R: tl.constexpr):
-    """A unit's first R rows, -1 beyond its own; its first :func:`segment`; where its other segments begin and end."""
-    member = tl.load(members + unit * ROWS + tl.arange(0, R))
-    low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, R)
+def read_unit(unit, members, first, place, rank, mix, more, ROWS: tl.constexpr):
+    """A unit's rows, -1 beyond its own; its first :func:`segment`; where its other segments begin and end."""
+    member = tl.load(members + unit * ROWS + tl.arange(0, ROWS))
+    low, left, high, weight = segment(unit, first, place, rank, mix, ROWS, ROWS)
     return member, low, left, high, weight, tl.load(more + unit), tl.load(more + unit + 1)
 
 

@@ -69,9 +69,7 @@ def expand_kernel(
     inside = columns < high_column
     start, live = tl.program_id(0), served(count, SPLIT)
     for unit in range(start, last_unit(start, live, LOOP), tl.num_programs(0)):
-        member, low, left, high, weight, begin, end_more = read_unit(
-            unit, members, first, place, rank, mix, more, ROWS, ROWS
-        )
+        member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
         if unit < live:
             present = member >= 0
             rows = tl.where(present, member, 0).to(tl.int64)
@@ -120,7 +118,7 @@ def lone_expand_kernel(
 ):
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
-    _unit, there, row, low, left, high, weight, begin, end_more = lone_unit(
+    there, row, low, left, high, weight, begin, end_more = lone_unit(
         count, members, first, place, rank, mix, more, ROWS, SOLE
     )
     if SOLE:

@@ -50,9 +50,7 @@ def adapted_embedding_kernel(
     live = tl.load(count)
     for unit in range(tl.program_id(0), last_unit(tl.program_id(0), live, LOOP), tl.num_programs(0)):
         # A table's rank rows are where the store has them, whatever a product left out.
-        member, low, left, high, weight, begin, end_more = read_unit(
-            unit, members, first, first, rank, mix, more, ROWS, ROWS
-        )
+        member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, first, rank, mix, more, ROWS)
         if unit < live:
             present = member >= 0
             tokens = tl.where(present, member, 0).to(tl.int64)

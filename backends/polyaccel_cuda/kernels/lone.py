@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def lone_unit(count, members, first, place, rank, mix, more, ROWS: tl.constexpr, SOLE: tl.constexpr):
-    """This program's unit and whether there is one; its row, segment and weight; where its other segments begin and
+    """Whether there is a unit for this program; its row, :func:`lone_segment`, and where its other segments begin and
     end. See :class:`rows.Units`. ``SOLE``: the step has one row, so that nothing has to be read to know which."""
     if SOLE:
         unit, there, row = 0, True, tl.program_id(0).to(tl.int64) * 0
@@ -23,7 +23,7 @@ def lone_unit(count, members, first, place, rank, mix, more, ROWS: tl.constexpr,
         unit = tl.minimum(unit, live - 1)
         row = tl.load(members + unit * ROWS).to(tl.int64)
     low, left, high, weight = lone_segment(unit, first, place, rank, mix, ROWS)
-    return unit, there, row, low, left, high, weight, tl.load(more + unit), tl.load(more + unit + 1)
+    return there, row, low, left, high, weight, tl.load(more + unit), tl.load(more + unit + 1)
 
 
 @triton.jit
