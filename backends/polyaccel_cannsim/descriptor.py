@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import torch
@@ -50,13 +52,15 @@ def bytes_at(
         address: of the storage's first element.
         stride, offset: in elements.
     """
-    elements = offset + 1
-    for size, step in zip(shape, stride, strict=True):
-        if not size:
-            return torch.empty_strided(shape, stride, dtype=dtype)
-        elements += (size - 1) * step
+    if 0 in shape:
+        return torch.empty_strided(shape, stride, dtype=dtype)
+    elements = offset + 1 + sum(map(mul, shape, stride)) - sum(stride)
     storage = torch._C._construct_storage_from_data_pointer(address, _CPU, elements * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+
+
+# A loop meets the same places again and again, and to make the tensor costs more than most operators do with it.
+_view_at = functools.lru_cache(maxsize=4096)(bytes_at)
 
 
 class AclTensor:
@@ -135,8 +139,10 @@ class AclTensor:
         return bytes_at(self.address, self.dtype, self.shape, self.stride, self.offset)
 
     def view(self) -> torch.Tensor:
-        """The same as ``tensor()``."""
-        return self.tensor()
+        """The same, one object for each place and layout, and so not to be resized or pointed elsewhere."""
+        if self.dtype is None:
+            raise TypeError(f"ACL data type {self.acl_dtype} has no torch type")
+        return _view_at(self.address, self.dtype, self.shape, self.stride, self.offset)
 
     @property
     def extent(self) -> int:

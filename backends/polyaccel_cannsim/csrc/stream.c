@@ -130,7 +130,8 @@ static void *serve(void *argument) {
     item *one = s->head;
     s->head = one->next;
     if (!s->head) s->tail = NULL;
-    if (one->kind == ITEM_RECORD || one->kind == ITEM_WAIT || one->kind == ITEM_GRAPH_DONE) {
+    int marks = one->kind == ITEM_RECORD || one->kind == ITEM_WAIT || one->kind == ITEM_GRAPH_DONE;
+    if (marks) {
       ordered(s, one);
     } else if (!s->fault) {
       unlock();
@@ -148,7 +149,10 @@ static void *serve(void *argument) {
     }
     s->done = one->sequence;
     free(one);
-    pthread_cond_broadcast(&progress);
+    if (marks || (s->awaited && s->done >= s->awaited)) {
+      s->awaited = 0;
+      pthread_cond_broadcast(&progress);
+    }
   }
   s->has_worker = 0;
   pthread_cond_broadcast(&progress);
@@ -282,6 +286,7 @@ static aclError finish(stream *s, int timeout_ms) { /* with the lock */
   demand(s, target);
   struct timespec until = after(now(), timeout_ms < 0 ? 0 : (int64_t)timeout_ms * 1000000);
   while (s->done < target && !s->closing) {
+    if (!s->awaited || target < s->awaited) s->awaited = target;
     if (timeout_ms < 0) pthread_cond_wait(&progress, &state_lock);
     else if (pthread_cond_timedwait(&progress, &state_lock, &until) == ETIMEDOUT && s->done < target)
       return fail(SYNC_TIMEOUT, "EE1002: stream %d: synchronisation took longer than %d ms", s->id, timeout_ms);

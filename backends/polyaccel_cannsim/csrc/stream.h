@@ -10,6 +10,7 @@ struct stream {
   int id, device;
   item *head, *tail;
   uint64_t issued, done, demanded;
+  uint64_t awaited; /* the lowest sequence that a thread sleeps for, or 0: waking it for each item costs a switch each */
   struct timespec last;
   aclError fault;
   char *fault_text;

@@ -73,11 +73,10 @@ def _blocks(problem: Problem, limit: int) -> list[list[int]]:
 
 def _gathered(whole: torch.Tensor, blocks: torch.Tensor, heads: int) -> torch.Tensor:
     """[rows of the blocks, heads, D] from [blocks, block_size, heads * D] or [blocks, heads, block_size, D]."""
-    width = whole.shape[-1] // (heads if whole.ndim == 3 else 1)
     picked = whole.index_select(0, blocks)
-    if whole.ndim == 4:
-        picked = picked.transpose(1, 2)
-    return picked.reshape(picked.shape[0] * picked.shape[1], heads, width)
+    if whole.ndim == 3:
+        return picked.view(-1, heads, whole.shape[-1] // heads)
+    return picked.transpose(1, 2).reshape(-1, heads, whole.shape[-1])
 
 
 def _check_compressed(mask: torch.Tensor) -> None:
@@ -131,10 +130,7 @@ def compute(problem: Problem) -> None:
     blocks = _blocks(problem, key.shape[0]) if problem.block_table is not None else None
     if blocks is not None and not tnd and _alike(problem, blocks):
         q, target = _batched(query, layout, problem.heads), _batched(out, out_layout, problem.heads)
-        result, logsum = _decoded(problem, q, key, value, blocks)
-        target.copy_(result)
-        if lse is not None:
-            lse.copy_(logsum.view(lse.shape))
+        target.copy_(_decoded(problem, q, key, value, blocks, lse))
         return
     queries = _cut(query, problem.query_lengths) if tnd else list(_batched(query, layout, problem.heads))
     outs = _cut(out, problem.query_lengths) if tnd else list(_batched(out, out_layout, problem.heads))
@@ -178,25 +174,35 @@ def _alike(problem: Problem, blocks: list[list[int]]) -> bool:
 
 
 def _decoded(
-    problem: Problem, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All sequences at once. q: [B, 1, N, D]; returns [B, 1, N, D] and the log-sum-exp [B, KVN, N / KVN]."""
+    problem: Problem,
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: list[list[int]],
+    lse: torch.Tensor | None,
+) -> torch.Tensor:
+    """All sequences at once, with as few operators of torch as it takes: each costs more than its arithmetic here.
+
+    q: [B, 1, N, D]; returns [B, 1, N, D] and writes the log-sum-exp to `lse` [B, N, 1, 1] if there is one.
+    """
     longest, count, heads = max(map(len, blocks)), len(blocks), problem.key_heads
-    padded = torch.tensor([own + own[:1] * (longest - len(own)) for own in blocks]).view(-1)
-    lengths, most = problem.key_lengths, max(problem.key_lengths)
-    k, v = (
-        _gathered(whole, padded, heads).view(count, -1, heads, q.shape[-1])[:, :most].float() for whole in (key, value)
-    )
-    wide_q = q.float().reshape(count, heads, problem.heads // heads, -1)
-    scores = (wide_q @ k.permute(0, 2, 3, 1)).mul_(problem.scale)
+    lengths, most, width = problem.key_lengths, max(problem.key_lengths), q.shape[-1]
+    picked = torch.tensor([own + own[:1] * (longest - len(own)) for own in blocks]).view(-1)
+    if longest == 1:
+        key, value = key.narrow(-2, 0, most), value.narrow(-2, 0, most)
+    k, v = (_gathered(whole, picked, heads).view(count, -1, heads, width) for whole in (key, value))
+    if longest > 1:
+        k, v = k.narrow(1, 0, most), v.narrow(1, 0, most)
+    wide_q, wide_v = q.float().view(count, heads, problem.heads // heads, -1), v.transpose(1, 2).float()
+    scores = (wide_q @ k.permute(0, 2, 3, 1).float()).mul_(problem.scale)
     if min(lengths) < most:
         hidden = torch.arange(most)[None, :] >= torch.tensor(lengths)[:, None]
         scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
         # What lies past a length may be anything, and anything times zero may be NaN.
-        v = v.masked_fill(hidden[:, :, None, None], 0.0)
-    logsum = torch.logsumexp(scores, -1)
-    weights = scores.sub_(logsum[..., None]).exp_()
-    return (weights @ v.transpose(1, 2)).view(count, 1, problem.heads, -1), logsum
+        wide_v = wide_v.masked_fill(hidden[:, None, :, None], 0.0)
+    if lse is not None:
+        lse.copy_(torch.logsumexp(scores, -1).view(lse.shape))
+    return (torch.softmax(scores, -1) @ wide_v).view(count, 1, problem.heads, -1)
 
 
 def _one(

@@ -54,10 +54,11 @@ def _check_types(environment: Environment, call: _Call) -> None:
     # GMM, tables 2 and 3: x, weight and y alike; on 310P FLOAT16 only; FLOAT32 only with single tensors.
     kind = call.x[0].dtype
     allowed = (torch.float16,) if environment.chip == CHIP_310P else FLOATS
-    for i, tensor in enumerate((*call.x, *call.weight, *call.out)):
-        require_dtype(f"x, weight or out [{i}]", tensor, allowed)
+    require_dtype("x, weight or out", call.x[0], allowed)
+    for tensor in (*call.x, *call.weight, *call.out):
         require_plain(tensor=tensor)
         if tensor.dtype != kind:
+            require_dtype("x, weight or out", tensor, allowed)
             raise invalid(
                 f"x, weight and y must have one dtype without quantisation, but got {kind} and {tensor.dtype}."
             )
@@ -191,8 +192,8 @@ def _ends(call: _Call, rows: int) -> list[int]:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    result = x.to(torch.float32) @ weight.to(torch.float32)
-    return result if bias is None else result + bias.to(torch.float32)
+    result = x.float() @ weight.float()
+    return result if bias is None else result + bias.float()
 
 
 def _compute(call: _Call) -> None:
