@@ -41,6 +41,9 @@ def check_devices(
     Raises:
         OperatorError: naming the first argument that is elsewhere, and describing all.
     """
+    if _together(args) and not kwargs:
+        return
+    names = (*names, *(f"argument {i}" for i in range(len(names), len(args))))
     placed = _placed({**dict(zip(names, args, strict=False)), **kwargs})
     if len(placed) < 2:
         return
@@ -51,6 +54,36 @@ def check_devices(
         if other is not None and not _same(other, device):
             reason = f"{name} is on {other} but {placed[0][0]} is on {device}; move it there first"
             raise OperatorError(operator, reason, [_describe(n, v) for n, v in placed], rank)
+
+
+def _together(args: Sequence[object]) -> bool:
+    """Whether all are certainly on one device: the common case, at a fraction of what it costs to name them."""
+    first: torch.device | None = None
+    for value in args:
+        device = _device_of(value)
+        if device is None:
+            for name in _fields_of(type(value)):
+                part = getattr(value, name)
+                if isinstance(part, torch.Tensor):
+                    if first is None:
+                        first = part.device
+                    elif part.device != first:
+                        return False
+        elif first is None:
+            first = device
+        elif device != first:
+            return False
+    return True
+
+
+_FIELDS: dict[type, tuple[str, ...]] = {}
+
+
+def _fields_of(kind: type) -> tuple[str, ...]:
+    found = _FIELDS.get(kind)
+    if found is None:
+        found = _FIELDS[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+    return found
 
 
 def describe_operands(arguments: Mapping[str, object]) -> list[OperandInfo]:

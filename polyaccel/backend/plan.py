@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Literal
 
 from polyaccel.backend import stations
 from polyaccel.backend.errors import UnsupportedError
-from polyaccel.backend.failure import UNTYPED, typed
+from polyaccel.backend.failure import UNTYPED, argument_names, typed
 from polyaccel.backend.guard import Launcher
 from polyaccel.backend.ledger import COMPOSITE_PREFIX
+from polyaccel.backend.placed import check_devices
 from polyaccel.backend.step import Step, TokenClass, plan_key
 from polyaccel.backend.support import Entry, Query, Static
 from polyaccel.backend.vocabulary import OPERATORS
@@ -287,9 +288,10 @@ def _choice(planned: Planned) -> list[object]:
 
 
 def _native(name: str, operator: str, entry: Entry, launcher: Launcher) -> Call:
-    fn, ledger = entry.fn, launcher.ledger
+    fn, ledger, arguments = entry.fn, launcher.ledger, argument_names(operator)
 
     def native(*args: object, **kwargs: object) -> object:
+        check_devices(operator, args, kwargs, arguments, launcher.rank)
         launched = ledger.launches
         ledger.enter(name)
         try:

@@ -69,3 +69,23 @@ def test_a_composite_is_not_entered_with_operands_of_two_devices() -> None:
     with pytest.raises(OperatorError, match="weight is on meta but x is on cpu"):
         plan["n"].calls[0](CPU, META[0], 1e-5)
     assert "composite.rms_norm" not in backend.ledger.counts()
+
+
+def test_a_native_implementation_is_not_entered_with_operands_of_two_devices() -> None:
+    entered: list[str] = []
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+        entered.append("rms_norm")
+        return x
+
+    plan = Plan(TableBackend("cpu", {"rms_norm": norm}), [SiteRequest(site="n", operator="rms_norm")], policy="strict")
+    with pytest.raises(OperatorError, match="weight is on meta but x is on cpu"):
+        plan["n"].calls[0](CPU, META[0], 1e-5)
+    with pytest.raises(OperatorError, match="residual is on meta but x is on cpu"):
+        plan["n"].calls[0](CPU, CPU[0], 1e-5, residual=META)
+    assert not entered
+
+
+def test_an_argument_that_the_contract_does_not_know_is_named_by_its_place() -> None:
+    with pytest.raises(OperatorError, match="argument 1 is on meta but x is on cpu"):
+        check_devices("f", (CPU, META), {}, ("x",))

@@ -8,13 +8,12 @@ failures and frees its memory can only be asked of the driver below it. What a d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from polyaccel.backend import Device
 from polyaccel_conformance.bench import Bench
@@ -134,114 +133,13 @@ def instruments(bench: Bench) -> Instruments:
 
 
 def _open(device: Device, devices: Sequence[Device]) -> Instruments:
+    from polyaccel_conformance.harness.torch_devices import CudaInstruments, TorchInstruments
     from polyaccel_conformance.simulated.device import SimulatedDevice
     from polyaccel_conformance.simulated.instruments import SimulatedInstruments
 
     if isinstance(device, SimulatedDevice):
         return SimulatedInstruments(device, devices)
-    if device.torch_device.type == "cuda":
+    kind = device.torch_device.type
+    if kind == "cuda":
         return CudaInstruments(device, devices)
-    return Instruments(device, devices)
-
-
-# -- CUDA --------------------------------------------------------------------------------------------------------------
-
-_CYCLES = 10_000
-"""Clock cycles of one unit of delay, 5 to 10 microseconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class CudaStream(SideStream):
-    """A stream of torch's pool."""
-
-    stream: torch.cuda.Stream
-
-    def use(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self.stream)
-
-    def delay(self, amount: float) -> None:
-        with torch.cuda.stream(self.stream):
-            torch.cuda._sleep(int(amount * _CYCLES))  # type: ignore[no-untyped-call]
-
-    def synchronize(self) -> None:
-        self.stream.synchronize()
-
-
-@dataclass(slots=True)
-class _CudaStreams:
-    side: CudaStream
-    reader: torch.cuda.Stream
-
-
-class CudaInstruments(Instruments):
-    """torch.cuda. Memory is that of torch's caching allocator: what a library takes from the driver is not seen."""
-
-    def __init__(self, device: Device, devices: Sequence[Device]) -> None:
-        super().__init__(device, devices)
-        self._streams: _CudaStreams | None = None
-
-    def lacks(self, capability: Capability) -> str:
-        if capability == "devices" and self.other is self.device:
-            return f"the backend has one device, {self.device.name}"
-        if capability == "failures":
-            return "CUDA has no way to make a chosen kernel fail"
-        return ""
-
-    def current(self) -> int:
-        return torch.cuda.current_device()
-
-    def use(self, device: Device) -> AbstractContextManager[object]:
-        return torch.cuda.device(device.torch_device)
-
-    def stream(self) -> SideStream:
-        return self._own().side
-
-    def peek(self, tensor: torch.Tensor) -> torch.Tensor:
-        reader = self._own().reader
-        # Pinned, so that the copy waits for nothing but its own stream.
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        with torch.cuda.stream(reader):
-            host.copy_(tensor, non_blocking=True)
-        reader.synchronize()
-        return host
-
-    def allocated(self, device: Device) -> int:
-        return torch.cuda.memory_allocated(device.torch_device)
-
-    def ever_allocated(self, device: Device) -> int:
-        return int(torch.cuda.memory_stats(device.torch_device).get("allocated_bytes.all.allocated", 0))
-
-    @contextmanager
-    def exhausted(self, device: Device) -> Iterator[None]:
-        torch.cuda.empty_cache()
-        # Blocks that are split stay reserved; the fraction forbids new ones only.
-        torch.cuda.set_per_process_memory_fraction(0.0, device.torch_device)
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device.torch_device)
-
-    @contextmanager
-    def recording(self) -> Iterator[Recording]:
-        found = Recording()
-        torch.cuda.synchronize(self.device.torch_device)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            yield found
-            torch.cuda.synchronize(self.device.torch_device)
-        events = [e for e in profile.events() or () if e.device_type != DeviceType.CPU and not e.is_user_annotation]
-        found.activities = tuple(Activity(name=e.name, kind=_cuda_kind(e.name)) for e in events)
-
-    def _own(self) -> _CudaStreams:
-        if self._streams is None:
-            where = self.device.torch_device
-            side = CudaStream(torch.cuda.Stream(device=where))  # type: ignore[no-untyped-call]
-            reader = torch.cuda.Stream(device=where)  # type: ignore[no-untyped-call]
-            self._streams = _CudaStreams(side, reader)
-        return self._streams
-
-
-def _cuda_kind(name: str) -> str:
-    for mark, kind in (("HtoD", "to device"), ("DtoH", "to host"), ("DtoD", "on device"), ("PtoP", "between devices")):
-        if name.startswith("Memcpy") and mark in name:
-            return kind
-    return "fill" if name.startswith("Memset") else "kernel"
+    return Instruments(device, devices) if kind == "cpu" else TorchInstruments(device, devices)
