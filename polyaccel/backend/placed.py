@@ -6,6 +6,7 @@ Founding case: an operator without a device guard read another GPU's memory (Aut
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 
@@ -62,7 +63,8 @@ def _together(args: Sequence[object]) -> bool:
     for value in args:
         device = _device_of(value)
         if device is None:
-            for name in _fields_of(type(value)):
+            # mypy takes object's own hash, which needs an instance, for that of the class.
+            for name in _fields_of(type(value)):  # type: ignore[arg-type]
                 part = getattr(value, name)
                 if isinstance(part, torch.Tensor):
                     if first is None:
@@ -76,14 +78,9 @@ def _together(args: Sequence[object]) -> bool:
     return True
 
 
-_FIELDS: dict[type, tuple[str, ...]] = {}
-
-
+@functools.cache
 def _fields_of(kind: type) -> tuple[str, ...]:
-    found = _FIELDS.get(kind)
-    if found is None:
-        found = _FIELDS[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
-    return found
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 
 
 def describe_operands(arguments: Mapping[str, object]) -> list[OperandInfo]:
