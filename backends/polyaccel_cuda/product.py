@@ -8,6 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import linear
 
+from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
+
+VECTOR = 16
+"""Bytes that cuBLAS's better kernels load at once."""
+
 # No reduced precision; k may be split, its parts are summed in float32. Without splits one row takes 2.4 times as long.
 WIDE_SUMS = (False, True)
 
@@ -39,8 +44,27 @@ def full_precision() -> Iterator[None]:
 
 
 def product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ matrix.T + bias``; no rows, columns or k are fine."""
+    """``x @ matrix.T + bias``, rows dense; no rows, columns or k are fine."""
     if x.device.type != "cuda":
         return linear(x, matrix, bias)
+    if bias is not None and rounds_before_bias(x, matrix):
+        return by_few(x, matrix, bias)
     with full_precision():
         return linear(x, matrix, bias)
+
+
+def by_few(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same by the decode's kernel, which rounds once, some rows after the other."""
+    y = torch.empty((x.shape[0], matrix.shape[0]), dtype=x.dtype, device=x.device)
+    for rows, out in zip(torch.split(x, MOST_ROWS), torch.split(y, MOST_ROWS), strict=True):
+        few_rows(rows, matrix, matrix.shape[0], bias, out=out)
+    return y
+
+
+def rounds_before_bias(x: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether cuBLASLt may round the product to 16 bits and again with the bias: it did on an H100 (CUDA 13.0)
+    where rows are not all at multiples of 16 bytes.
+    """
+    size = x.element_size()
+    places = (x.data_ptr(), x.stride(0) * size, matrix.data_ptr(), matrix.stride(0) * size, matrix.shape[0] * size)
+    return size == 2 and any(place % VECTOR for place in places)

@@ -11,7 +11,7 @@ from polyaccel_cuda.communicator import CudaCommunicator
 from polyaccel_cuda.kernels.few import MOST_ROWS
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.operators import Issuer
-from polyaccel_cuda.product import full_precision
+from polyaccel_cuda.product import full_precision, product
 from polyaccel_cuda.step import CudaStep
 from polyaccel_cuda.weight import FoldedWeight
 
@@ -69,12 +69,12 @@ def product_into(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | Non
     if x.device.type != "cuda":
         out.copy_(linear(x, matrix, bias))
         return
+    if bias is not None:
+        # Only into dense memory a bias is added before the rounding.
+        out.copy_(product(x, matrix, bias))
+        return
     with full_precision():
-        if bias is None:
-            torch.mm(x, matrix.T, out=out)
-        else:
-            # Only into dense memory a bias is added before the rounding.
-            out.copy_(linear(x, matrix, bias))
+        torch.mm(x, matrix.T, out=out)
 
 
 def add_and_norm(

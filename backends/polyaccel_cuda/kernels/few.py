@@ -148,6 +148,7 @@ def few_rows(
     listed: torch.Tensor | None = None,
     covered: int = 0,
     slices: int = 1,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, base + covered * slices]``: ``x @ matrix[:base].T + bias``, then the rank rows that a list names.
 
@@ -156,10 +157,11 @@ def few_rows(
         matrix: ``[rows, k]``, rows dense; rank row r of slice s is row ``base + r * slices + s``.
         bias: ``[at most base]``.
         listed: ``[at least covered]`` int32 rank rows.
+        out: the result, rows dense; new if there is none.
     """
     tokens, k = x.shape
     total = base + covered * slices
-    y = torch.empty((tokens, total), dtype=x.dtype, device=x.device)
+    y = torch.empty((tokens, total), dtype=x.dtype, device=x.device) if out is None else out
     if not y.numel():
         return y
     known = x if listed is None else listed
