@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ def recount(logged: Logged, waivers: Sequence[Waiver] = (), *, require_native: b
         failures=failing,
         not_promised=excused,
         incomplete=incomplete,
-        seconds=round(sum(r.seconds for r in results), 3),
+        seconds=round(math.fsum(r.seconds for r in results), 3),
     )
     failures = [
         (position, r.case, f.check) for position, r in enumerate(results) for f in r.failures if not f.not_promised

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from polyaccel.backend import OPERATORS, STATIONS, OperatorSpec
@@ -101,6 +101,21 @@ def summary(found: Iterable[Cell]) -> str:
         if cell.axis:
             values.append(cell.value)
     return "; ".join(f"{group} {_values(values)}".rstrip() for group, values in groups.items())
+
+
+def restriction(refused: Sequence[Cell], required: Sequence[Cell]) -> str:
+    """What is refused of what is required, for a title: an operator and dtype of which every cell is refused by name
+    alone, of others the axes where some of it is, without the cell that stands for any case at all."""
+    lacking, said = set(refused), []
+    for key in dict.fromkeys(map(_kind, refused)):
+        some = [cell for cell in refused if _kind(cell) == key]
+        whole = all(cell in lacking for cell in required if _kind(cell) == key)
+        said += [cell for cell in some if (not cell.axis if whole else cell.axis)] or some
+    return summary(said)
+
+
+def _kind(cell: Cell) -> tuple[object, ...]:
+    return cell.operator, cell.dtype, cell.where
 
 
 def _values(values: list[Value | Span]) -> str:

@@ -25,6 +25,23 @@ def covered(case: Case, table: Index) -> Iterator[Cell]:
                     yield cell
 
 
+def beyond(case: Case, table: Index) -> bool:
+    """Whether ``case`` lies outside of every range that ``table`` asks for along some axis, such as a head of 300 where
+    heads up to 256 are asked for: no level says how a backend runs it."""
+    axes: Mapping[str, Choice] | None = None
+    for dtype in (case.dtype, ""):
+        for axis, group in table.get((case.operator, dtype), {}).items():
+            spans = [cell.value for cell in group if isinstance(cell.value, Span)]
+            if not spans:
+                continue
+            if axes is None:
+                axes = {**case.axes(), **facts(case)}
+            values = _values(axes, axis)
+            if values and not any(value in span for value in values for span in spans):
+                return True
+    return False
+
+
 def _values(axes: Mapping[str, Choice], axis: str) -> tuple[Choice, ...]:
     # A layout that is not drawn is the contiguous one.
     default = "contiguous" if axis.startswith("layouts.") else None

@@ -11,7 +11,7 @@ from polyaccel.backend.ledger import COMPOSITE_PREFIX
 from polyaccel.backend.levels import LEVELS
 from polyaccel_conformance.check import RESTRICTION, CaseResult
 from polyaccel_conformance.levels.cell import HALVES, Cell, Index, cells, index
-from polyaccel_conformance.levels.coverage import covered
+from polyaccel_conformance.levels.coverage import beyond, covered
 from polyaccel_conformance.levels.grant import Asked, Evidence, Tally
 from polyaccel_conformance.multi.identity import RankIdentity
 from polyaccel_conformance.results import CheckState
@@ -98,6 +98,8 @@ def gather(
 
 
 def _count(tallies: dict[Cell, Tally], table: Index, result: CaseResult, outcome: str) -> None:
+    if outcome == "refused" and beyond(result.case, table):
+        return
     name = "passed" if outcome == WAIVED else outcome
     for cell in covered(result.case, table):
         tally = tallies.get(cell, Tally())

@@ -8,7 +8,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from polyaccel.backend.levels import DEVICES, LEVELS, Level
-from polyaccel_conformance.levels.cell import HALVES, Cell, cells, summary
+from polyaccel_conformance.levels.cell import HALVES, Cell, cells, restriction, summary
 from polyaccel_conformance.multi.devices import objections, qualification, world
 from polyaccel_conformance.multi.identity import RankIdentity
 
@@ -86,7 +86,8 @@ class LevelResult:
     Attributes:
         half: the 16-bit type it was judged with, empty where it has none.
         reasons: why it was not granted, each a sentence.
-        refused: required cells that the backend refuses: the restriction that the title names.
+        refused: required cells that the backend refuses.
+        restriction: the same in the words of the title.
         declared: what its operators declare below the contract's floor, which the title names as well.
         not_exercised: required cells and checks that this machine cannot exercise.
         native, composite: operators of the level by how they ran.
@@ -99,6 +100,7 @@ class LevelResult:
     half: str = ""
     reasons: tuple[str, ...] = ()
     refused: tuple[Cell, ...] = ()
+    restriction: str = ""
     declared: tuple[str, ...] = ()
     not_exercised: tuple[str, ...] = ()
     native: tuple[str, ...] = ()
@@ -112,8 +114,7 @@ class LevelResult:
         what the devices were are part of it."""
         name = self.level.name
         if self.verdict is Verdict.RESTRICTED:
-            cells = [summary(self.refused)] if self.refused else []
-            name = f"{name} restricted: {'; '.join([*cells, *self.declared])};"
+            name = f"{name} restricted: {'; '.join(filter(None, [self.restriction, *self.declared]))};"
         said = "; ".join(filter(None, [self.qualification, f"float32, {self.half}" if self.half else ""]))
         return f"{name} {self.level.title}" + (f" ({said})" if said else "")
 
@@ -233,6 +234,7 @@ def _judged(
         half=half,
         reasons=tuple(reasons),
         refused=tuple(refused),
+        restriction=restriction(refused, required),
         declared=declared,
         not_exercised=tuple(idle),
         native=native,

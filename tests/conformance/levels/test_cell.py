@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from polyaccel.backend.levels import LEVELS, Span
 from polyaccel_conformance.case import Case
-from polyaccel_conformance.levels.cell import Cell, cells, index, summary
+from polyaccel_conformance.levels.cell import Cell, cells, index, restriction, summary
 from polyaccel_conformance.levels.coverage import covered
 from polyaccel_conformance.levels.evidence import required
 
@@ -69,3 +69,14 @@ def test_a_summary_names_exactly_the_values_it_was_given(values: set[int]) -> No
 def test_spans_side_by_side_are_one_range_in_words() -> None:
     spans = [Span(2, 15), Span(16, 16), Span(17, 63)]
     assert summary(Cell(operator="linear", axis="dims.k", value=s) for s in spans) == "linear k 2..63"
+
+
+def test_a_restriction_names_an_operator_of_which_all_is_refused_once_and_otherwise_where_it_is_refused() -> None:
+    asked = [cell for cell in cells(LEVELS["L2"], "bfloat16") if cell.operator == "paged_attention"]
+    single = [cell for cell in asked if cell.dtype == "float32"]
+    assert restriction(single, asked) == "paged_attention float32"
+    some = [cell for cell in asked if cell.dtype == "bfloat16" and cell.axis in ("", "dims.group")]
+    assert restriction([*single, *some], asked) == "paged_attention float32; paged_attention bfloat16 group 1..8"
+    # Of what has no axis there is nothing more to say.
+    assert restriction(some[:1], asked) == "paged_attention bfloat16"
+    assert restriction([], asked) == ""

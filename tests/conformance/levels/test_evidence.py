@@ -35,6 +35,24 @@ def test_a_composite_is_a_refusal_only_where_the_backend_has_the_operator() -> N
     assert both.composite == both.native == {"gelu"}
 
 
+def test_a_composite_beyond_what_a_level_asks_for_is_no_refusal() -> None:
+    dims = {"dims.sequences": 1, "dims.context": 16, "dims.group": 1, "dims.kv_heads": 1, "dtype": "float32"}
+    cell = Cell(operator="paged_attention", dtype="float32")
+
+    def attention(head_dim: int, kind: str) -> CaseResult:
+        case = Case.of("paged_attention", {**dims, "dims.head_dim": head_dim}, head_dim)
+        return replace(result(kind), case=case)
+
+    beyond = gather([attention(256, "native"), attention(257, "composite")], [], Machine())
+    assert beyond.tallies[cell] == Tally(passed=1)
+    within = gather([attention(256, "native"), attention(255, "composite")], [], Machine())
+    assert within.tallies[cell] == Tally(passed=1, refused=1)
+    failed = gather(
+        [attention(256, "native"), replace(attention(257, "composite"), failures=(FAILURE,))], [], Machine()
+    )
+    assert failed.tallies[cell] == Tally(passed=1, failed=1)
+
+
 def test_a_failure_that_is_waived_counts_as_passed_and_is_counted_apart() -> None:
     found = gather([result("native", failed=True)], [], Machine(), waived=frozenset({0}))
     assert found.tallies[ANY] == Tally(passed=1)

@@ -181,3 +181,10 @@ def test_a_file_that_is_no_log_is_a_usage_error(tmp_path: Path, text: str) -> No
 def test_a_missing_log_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read_log(tmp_path / "none.jsonl")
+
+
+def test_seconds_add_up_to_the_same_bits_on_every_python() -> None:
+    tally = Tally(results=[replace(RESULT, seconds=0.1)] * 10)
+    (state,) = tally.operator_states(HEADER)
+    # Added one after the other these are 0.9999999999999999, as Python 3.11 adds them; 3.12 does not.
+    assert state.seconds == 1.0
