@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="run tox -e triton")
 
 from polyaccel_cuda.product import by_few, rounds_before_bias
 
