@@ -494,6 +494,26 @@ def the_first_group_still_works(here: Rank) -> None:
     back_to_back(here)
 
 
+def layers_in_prefill(here: Rank) -> None:
+    _layers(here, "prefill")
+
+
+def layers_in_decode(here: Rank) -> None:
+    _layers(here, "decode")
+
+
+def _layers(here: Rank, phase: str) -> None:
+    """Every rank's station on what the ranks really handed on, against the reference of the uncut layer."""
+    from polyaccel_conformance.bench import Bench
+    from tests.support.large_layers import enlarged, prove, rank_bench
+
+    bench = rank_bench(Bench(here.backend, here.device), here.comm, here.folder)
+    with enlarged():
+        found = prove(bench, "7B", phase, "all")
+    print(", ".join(f"{station} {worst:.2f}" for station, worst in found.worst.items()))
+    assert found.failure is None, found.failure
+
+
 ALL = (
     connects,
     sums_small_ones_by_one_kernel,
