@@ -7,8 +7,10 @@ Writes a checkpoint (14.5 GB at 32 layers) and one adapter of rank 32 on all lin
 - ``start-up``: a process of its own, with an empty kernel cache and again with a full one, from import to the first
   token; ``without_copy_s`` leaves out the time between the first and the last weight.
 - ``decode``: tokens a second after the first token, prompts of 512 random tokens, 128 new ones, greedy; the median of
-  the repeats. Adapters are loads of the same file under several names.
+  the repeats, which the mixes of adapters take in turn. Adapters are loads of the same file under several names;
+  ``added``: against rows without one, as many being loaded.
 - ``host gap``: the share of a decode step in which no kernel runs, from the profiler's records of 30 steps.
+  ``unprofiled``: what the kernels take there, of the step that no profiler made longer.
 - ``correct``: transformers reads the same folder. In float32 it must like our tokens best, or less than its best by no
   more than twice what bfloat16 changes in its own logits.
 """
@@ -151,19 +153,22 @@ def start_up(folder: Path) -> list[dict[str, object]]:
 
 
 def decode(
-    llm: polyaccel.LLM, prompts: list[list[int]], names: list[str | None], new: int, repeats: int
-) -> tuple[float, list[list[int]]]:
-    """Decode tokens a second, the median, and the ids of the last run."""
+    llm: polyaccel.LLM, prompts: list[list[int]], mixes: dict[str, list[str | None]], new: int, repeats: int
+) -> dict[str, tuple[float, list[list[int]]]]:
+    """By mix, decode tokens a second, the median, and the ids of the last run. Mixes take turns: what drifts, such as
+    the clock, is then no difference between them."""
     params = polyaccel.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-    speeds, ids = [], []
+    speeds: dict[str, list[float]] = {mix: [] for mix in mixes}
+    ids: dict[str, list[list[int]]] = {}
     for repeat in range(repeats + 1):
-        out = llm.generate(prompts, params, adapter=names)
-        first = max(o.timing.first_token for o in out)
-        whole = max(o.timing.first_token + o.timing.decode for o in out)
-        if repeat:
-            speeds.append(len(prompts) * (new - 1) / (whole - first))
-        ids = [list(o.token_ids) for o in out]
-    return statistics.median(speeds), ids
+        for mix, names in mixes.items():
+            out = llm.generate(prompts, params, adapter=names)
+            first = max(o.timing.first_token for o in out)
+            whole = max(o.timing.first_token + o.timing.decode for o in out)
+            if repeat:
+                speeds[mix].append(len(prompts) * (new - 1) / (whole - first))
+            ids[mix] = [list(o.token_ids) for o in out]
+    return {mix: (statistics.median(found), ids[mix]) for mix, found in speeds.items()}
 
 
 def busy_share(llm: polyaccel.LLM, prompts: list[list[int]], names: list[str | None]) -> tuple[float, float]:
@@ -255,28 +260,37 @@ def main() -> None:
         drawn_prompts = {
             b: generator.integers(3, VOCABULARY, (b, arguments.prompt)).tolist() for b in arguments.batches
         }
-        for loaded in (0, arguments.adapters):
-            for name in own[:loaded]:
+        before = 0
+        for loaded in sorted({0, *(count for count in (1, 8) if count < arguments.adapters), arguments.adapters}):
+            for name in own[before:loaded]:
                 llm.adapters.load(name, adapter)
+            before = loaded
             for batch, prompts in drawn_prompts.items():
+                if batch > 1 and loaded not in (0, arguments.adapters):
+                    continue
                 mixes: dict[str, list[str | None]] = {"none": [None] * batch}
                 if loaded:
                     mixes["one" if batch == 1 else "all rows one"] = [own[-1]] * batch
                 if loaded and 1 < batch <= loaded:
                     mixes["each row its own"] = list(own[:batch])
+                measured = decode(llm, prompts, mixes, arguments.new_tokens, arguments.repeats)
                 for mix, names in mixes.items():
-                    speed, ids = decode(llm, prompts, names, arguments.new_tokens, arguments.repeats)
+                    speed, ids = measured[mix]
                     busy, step = busy_share(llm, prompts, names)
                     kept = kept or (prompts[0], ids[0])
+                    ms, plain = batch / speed * 1e3, batch / measured["none"][0] * 1e3
                     row: dict[str, object] = {
                         "what": "decode",
                         "batch": batch,
                         "loaded": loaded,
                         "adapters": mix,
                         "tokens_per_s": round(speed, 1),
-                        "ms_per_step": round(batch / speed * 1e3, 3),
+                        "ms_per_step": round(ms, 3),
+                        "added_ms": round(ms - plain, 3),
+                        "added": round(ms / plain - 1, 4),
                         "profiled_ms_per_step": round(step / 1e3, 3),
                         "host_gap": round(1 - busy, 4),
+                        "host_gap_unprofiled": round(1 - busy * step / 1e3 / ms, 4),
                     }
                     rows.append(row)
                     print(row, flush=True)
