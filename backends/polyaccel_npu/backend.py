@@ -114,7 +114,10 @@ class NpuBackend(Backend):
         if self._devices is None:
             from polyaccel_npu.device import NpuDevice
 
-            npu = runtime.npu()
+            try:
+                npu = runtime.npu()
+            except (ImportError, OSError, RuntimeError) as error:
+                raise BackendUnavailable(self.probe().reason or str(error)) from error
             too_old = cann.refusal(cann.version(), cann.exports)
             if too_old:
                 raise BackendUnavailable(too_old)

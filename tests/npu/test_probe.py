@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from polyaccel.backend.errors import BackendUnavailable
+from polyaccel_npu import runtime
+from polyaccel_npu.backend import NpuBackend
 from polyaccel_npu.probe import available, unusable
 
 
@@ -45,3 +50,10 @@ def test_hardware_without_devices_is_not_passed_over() -> None:
 def test_devices_of_a_known_chip_are_usable() -> None:
     assert available(("Ascend910B3",), True).usable
     assert not available(("Ascend910B3", "Something"), True).usable
+
+
+def test_devices_say_what_is_missing_where_there_is_no_torch_npu() -> None:
+    if runtime.installed():
+        pytest.skip("torch_npu is installed here")
+    with pytest.raises(BackendUnavailable, match="torch_npu is not installed: python -m pip install"):
+        NpuBackend().devices()

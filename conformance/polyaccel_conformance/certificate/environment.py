@@ -42,16 +42,20 @@ def environment(name: str, backend: Backend) -> dict[str, str]:
         "simulated": YES if backend.simulated else "no",
         "graphs": "; ".join(backend.graph_refusals()),
         "driver": driver(devices[0].torch_device) if devices else "",
-        "source.backend": backend_digest(backend),
-        "source.contract": contract_digest(),
-        "source.core": core_digest(),
-        "source.suite": suite_digest(),
+        **sources(backend),
     }
     for entry in installed():
         if entry.name == name:
             found["distribution"] = f"{entry.distribution} {entry.version}"
             found["entry point"] = entry.target
     return found
+
+
+def sources(backend: Backend) -> dict[str, str]:
+    """The hashes that decide whether a certificate is stale. Asks for no device: where there is none, a certificate can
+    be verified all the same."""
+    found = backend_digest(backend), contract_digest(), core_digest(), suite_digest()
+    return dict(zip(SOURCES, found, strict=True))
 
 
 def driver(device: torch.device) -> str:

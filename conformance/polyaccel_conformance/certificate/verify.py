@@ -27,7 +27,7 @@ from polyaccel_conformance.certificate.bundle import (
     summary,
 )
 from polyaccel_conformance.certificate.condense import of_inputs
-from polyaccel_conformance.certificate.environment import SOURCES, environment
+from polyaccel_conformance.certificate.environment import SOURCES, sources
 from polyaccel_conformance.certificate.recount import recount
 from polyaccel_conformance.certificate.rerun import Rerun
 from polyaccel_conformance.certificate.rerun import rerun as execute_again
@@ -247,7 +247,7 @@ def _summary(bundle: Bundle, stated: Mapping[str, Any], logged: Logged, waivers:
 
 def _changed(logged: Logged) -> Iterator[tuple[str, str]]:
     """Which sources are no longer the ones that were tested, by their key, each with a sentence."""
-    here = _environment(logged)
+    here = _sources(logged)
     names = {
         "source.backend": "the backend's source",
         "source.contract": "the contract",
@@ -265,10 +265,9 @@ def _changed(logged: Logged) -> Iterator[tuple[str, str]]:
             yield key, f"{names[key]} has changed"
 
 
-def _environment(logged: Logged) -> dict[str, str] | str:
+def _sources(logged: Logged) -> dict[str, str] | str:
     try:
-        backend = logged.header.subject.open()
-        return environment(logged.header.subject.name, backend)
+        return sources(logged.header.subject.open())
     except PolyaccelError as error:
         return str(error)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from polyaccel.backend import Backend, Device
 from polyaccel_conformance.certificate.bundle import LOG, MANIFEST, PAGE, SUMMARY, manifest, read_bundle, write_bundle
 from polyaccel_conformance.certificate.verify import Verification, verify
 from polyaccel_conformance.errors import ExitCode, UsageError
@@ -38,6 +39,16 @@ def test_a_bundle_as_it_was_written_is_valid(certificate: Path) -> None:
     assert found.kind == "certificate"
     assert found.regenerated == found.cases > 150
     assert found.exit_code is ExitCode.PASS
+
+
+def test_a_certificate_is_verified_where_its_devices_are_not(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(backend: Backend) -> Sequence[Device]:
+        raise ModuleNotFoundError("No module named 'torch_of_a_vendor'")
+
+    monkeypatch.setattr("polyaccel.backend.cpu.backend.CpuBackend.devices", absent)
+    assert verified(certificate).verdict == "VALID"
 
 
 def test_executing_cases_again_gives_the_same_verdicts(certificate: Path) -> None:

@@ -55,7 +55,6 @@ def test_healthy_code_passes_and_the_control_fails(name: str) -> None:
         ("device.wrong_current", broken.no_guard, "fails on a device that is not current"),
         ("device.wrong_current", broken.not_restored, "current device changed"),
         ("device.wrong_current", broken.scratch_on_the_first_device, "foreign allocation"),
-        ("device.wrong_current", broken.takes_any_device, "mixed devices accepted"),
         ("memory.steady", broken.leaks, "memory grows with every call"),
         ("stream.side", broken.default_stream, "stale data on a side stream"),
     ],
@@ -65,6 +64,16 @@ def test_each_planted_bug_is_caught(name: str, mutant: Callable[[], Backend], ca
     assert found is not None
     assert found.check == name
     assert found.cause == cause
+
+
+def test_operands_of_two_devices_that_are_let_in_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, careless = CHECKS["device.wrong_current"], broken.takes_any_device
+    # The plan refuses them before an implementation that would not.
+    assert _ask(check, careless(), linear_problem()) is None
+    monkeypatch.setattr("polyaccel.backend.plan.check_devices", lambda *operands: None)
+    found = _ask(check, careless(), linear_problem())
+    assert found is not None
+    assert found.cause == "mixed devices accepted"
 
 
 def test_metadata_on_another_stream_is_caught() -> None:
