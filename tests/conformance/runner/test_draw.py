@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
-from hypothesis import find, given
+from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis import strategies as st
 
 from polyaccel_conformance.draw import TILES, boundary_integers, cases, examples, uniform
@@ -30,6 +33,33 @@ def test_drawn_cases_are_valid_and_differ(problems: ProblemSet) -> None:
 def test_the_same_seed_draws_the_same_cases_and_another_one_others() -> None:
     assert examples(LINEAR, 20, 3) == examples(LINEAR, 20, 3)
     assert examples(LINEAR, 20, 3) != examples(LINEAR, 20, 4)
+
+
+def test_what_a_seed_draws_does_not_depend_on_the_modules_that_are_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [examples(LINEAR, 40, seed) for seed in range(5)]
+    raw = _sizes_drawn_by_hypothesis(0)
+    numbers = ", ".join(str(number) for number in range(103, 40_000, 83))
+    (tmp_path / "imported_by_somebody.py").write_text(f"NUMBERS = [{numbers}]")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("imported_by_somebody")
+    assert [examples(LINEAR, 40, seed) for seed in range(5)] == before
+    # The module is one whose numbers Hypothesis does mix in.
+    assert _sizes_drawn_by_hypothesis(0) != raw
+
+
+def _sizes_drawn_by_hypothesis(base: int) -> list[int]:
+    found: list[int] = []
+
+    @seed(base)
+    @settings(max_examples=400, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**32))
+    def collect(number: int) -> None:
+        found.append(number)
+
+    collect()
+    return found
 
 
 def test_as_many_cases_are_drawn_as_were_asked_for() -> None:
