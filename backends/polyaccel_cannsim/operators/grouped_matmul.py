@@ -54,11 +54,11 @@ def _check_types(environment: Environment, call: _Call) -> None:
     # GMM, tables 2 and 3: x, weight and y alike; on 310P FLOAT16 only; FLOAT32 only with single tensors.
     kind = call.x[0].dtype
     allowed = (torch.float16,) if environment.chip == CHIP_310P else FLOATS
-    require_dtype("x, weight or out", call.x[0], allowed)
-    for tensor in (*call.x, *call.weight, *call.out):
+    require_dtype("x, weight or out [0]", call.x[0], allowed)
+    for i, tensor in enumerate((*call.x, *call.weight, *call.out)):
         require_plain(tensor=tensor)
         if tensor.dtype != kind:
-            require_dtype("x, weight or out", tensor, allowed)
+            require_dtype(f"x, weight or out [{i}]", tensor, allowed)
             raise invalid(
                 f"x, weight and y must have one dtype without quantisation, but got {kind} and {tensor.dtype}."
             )
