@@ -1,6 +1,6 @@
 """A Mistral-7B shape with random weights on a GPU through the public API: start-up, decode, adapters, the host's share.
 
-    python benchmarks/bench_cuda_engine.py [--layers 32] [--batches 1 32 64] [--adapters 32] [--folder /dev/shm/bench]
+    python benchmarks/bench_cuda_engine.py [--layers 32] [--batches 1 32 64] [--loaded 1 8 32 64] [--folder FOLDER]
 
 Writes a checkpoint (14.5 GB at 32 layers) and one adapter of rank 32 on all linear layers into the folder, then:
 
@@ -8,7 +8,7 @@ Writes a checkpoint (14.5 GB at 32 layers) and one adapter of rank 32 on all lin
   token; ``without_copy_s`` leaves out the time between the first and the last weight.
 - ``decode``: tokens a second after the first token, prompts of 512 random tokens, 128 new ones, greedy; the median of
   the repeats, which the mixes of adapters take in turn. Adapters are loads of the same file under several names;
-  ``added``: against rows without one, as many being loaded.
+  batch 1 is taken with every number of them loaded, a larger batch with as many as it has rows. ``added``: against rows without one, as many being loaded.
 - ``host gap``: the share of a decode step in which no kernel runs, from the profiler's records of 30 steps.
   ``unprofiled``: what the kernels take there, of the step that no profiler made longer.
 - ``correct``: transformers reads the same folder. In float32 it must like our tokens best, or less than its best by no
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/polyaccel-bench"))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 64])
-    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--loaded", type=int, nargs="+", default=[1, 8, 32, 64], help="numbers of adapters loaded")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -252,8 +252,9 @@ def main() -> None:
     torch.cuda.empty_cache()
     rows = start_up(arguments.folder)
     generator = np.random.default_rng(0)
-    own = [f"adapter-{i}" for i in range(arguments.adapters)]
-    slots = {"adapter_slots": arguments.adapters, "adapter_rank_rows": arguments.adapters * arguments.rank}
+    most = max(arguments.loaded)
+    own = [f"adapter-{i}" for i in range(most)]
+    slots = {"adapter_slots": most, "adapter_rank_rows": most * arguments.rank}
     with polyaccel.LLM(model, **OPTIONS, **slots) as llm:
         print(llm.explain(), flush=True)
         kept: tuple[list[int], list[int]] | None = None
@@ -261,16 +262,16 @@ def main() -> None:
             b: generator.integers(3, VOCABULARY, (b, arguments.prompt)).tolist() for b in arguments.batches
         }
         before = 0
-        for loaded in sorted({0, *(count for count in (1, 8) if count < arguments.adapters), arguments.adapters}):
+        for loaded in sorted({0, *arguments.loaded}):
             for name in own[before:loaded]:
                 llm.adapters.load(name, adapter)
             before = loaded
             for batch, prompts in drawn_prompts.items():
-                if batch > 1 and loaded not in (0, arguments.adapters):
+                if batch > 1 and loaded not in (0, batch):
                     continue
                 mixes: dict[str, list[str | None]] = {"none": [None] * batch}
                 if loaded:
-                    mixes["one" if batch == 1 else "all rows one"] = [own[-1]] * batch
+                    mixes["one" if batch == 1 else "all rows one"] = [own[0]] * batch
                 if loaded and 1 < batch <= loaded:
                     mixes["each row its own"] = list(own[:batch])
                 measured = decode(llm, prompts, mixes, arguments.new_tokens, arguments.repeats)
