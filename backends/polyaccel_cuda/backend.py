@@ -37,6 +37,7 @@ from polyaccel.backend import (
 from polyaccel.backend.backend import Implementations
 from polyaccel.backend.composite.captured_sampling import CapturedSamplingState
 from polyaccel.backend.composite.linear import dequantize
+from polyaccel.backend.errors import ConfigurationError
 from polyaccel_cuda.evidence import evidence
 from polyaccel_cuda.kv_cache import BLOCK_SIZE, BlockMajorKVCache
 from polyaccel_cuda.support import supports
@@ -99,6 +100,13 @@ class CudaBackend(Backend):
             self._devices = tuple(CudaDevice(i, self._check_groups) for i in range(torch.cuda.device_count()))
         return self._devices
 
+    def require_batch_invariance(self) -> None:
+        """Products by tiles in one form, attention without splits, adapters apart; see docs/cuda.md for what it costs.
+
+        :meth:`connect` then refuses more than two ranks, :meth:`allocate_weight` experts.
+        """
+        self.batch_invariant = True
+
     def operators(self) -> Mapping[str, Implementations]:
         self._warm_up.finish()
         self._keep_kernels()
@@ -111,8 +119,8 @@ class CudaBackend(Backend):
         parts = self._groups[0].describe_parts() if self._groups else ""
         ride = f"ride; parts of large sums {parts}" if parts else "ride"
         own: dict[str, Callable[..., object]] = {
-            **CudaOperators(self.launcher).table(),
-            **CudaStations(self.launcher).table(),
+            **CudaOperators(self.launcher, batch_invariant=self.batch_invariant).table(),
+            **CudaStations(self.launcher, batch_invariant=self.batch_invariant).table(),
             "dequantize": dequantize,
         }
         entries = {
@@ -147,6 +155,8 @@ class CudaBackend(Backend):
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
+        if self.batch_invariant and spec.experts is not None:
+            raise ConfigurationError(f"batch_invariant: the products of {spec.site}'s experts depend on the batch here")
         weight = allocate(spec, device, tied)
         if device.torch_device.type == "cuda":
             self._warm_up.begin(functools.partial(self._prepare, device.torch_device))
@@ -179,7 +189,7 @@ class CudaBackend(Backend):
 
         loader = self._loaders.get(device.index)
         if loader is None:
-            loader = self._loaders[device.index] = StepLoader(device, self.launcher)
+            loader = self._loaders[device.index] = StepLoader(device, self.launcher, steady=self.batch_invariant)
         return loader.begin(inputs, state)
 
     def graph_refusals(self) -> list[Reason]:
@@ -204,6 +214,10 @@ class CudaBackend(Backend):
         self._groups = [group for group in self._groups if not group.closed]
         if address.world_size == 1:
             return super().connect(address)
+        if self.batch_invariant and address.world_size > 2:
+            raise ConfigurationError(
+                f"batch_invariant: in which order {address.world_size} ranks are summed depends on the size; at most 2"
+            )
         from polyaccel_cuda.communicator import CudaCommunicator
 
         self._keep_kernels()

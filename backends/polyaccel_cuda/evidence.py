@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from polyaccel.backend.composite.linear import EVIDENCE as PLAIN
 
-_PRODUCT = ("one_row_kernel", "few_rows_kernel", "aten::linear", "aten::addmm", "aten::mm")
+_PRODUCT = ("one_row_kernel", "few_rows_kernel", "many_rows_kernel", "aten::linear", "aten::addmm", "aten::mm")
 _SHRINK = ("shrink_kernel", "sum_planes_kernel")
 _EXPAND = ("expand_kernel", "lone_expand_kernel", "tiled_expand_kernel", *_SHRINK)
 _NCCL = ("*nccl*DevKernel*",)
@@ -48,7 +48,7 @@ _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "qkv_rope_cache": (*_PRODUCT, *_EXPAND, "rope_cache_kernel", "lone_rope_cache_kernel"),
         "gate_up_act": (
             *_PRODUCT,
-            *_SHRINK,
+            *_EXPAND,
             "silu_and_mul_kernel",
             "adapted_silu_and_mul_kernel",
             "lone_silu_and_mul_kernel",

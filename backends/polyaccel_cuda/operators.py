@@ -21,7 +21,7 @@ from polyaccel.backend import (
 from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.ledger import COPY_PREFIX
 from polyaccel_cuda import check, sampling
-from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rotary, shrink
+from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rotary, shrink, steady, tiling
 from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.product import product
@@ -36,10 +36,15 @@ LONG_CONTEXT = 4096
 
 
 class Issuer:
-    """Layout and launches of one backend instance."""
+    """Layout and launches of one backend instance.
 
-    def __init__(self, launcher: Launcher) -> None:
+    Attributes:
+        batch_invariant: every row has the same bits whatever else is in its step.
+    """
+
+    def __init__(self, launcher: Launcher, *, batch_invariant: bool = False) -> None:
         self._launcher = launcher
+        self.batch_invariant = batch_invariant
 
     def launch(
         self,
@@ -70,6 +75,8 @@ class Issuer:
     ) -> torch.Tensor:
         """``x @ matrix.T + bias`` for dense rows x."""
         operands = {"x": x, "weight": matrix}
+        if self.batch_invariant:
+            return self.launch(kernel, operands, steady.product, x, matrix, bias)
         if x.shape[0] <= MOST_ROWS and (x.dtype != torch.float32 or x.shape[0] == 1):
             return self.launch(kernel, operands, few_rows, x, matrix, matrix.shape[0], bias)
         return self.launch(kernel, operands, product, x, matrix, bias)
@@ -80,12 +87,27 @@ class Issuer:
         if step.segmented:
             matrix = weight.rank_matrix(weight.spec.rank_rows)
             operands = {"x": x, "weight": matrix}
-            return self.launch("sgmv_shrink", operands, shrink.shrink, x, matrix, slices, step.rank_rows, units)
+            share = tiling.STEADY_SHRINK if self.batch_invariant else tiling.SHRINK
+            return self.launch("sgmv_shrink", operands, shrink.shrink, x, matrix, slices, step.rank_rows, units, share)
         if listed is None:
             return self.multiply("sgmv_shrink", x, weight.rank_matrix(step.rank_rows))
         matrix = weight.rank_matrix(weight.spec.rank_rows)
-        operands = {"x": x, "weight": matrix, "step": listed}
-        return self.launch("sgmv_shrink", operands, few_rows, x, matrix, 0, None, listed, step.rank_rows, slices)
+        return self.listed("sgmv_shrink", x, matrix, 0, None, listed, step.rank_rows, slices)
+
+    def listed(
+        self,
+        kernel: str,
+        x: torch.Tensor,
+        matrix: torch.Tensor,
+        base: int,
+        bias: torch.Tensor | None,
+        listed: torch.Tensor,
+        covered: int,
+        slices: int,
+    ) -> torch.Tensor:
+        """:func:`few_rows` of dense rows x with the rank rows that a step lists."""
+        operands, lone = {"x": x, "weight": matrix, "step": listed}, not self.batch_invariant
+        return self.launch(kernel, operands, few_rows, x, matrix, base, bias, listed, covered, slices, lone=lone)
 
 
 class CudaOperators(Issuer):

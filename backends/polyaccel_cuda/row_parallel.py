@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 from polyaccel.backend import Communicator
 from polyaccel_cuda import check
 from polyaccel_cuda.communicator import CudaCommunicator
+from polyaccel_cuda.kernels import steady
 from polyaccel_cuda.kernels.few import MOST_ROWS
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.operators import Issuer
@@ -58,23 +59,22 @@ def by_parts(
 
     def produce(begin: int, end: int) -> None:
         operands = {"x": x, "weight": matrix}
-        issuer.launch("linear", operands, product_into, x[begin:end], matrix, bias, y[begin:end, :columns])
+        into = steady.product if issuer.batch_invariant else product_into
+        issuer.launch("linear", operands, into, x[begin:end], matrix, bias, y[begin:end, :columns])
 
     comm.sum_in_parts(y, starts, produce)
     return y[:, :n], None if units is None else y[:, n:], units
 
 
-def product_into(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def product_into(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
     """``out[...] = x @ matrix.T + bias``, with the bits of ``polyaccel_cuda.product``; rows of out dense."""
     if x.device.type != "cuda":
-        out.copy_(linear(x, matrix, bias))
-        return
+        return out.copy_(linear(x, matrix, bias))
     if bias is not None:
         # Only into dense memory a bias is added before the rounding.
-        out.copy_(product(x, matrix, bias))
-        return
+        return out.copy_(product(x, matrix, bias))
     with full_precision():
-        torch.mm(x, matrix.T, out=out)
+        return torch.mm(x, matrix.T, out=out)
 
 
 def add_and_norm(

@@ -9,7 +9,6 @@ import torch
 from polyaccel.backend import Communicator, KVCache, OperatorError, RopeTable, RowSet, Step, Weight
 from polyaccel_cuda import check, row_parallel
 from polyaccel_cuda.kernels import activation, expand, norm, rope, tiling
-from polyaccel_cuda.kernels.few import few_rows
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.operators import Issuer
 from polyaccel_cuda.step import CudaStep
@@ -59,9 +58,9 @@ class CudaStations(Issuer):
         if widths[1:] != [heads[1] * head_dim] * 2 or cache.spec.head_dim != head_dim or cache.spec.dtype != x.dtype:
             raise OperatorError("qkv_rope_cache", f"slices {widths} and heads of {head_dim} do not fit {cache.spec}")
         y, h, units = self._product("qkv_rope_cache", x, own, issued, "tokens")
-        if tiling.QKV_EXPANDS_APART and h is not None and units is not None and units.largest:
-            y = self.launch("expand", {"x": y}, expand.expand, y, h, own.spec.starts, units, None, y)
-            h = units = None
+        apart = self.batch_invariant or (tiling.QKV_EXPANDS_APART and units is not None and units.largest > 0)
+        if apart:
+            y, h, units = self._landed((y, h, units), own), None, None
         stored, slots, positions = cache.layer(layer), issued.tensor("kv_slots"), issued.tensor("positions")
         operands = {"x": y, "q_norm": q_norm, "k_norm": k_norm, "rope": table.cos, "kv": stored[0], "step": slots}
         norms = (
@@ -76,6 +75,8 @@ class CudaStations(Issuer):
     def gate_up_act(self, x: torch.Tensor, weight: Weight, step: Step, act: str = "silu") -> torch.Tensor:
         own, issued = check.folded("gate_up_act", weight), CudaStep.of("gate_up_act", step)
         y, h, units = self._product("gate_up_act", x, own, issued, "tokens")
+        if self.batch_invariant:
+            y, h, units = self._landed((y, h, units), own), None, None
         return self.launch("silu_and_mul", {"x": y}, activation.silu_and_mul, y, own.spec.n // 2, h, units)
 
     def row_parallel_linear(
@@ -111,11 +112,14 @@ class CudaStations(Issuer):
         adapted = row_parallel.by_parts(self, "row_parallel_add_norm", x, own, issued, comm)
         if adapted is None:
             adapted = self._product("row_parallel_add_norm", x, own, issued, "tokens")
-            if adapted[1] is None:
+            if adapted[1] is None and not self.batch_invariant:
                 fused = row_parallel.add_and_norm(adapted[0], comm, residual, norm_weight, eps)
                 if fused is not None:
                     return fused
             self._sum(adapted, own, issued, comm)
+        if self.batch_invariant:
+            # With adapters or without, the sum is rounded before the residual is added.
+            adapted = (self._landed(adapted, own), None, None)
         y, h, units = adapted
         operands = {"x": y, "residual": residual, "norm_weight": norm_weight}
         if h is None or units is None:
@@ -142,9 +146,8 @@ class CudaStations(Issuer):
         if listed is None:
             y = self.multiply("linear", x, *weight.covering(step.rank_rows))
         else:
-            operands, slices = {"x": x, "weight": whole, "step": listed}, len(weight.spec.slices)
-            place = (weight.n_padded, weight.bias, listed, step.rank_rows, slices)
-            y = self.launch("linear", operands, few_rows, x, whole, *place)
+            slices = len(weight.spec.slices)
+            y = self.listed("linear", x, whole, weight.n_padded, weight.bias, listed, step.rank_rows, slices)
         return y, y[:, weight.n_padded :], units
 
     def _landed(self, adapted: Adapted, weight: FoldedWeight) -> torch.Tensor:

@@ -18,7 +18,7 @@ from polyaccel_cuda.kernels.few import gathers
 from polyaccel_cuda.kernels.gather import Triples
 from polyaccel_cuda.kernels.prefill import QUERY_TILE
 from polyaccel_cuda.kernels.rows import Units, splits
-from polyaccel_cuda.units import ROW_SETS, UNIT_ROWS, RankRows, rows_of, triples_of, units_of
+from polyaccel_cuda.units import ROW_SETS, STEADY_ROWS, UNIT_ROWS, RankRows, rows_of, triples_of, units_of
 
 TABLES = ("count", "members", "first", "place", "rank", "mix", "more")
 _I32, _I64, _F32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
@@ -131,12 +131,14 @@ class CudaStep(Step):
             room, view = self.arena.rooms, self.arena.view
             most = self._lengths[f"{row_set}.more"] - 1
             eager, arrays = self.input.token_class is TokenClass.MIXED, self._host.arrays
+            steady = self._host.steady
             found = self._sites[key] = Units(
                 b=store.b[site],
-                rows=UNIT_ROWS[self.input.token_class],
+                rows=self._host.unit,
                 most=most,
-                split=not eager and splits(most, self.rank_rows),
-                largest=max(1, int(arrays[f"{row_set}.rank"].max(initial=0))) if eager else 0,
+                split=not eager and not steady and splits(most, self.rank_rows),
+                largest=max(1, int(arrays[f"{row_set}.rank"].max(initial=0))) if eager and not steady else 0,
+                steady=steady,
                 mixed=not eager or int(arrays[f"{row_set}.more"][-1]) > most,
                 **{name: view(f"{row_set}.{name}", room[f"{row_set}.{name}"]) for name in TABLES},
             )
@@ -165,13 +167,21 @@ class _Host:
     segmented: bool
     decodes: int
     longest: int
+    unit: int
+    steady: bool
 
 
 class StepLoader:
-    """Places steps of one device: decode steps at addresses that stay, so that graphs can be replayed."""
+    """Places steps of one device: decode steps at addresses that stay, so that graphs can be replayed.
 
-    def __init__(self, device: Device, launcher: Launcher) -> None:
-        self._device, self._launcher = device, launcher
+    Args:
+        steady: no form of a sum may depend on what else is in a step (``batch_invariant``). Then a decode's queries are
+            tiles like a prefill's.
+    """
+
+    def __init__(self, device: Device, launcher: Launcher, *, steady: bool = False) -> None:
+        self._device, self._launcher, self._steady = device, launcher, steady
+        self._unit_rows = STEADY_ROWS if steady else UNIT_ROWS
         self._arenas: dict[TokenClass, Arena] = {}
 
     def begin(self, inputs: StepInput, state: DeviceState) -> CudaStep:
@@ -192,9 +202,9 @@ class StepLoader:
             arrays["listed"] = np.zeros(store.rank_rows, dtype=np.int32)
             arrays["listed"][: len(where.listed)] = where.listed
             for row_set in ROW_SETS:
-                tables = {**units_of(inputs, row_set, where), **triples_of(inputs, row_set)}
+                tables = {**units_of(inputs, row_set, where, self._unit_rows), **triples_of(inputs, row_set)}
                 arrays |= {f"{row_set}.{name}": array for name, array in tables.items()}
-        decodes = _decodes(inputs)
+        decodes = 0 if self._steady else _decodes(inputs)
         sequences, begins = _tiles(inputs.query_starts, decodes)
         arrays["tile_sequences"], arrays["tile_begins"] = sequences, begins
         size = 1 if state.kv is None else state.kv.spec.block_size
@@ -204,7 +214,8 @@ class StepLoader:
         arrays["table_starts"] = starts.astype(np.int32)
         arrays["tables"] = inputs.block_tables[used]
         longest = int(counts.max(initial=0)) * size
-        return _Host(arrays, where.covered, where.last, where.segmented, decodes, longest)
+        unit = self._unit_rows[inputs.token_class]
+        return _Host(arrays, where.covered, where.last, where.segmented, decodes, longest, unit, self._steady)
 
     def _arena(self, inputs: StepInput, state: DeviceState, lengths: dict[str, int]) -> Arena:
         lengths["token_ids"] = inputs.tokens
@@ -221,8 +232,9 @@ class StepLoader:
                 blocks = 2 * state.kv.spec.blocks
         rows = 1 << (rows - 1).bit_length()
         triples = max(4 * rows, *(lengths.get(f"{s}.{name}", 0) for s in ROW_SETS for name in ("order", "first")))
-        tables, tiles = max(blocks, 2 * lengths["tables"], 64), 2 * lengths["tile_begins"] + 16
-        fields = _fields(rows, lengths.get("listed", 0), triples, tables, tiles, UNIT_ROWS[inputs.token_class])
+        tables, tiles = max(blocks, 2 * lengths["tables"], 64), max(2 * lengths["tile_begins"] + 16, rows)
+        unit = self._unit_rows[inputs.token_class]
+        fields = _fields(rows, lengths.get("listed", 0), triples, tables, tiles, unit)
         arena = self._arenas[inputs.token_class] = Arena(fields, self._device)
         return arena
 

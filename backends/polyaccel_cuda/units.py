@@ -16,6 +16,8 @@ Ints = np.ndarray
 ROW_SETS: tuple[RowSet, ...] = ("tokens", "logits")
 # Rows of a unit: as few as tensor cores take at decode, enough to share what is read at prefill.
 UNIT_ROWS = {TokenClass.DECODE: 16, TokenClass.MIXED: 64}
+# The same at decode and at prefill.
+STEADY_ROWS = dict.fromkeys(TokenClass, UNIT_ROWS[TokenClass.DECODE])
 
 
 def rows_of(inputs: StepInput, row_set: RowSet) -> int:
@@ -74,14 +76,16 @@ class RankRows:
         return {"first": self.first, "place": self.place, "rank": self.rank}
 
 
-def units_of(inputs: StepInput, row_set: RowSet, where: RankRows) -> Mapping[str, Ints]:
+def units_of(
+    inputs: StepInput, row_set: RowSet, where: RankRows, sizes: Mapping[TokenClass, int] = UNIT_ROWS
+) -> Mapping[str, Ints]:
     """The tables of :class:`polyaccel_cuda.kernels.rows.Units` for a row set; units in order of their slots, those of
-    one row after all others."""
-    given, rows = inputs.rows(row_set), rows_of(inputs, row_set)
+    one row after all others. ``sizes``: rows of a unit."""
+    given, rows, size = inputs.rows(row_set), rows_of(inputs, row_set), sizes[inputs.token_class]
     if not len(given):
-        return _without_adapters(rows, inputs.token_class)
+        return _without_adapters(rows, inputs.token_class, size)
     slots, weights = _by_row(given.rows, given.slots, given.weights, rows)
-    tables = _units(slots, weights, where.tables, inputs.token_class)
+    tables = _units(slots, weights, where.tables, inputs.token_class, size)
     if where.segmented:
         tables = {**tables, "place": _places(tables["rank"], tables["more"])}
     return tables
@@ -100,16 +104,18 @@ def _places(rank: Ints, more: Ints) -> Ints:
 
 
 @functools.lru_cache(maxsize=64)
-def _without_adapters(rows: int, token_class: TokenClass) -> Mapping[str, Ints]:
+def _without_adapters(rows: int, token_class: TokenClass, size: int) -> Mapping[str, Ints]:
     # Most steps of an engine that could serve adapters have none at some row set; theirs differ in nothing else.
     none = np.full((rows, 1), -1, dtype=np.int64)
     nowhere = dict.fromkeys(("first", "place", "rank"), np.zeros(1, dtype=np.int32))
-    return _units(none, np.zeros((rows, 1), dtype=np.float32), nowhere, token_class)
+    return _units(none, np.zeros((rows, 1), dtype=np.float32), nowhere, token_class, size)
 
 
-def _units(slots: Ints, weights: Ints, where: Mapping[str, Ints], token_class: TokenClass) -> Mapping[str, Ints]:
+def _units(
+    slots: Ints, weights: Ints, where: Mapping[str, Ints], token_class: TokenClass, size: int
+) -> Mapping[str, Ints]:
     """From what :func:`_by_row` gives; ``where``: :attr:`RankRows.tables`."""
-    rows, size = len(slots), UNIT_ROWS[token_class]
+    rows = len(slots)
     if slots.shape[1] == 1:
         _, group = np.unique(slots[:, 0], return_inverse=True)
     else:

@@ -70,6 +70,7 @@ class Backend(ABC):
             Most vendors' runtimes may not, so the default is False: such a backend gets a new interpreter, which costs
             some seconds a process.
         simulated: its devices are no hardware; whatever is said of them says so too.
+        batch_invariant: it has promised so, see :meth:`require_batch_invariance`.
         needs_equal_shards: head groups are zero-padded so that all ranks have equal shapes.
         ledger, launcher: what ran, and the guarded way to run it.
     """
@@ -80,6 +81,7 @@ class Backend(ABC):
     isolate: bool = True
     fork_safe: bool = False
     simulated: bool = False
+    batch_invariant: bool = False
 
     def __init__(self) -> None:
         self.ledger = Ledger()
@@ -98,6 +100,17 @@ class Backend(ABC):
     @abstractmethod
     def operators(self) -> Mapping[str, Implementations]:
         """Native implementations by operator or station name, best first."""
+
+    def require_batch_invariance(self) -> None:
+        """Promise that, from here on, a row's result depends on nothing but that row and its own sequence: not on other
+        rows, on how many there are, nor on how a prompt is cut into steps. Comes before anything else is asked of it.
+
+        Raises:
+            ConfigurationError: it cannot promise that, which is the default.
+        """
+        raise ConfigurationError(
+            f"backend {self.name!r} cannot promise that results do not depend on the batch: leave out batch_invariant"
+        )
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

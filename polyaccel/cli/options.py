@@ -36,6 +36,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-cache-bytes", type=int, metavar="N")
     group.add_argument("--executor", choices=get_args(ExecutorKind), default="auto")
     group.add_argument("--policy", choices=get_args(Policy), default="warn", help="when only a composite is available")
+    group.add_argument("--batch-invariant", action="store_true", help="the same bits whatever else is served; slower")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads of each worker")
     group.add_argument("--no-overlap", action="store_true", help="do not prepare a step while the one before runs")
     group.add_argument("--no-graphs", action="store_true", help="do not capture decode steps")
@@ -80,6 +81,7 @@ def open_llm(options: argparse.Namespace, **overrides: Any) -> LLM:
             "kv_cache_bytes": options.kv_cache_bytes,
             "executor": options.executor,
             "policy": options.policy,
+            "batch_invariant": options.batch_invariant,
             "threads": options.threads,
             "overlap": not options.no_overlap,
             "graphs": not options.no_graphs,

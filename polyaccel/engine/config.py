@@ -32,6 +32,8 @@ class EngineConfig:
         graphs: capture decode steps where the backend can.
         adapter_slots: adapters resident on the device at once; 0 switches adapters off.
         adapter_rank_rows: sum of the ranks of resident adapters.
+        batch_invariant: a request's tokens and log-probabilities have the same bits whatever else is served and however
+            its prompt is cut into steps; slower, and refused by backends that cannot promise it.
         executor: "inline" (this process), "process" (one process a rank), or "auto".
         policy: "strict", "warn" or "allow": what happens when a critical operator has only a composite.
         seed: of the generator that seeds requests without a seed of their own.
@@ -54,6 +56,7 @@ class EngineConfig:
     graphs: bool = True
     adapter_slots: int = 8
     adapter_rank_rows: int = 512
+    batch_invariant: bool = False
     executor: ExecutorKind = "auto"
     policy: Policy = "warn"
     seed: int = 0

@@ -104,6 +104,8 @@ class Runner:
         self.config = config
         self.backend = backend if backend is not None else registry.load(config.backend)
         self.address = address
+        if config.batch_invariant:
+            self.backend.require_batch_invariance()
         self.backend.launcher.rank = address.rank if address.world_size > 1 else None
         self.comm: Communicator = self.backend.connect(address)
         self._hash = 0

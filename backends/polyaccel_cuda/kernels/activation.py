@@ -26,7 +26,7 @@ from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 128, 4
 # For rows alone in their unit. Measured, see docs/cuda.md.
-LONE = (128, 1)
+LONE = (64, 1)
 # For a row that is the only one.
 SOLE = (128, 1)
 

@@ -26,7 +26,7 @@ from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
 
 BLOCK, WARPS = 64, 4
 # For rows alone in their unit. Measured, see docs/cuda.md.
-LONE = (128, 1)
+LONE = (64, 1)
 # For a row that is the only one.
 SOLE = (64, 1)
 # That one launch of tiles serves.
@@ -265,7 +265,7 @@ def expand(
     if units.largest and slices <= TILED_SLICES:
         _tiled(y, h, starts, units, residual, out, tiling.EXPAND)
         return out
-    sole = tokens == 1
+    sole = tokens == 1 and not units.steady
     split = sole or (units.split and units.most >= SPLIT_EXPAND_ROWS)
     for i in range(slices):
         width = starts[i + 1] - starts[i]

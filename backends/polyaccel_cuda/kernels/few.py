@@ -6,6 +6,9 @@ order, so a row's result does not depend on how many other rows there are from t
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -80,6 +83,43 @@ def one_row_kernel(
     tl.store(y + columns, out.to(y.dtype.element_ty), mask=columns < total)
 
 
+class Form(NamedTuple):
+    """What a program of the product of several rows takes: ``columns``, and a step in k of ``block``. ``turned``: the
+    matrix is the left operand, of at least 64 rows, which Hopper's wide instruction wants."""
+
+    columns: int
+    stages: int
+    turned: bool
+    block: int = 128
+
+
+def _form(rows: int, total: int, k: int, dtype: torch.dtype) -> Form:
+    """Measured on an H100 in whole steps, with graphs in turns, base and with 32 adapters of their own.
+
+    Up to 32 rows wide programs with deep pipelines, with 64 narrow ones where there are few columns: docs/cuda.md.
+    """
+    if dtype == torch.float32:
+        return Form(columns=32, stages=2, turned=False)
+    if rows > 32:
+        return Form(64, 4, turned=False) if total >= 6144 else Form(16, 4, turned=False)
+    if total >= 16384:
+        return Form(128, 3, turned=True)
+    if total >= 8192:
+        return Form(64, 6, turned=True, block=64)
+    if total >= 6144:
+        return Form(64, 4, turned=True)
+    return Form(64, 8 if k >= 8192 else 6, turned=True)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have: a third of Hopper's on smaller chips."""
+    if device.type != "cuda":
+        return 1 << 20
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
+
+
 @triton.jit
 def few_rows_kernel(
     x,
@@ -111,7 +151,6 @@ def few_rows_kernel(
     m = tl.arange(0, BLOCK_M)
     present = m < rows
     index = tl.arange(0, BLOCK_K)
-    # The matrix as the left operand has at least 64 rows, which Hopper's wide instruction wants.
     if TURNED:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
@@ -149,6 +188,7 @@ def few_rows(
     covered: int = 0,
     slices: int = 1,
     out: torch.Tensor | None = None,
+    lone: bool = True,
 ) -> torch.Tensor:
     """``[T, base + covered * slices]``: ``x @ matrix[:base].T + bias``, then the rank rows that a list names.
 
@@ -158,6 +198,7 @@ def few_rows(
         bias: ``[at most base]``.
         listed: ``[at least covered]`` int32 rank rows.
         out: the result, rows dense; new if there is none.
+        lone: a row that is the only one has a kernel of its own, which adds in another order.
     """
     tokens, k = x.shape
     total = base + covered * slices
@@ -166,7 +207,7 @@ def few_rows(
         return y
     known = x if listed is None else listed
     shift, biased = (x, 0) if bias is None else (bias, len(bias))
-    if tokens == 1:
+    if lone and tokens == 1:
         block = min(ONE_ROW_BLOCK, max(16, triton.next_power_of_2(k)))
         one_row_kernel[(triton.cdiv(total, ONE_ROW_COLUMNS),)](
             x,
@@ -190,15 +231,10 @@ def few_rows(
         )
         return y
     rows = max(16, triton.next_power_of_2(tokens))
-    # Measured on an H100: narrow programs where there are few columns, so that every multiprocessor has work.
-    if total >= 6144:
-        width, stages, turned = 64, 4, rows < 64
-    else:
-        width, stages, turned = (32, 6, False) if rows < 64 else (16, 4, False)
-    if x.dtype == torch.float32:
-        width, stages, turned = 32, 2, False
-    block = min(128, max(16, triton.next_power_of_2(k)))
-    few_rows_kernel[(triton.cdiv(total, width),)](
+    form = _form(rows, total, k, x.dtype)
+    block = min(form.block, max(16, triton.next_power_of_2(k)))
+    stage = (form.columns + rows) * block * x.element_size()
+    few_rows_kernel[(triton.cdiv(total, form.columns),)](
         x,
         matrix,
         shift,
@@ -216,12 +252,12 @@ def few_rows(
         LISTED=listed is not None,
         HAS_BIAS=bias is not None,
         EVEN=k % block == 0,
-        TURNED=turned,
+        TURNED=form.turned,
         BLOCK_M=rows,
-        BLOCK_N=width,
+        BLOCK_N=form.columns,
         BLOCK_K=block,
         num_warps=4,
-        num_stages=stages,
+        num_stages=max(1, min(form.stages, shared_memory(x.device) // stage)),
         **early(),
     )
     return y

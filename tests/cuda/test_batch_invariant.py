@@ -1,0 +1,48 @@
+"""``batch_invariant``: products of any number of rows in one form, and what refuses the promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyaccel.backend import RankAddress, Slice, WeightSpec
+from polyaccel.backend.errors import ConfigurationError
+
+pytest.importorskip("triton", reason="run tox -e triton")
+
+
+@given(
+    st.integers(1, 150),
+    st.integers(1, 150),
+    st.integers(1, 140),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(0, 2**20),
+)
+def test_a_steady_product_is_right_for_any_number_of_rows(
+    rows: int, n: int, k: int, biased: bool, dtype: torch.dtype, seed: int
+) -> None:
+    from polyaccel_cuda.kernels.steady import product
+
+    draw = torch.Generator().manual_seed(seed)
+    x, matrix = torch.randn(rows, k + 3, generator=draw).to(dtype)[:, :k], torch.randn(n, k, generator=draw).to(dtype)
+    bias = torch.randn(n, generator=draw).to(dtype) if biased else None
+    expected = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
+    room = torch.finfo(dtype).eps * (k + 4)
+    torch.testing.assert_close(product(x, matrix, bias).double(), expected, rtol=room, atol=room)
+
+
+def test_experts_and_more_than_two_ranks_are_refused() -> None:
+    from polyaccel.backend.cpu.backend import CpuBackend
+    from polyaccel_cuda.backend import CudaBackend
+
+    backend = CudaBackend()
+    backend.require_batch_invariance()
+    spec = WeightSpec(site="0.experts", slices=(Slice(name="w", n=8),), k=8, dtype=torch.float32, experts=2)
+    with pytest.raises(ConfigurationError, match="experts depend on the batch"):
+        backend.allocate_weight(spec, CpuBackend().devices()[0])
+    with pytest.raises(ConfigurationError, match="3 ranks"):
+        backend.connect(RankAddress(rank=0, world_size=3, init_method="tcp://127.0.0.1:1"))
+    backend.close()
