@@ -8,7 +8,8 @@ Writes a checkpoint (14.5 GB at 32 layers) and one adapter of rank 32 on all lin
   token; ``without_copy_s`` leaves out the time between the first and the last weight.
 - ``decode``: tokens a second after the first token, prompts of 512 random tokens, 128 new ones, greedy; the median of
   the repeats, which the mixes of adapters take in turn. Adapters are loads of the same file under several names;
-  batch 1 is taken with every number of them loaded, a larger batch with as many as it has rows. ``added``: against rows without one, as many being loaded.
+  batch 1 is taken with every number of them loaded, a larger batch with as many as it has rows. ``added``: against
+  rows without one, as many being loaded.
 - ``host gap``: the share of a decode step in which no kernel runs, from the profiler's records of 30 steps.
   ``unprofiled``: what the kernels take there, of the step that no profiler made longer.
 - ``correct``: transformers reads the same folder. In float32 it must like our tokens best, or less than its best by no

@@ -3,18 +3,21 @@
     python benchmarks/bench_cuda_prefill.py [--layers 8] [--tokens 2048] [--segments 1 8 32] [--ranks 16 64]
 
 A Mistral-7B shape with random weights, adapters on all seven linear layers; microseconds a layer, the median of eager
-steps. ``floor`` is the arithmetic of the deltas at 700 TFLOP/s and their bytes at the bandwidth measured in the run.
+steps, with and without adapters in turn. ``floor`` is the arithmetic of the deltas at 700 TFLOP/s and their bytes at
+the bandwidth measured in the run.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from bench_cuda_decode import Model, Shape, bandwidth, timed
 from common import save
+from cuda_model import Model, Shape, Stations
+from turns import bandwidth, device_name, in_turns
 
 from polyaccel.backend import Step, StepInput, TokenClass
 from polyaccel.backend.step import AdapterRows
@@ -50,16 +53,20 @@ def step(model: Model, tokens: int, segments: int, slots: list[int] | None) -> S
     return model.backend.begin_step(inputs, model.state, model.device)
 
 
-def measure(model: Model, tokens: int, segments: int, slots: list[int] | None, repeats: int) -> float:
-    """Microseconds a layer; what the host does between launches is hidden by the queue."""
-    times = []
-    for _ in range(repeats + 3):
-        ready = step(model, tokens, segments, slots)
-        torch.cuda.synchronize()
-        # The device waits while the launches are queued.
-        torch.cuda._sleep(40_000_000)
-        times.append(timed(lambda ready=ready: model(ready)))
-    return statistics.median(times[3:]) * 1e3 / model.shape.layers
+class Prefill:
+    """A prefill step; one of :func:`in_turns`'s forms. ``stations``: in place of the model's own."""
+
+    def __init__(
+        self, model: Model, tokens: int, segments: int, slots: list[int] | None, stations: Stations | None = None
+    ) -> None:
+        self._of = (model, tokens, segments, slots)
+        self._run = functools.partial(model, stations=stations)
+
+    def step(self) -> Step:
+        return step(*self._of)
+
+    def __call__(self) -> Callable[[], object]:
+        return functools.partial(self._run, self.step())
 
 
 def main() -> None:
@@ -73,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     most, tokens = max(arguments.segments), arguments.tokens
     speed, rows = bandwidth(), []
-    print(f"{torch.cuda.get_device_name()}  {speed / 1e12:.2f} TB/s", flush=True)
+    print(f"{device_name()}  {speed / 1e12:.2f} TB/s", flush=True)
     for rank in arguments.ranks:
         model = Model(Shape(layers=arguments.layers), rank_rows=most * rank, slots=most, rows=most, context=tokens - 1)
         for slot in range(most):
@@ -81,8 +88,11 @@ def main() -> None:
         adapted = [w for site, w in model.weights.items() if site.startswith("0.")]
         elements = sum(rank * (w.spec.k * len(w.spec.slices) + w.spec.n) for w in adapted)
         for segments in arguments.segments:
-            base = measure(model, tokens, segments, None, arguments.repeats)
-            added = measure(model, tokens, segments, list(range(segments)), arguments.repeats) - base
+            mixes = {"none": None, "own": list(range(segments))}
+            forms = {mix: Prefill(model, tokens, segments, slots) for mix, slots in mixes.items()}
+            times = in_turns(forms, arguments.repeats, queued=True)
+            base, with_adapters = (times[mix] * 1e3 / arguments.layers for mix in ("none", "own"))
+            added = with_adapters - base
             floor = max(2 * tokens * elements / FLOPS, segments * elements * 2 / speed) * 1e6
             row: dict[str, object] = {
                 "tokens": tokens,
@@ -97,7 +107,7 @@ def main() -> None:
             print(row, flush=True)
         del model
         torch.cuda.empty_cache()
-    save("cuda_prefill", rows, enabled=not arguments.no_save, device=torch.cuda.get_device_name())
+    save("cuda_prefill", rows, enabled=not arguments.no_save, device=device_name())
 
 
 if __name__ == "__main__":
