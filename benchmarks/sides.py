@@ -43,6 +43,8 @@ class Sides:
         slots = model.store.slots
         self._adapters = None if lora is None else VllmAdapters(model, lora, slots=slots, rank=rank)
         for slot in range(slots):
+            model.store.clear(slot)
+        for slot in range(slots):
             model.load_adapter(slot, rank)
             if self._adapters is not None:
                 self._adapters.load(slot)
