@@ -6,11 +6,12 @@ Writes a checkpoint (14.5 GB at 32 layers) and one adapter of rank 32 on all lin
 
 - ``start-up``: a process of its own, with an empty kernel cache and again with a full one, from import to the first
   token; ``without_copy_s`` leaves out the time between the first and the last weight.
-- ``decode``: tokens a second after the first token, prompts of 512 random tokens, 128 new ones, greedy; the median of
-  the repeats, which the mixes of adapters take in turn. Adapters are loads of the same file under several names;
-  batch 1 is taken with every number of them loaded, a larger batch with as many as it has rows. ``added``: against
-  rows without one, as many being loaded.
-- ``host gap``: the share of a decode step in which no kernel runs, from the profiler's records of 30 steps.
+- ``decode``: tokens a second while all rows decode, prompts of 512 random tokens, 128 new ones, greedy; the median of
+  the repeats, which the mixes of adapters take in turn. A step's budget of tokens holds the prompts of all rows, so
+  that they have their first token in one step and their last in one, and every step between has all rows. Adapters
+  are loads of the same file under several names; batch 1 is taken with every number of them loaded, a larger batch
+  with as many as it has rows. ``added``: against rows without one, as many being loaded.
+- ``host gap``: the share of the same steps in which no kernel runs, from the profiler's records of them.
   ``unprofiled``: what the kernels take there, of the step that no profiler made longer.
 - ``correct``: transformers reads the same folder. In float32 it must like our tokens best, or less than its best by no
   more than twice what bfloat16 changes in its own logits.
@@ -26,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +47,9 @@ SHAPES = {
     "mlp.up_proj": (FFN, HIDDEN),
     "mlp.down_proj": (HIDDEN, FFN),
 }
+
+
+Mix = TypeVar("Mix")
 
 
 def drawn(n: int, k: int) -> torch.Tensor:
@@ -154,30 +159,34 @@ def start_up(folder: Path) -> list[dict[str, object]]:
 
 
 def decode(
-    llm: polyaccel.LLM, prompts: list[list[int]], mixes: dict[str, list[str | None]], new: int, repeats: int
-) -> dict[str, tuple[float, list[list[int]]]]:
+    llm: polyaccel.LLM, prompts: list[list[int]], mixes: Mapping[Mix, list[str | None]], new: int, repeats: int
+) -> dict[Mix, tuple[float, list[list[int]]]]:
     """By mix, decode tokens a second, the median, and the ids of the last run. Mixes take turns: what drifts, such as
-    the clock, is then no difference between them."""
+    the clock, is then no difference between them.
+
+    Raises:
+        SystemExit: rows had their first token in different steps; some steps had then fewer rows than others.
+    """
     params = polyaccel.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-    speeds: dict[str, list[float]] = {mix: [] for mix in mixes}
-    ids: dict[str, list[list[int]]] = {}
+    speeds: dict[Mix, list[float]] = {mix: [] for mix in mixes}
+    ids: dict[Mix, list[list[int]]] = {}
     for repeat in range(repeats + 1):
         for mix, names in mixes.items():
             out = llm.generate(prompts, params, adapter=names)
-            first = max(o.timing.first_token for o in out)
-            whole = max(o.timing.first_token + o.timing.decode for o in out)
+            took = [o.timing.decode for o in out]
+            if max(took) - min(took) > max(took) / (2 * new):
+                raise SystemExit(f"rows decoded for {min(took):.4f} to {max(took):.4f} s: raise max_batched_tokens")
             if repeat:
-                speeds[mix].append(len(prompts) * (new - 1) / (whole - first))
+                speeds[mix].append(len(prompts) * (new - 1) / max(took))
             ids[mix] = [list(o.token_ids) for o in out]
     return {mix: (statistics.median(found), ids[mix]) for mix, found in speeds.items()}
 
 
-def busy_share(llm: polyaccel.LLM, prompts: list[list[int]], names: list[str | None]) -> tuple[float, float]:
-    """Share of the time in which a kernel or copy runs, and microseconds a step, over the middle of a decode."""
+def busy_share(llm: polyaccel.LLM, prompts: list[list[int]], names: list[str | None], new: int) -> tuple[float, float]:
+    """Share of the time in which a kernel or copy runs, and microseconds a step, over the steps of :func:`decode`."""
     from torch.profiler import ProfilerActivity, profile
 
-    params = polyaccel.SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
-    llm.generate(prompts, params, adapter=names)
+    params = polyaccel.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         llm.generate(prompts, params, adapter=names)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,18 +194,29 @@ def busy_share(llm: polyaccel.LLM, prompts: list[list[int]], names: list[str | N
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    spans = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"]), e["name"]) for e in device)
-    # A step ends with its sampling; the last 30 steps are decode alone.
+    return busy_of([(float(e["ts"]), float(e["dur"]), e["name"]) for e in device], new)
+
+
+def busy_of(records: list[tuple[float, float, str]], new: int) -> tuple[float, float]:
+    """Of the begin, duration and name of what ran, in microseconds.
+
+    Raises:
+        SystemExit: there are fewer steps than tokens of a row.
+    """
+    spans = sorted((begin, begin + took, name) for begin, took, name in records)
+    # A step ends with its sampling: the first of them with the prompts', and one more may follow the last token.
     ends = [end for _, end, name in spans if "sample" in name.lower()]
     marks = ends or [end for _, end, name in spans if "argmax" in name.lower()]
-    low, high = marks[-31], marks[-1]
+    if len(marks) < new:
+        raise SystemExit(f"the profiler saw {len(marks)} of {new} steps")
+    low, high = marks[0], marks[new - 1]
     busy, reached = 0.0, low
     for begin, end, _ in spans:
         begin, end = max(begin, reached), min(end, high)
         if end > begin:
             busy += end - begin
             reached = end
-    return busy / (high - low), (high - low) / 30
+    return busy / (high - low), (high - low) / (new - 1)
 
 
 def correct(model: Path, prompt: list[int], ids: list[int]) -> dict[str, object]:
@@ -256,7 +276,9 @@ def main() -> None:
     most = max(arguments.loaded)
     own = [f"adapter-{i}" for i in range(most)]
     slots = {"adapter_slots": most, "adapter_rank_rows": most * arguments.rank}
-    with polyaccel.LLM(model, **OPTIONS, **slots) as llm:
+    # Prompts of all rows in one step.
+    budget = max(2048, max(arguments.batches) * arguments.prompt)
+    with polyaccel.LLM(model, **OPTIONS, **slots, max_batched_tokens=budget) as llm:
         print(llm.explain(), flush=True)
         kept: tuple[list[int], list[int]] | None = None
         drawn_prompts = {
@@ -278,7 +300,7 @@ def main() -> None:
                 measured = decode(llm, prompts, mixes, arguments.new_tokens, arguments.repeats)
                 for mix, names in mixes.items():
                     speed, ids = measured[mix]
-                    busy, step = busy_share(llm, prompts, names)
+                    busy, step = busy_share(llm, prompts, names, arguments.new_tokens)
                     kept = kept or (prompts[0], ids[0])
                     ms, plain = batch / speed * 1e3, batch / measured["none"][0] * 1e3
                     row: dict[str, object] = {

@@ -15,7 +15,7 @@ A Mistral-7B shape, random bfloat16 weights, adapters on all seven linear layers
 - ``peft``: one layer of transformers' Mistral, one token, eager, the host included; the adapter of PEFT, unmerged.
 
 Before anything is timed, each station's rows are compared with float64: ``worst`` is the largest error of a row in
-units of what adapters change in it; above 0.05 the run ends. A peer that is not there is said not to be installed.
+units of what adapters change in one; above 0.05 the run ends. A peer that is not there is said not to be installed.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python benchmarks/bench_cuda_tp.py [--layers 32] [--batches 1 32] [--world 2] [--folder /dev/shm/polyaccel-tp]
 
 Writes a checkpoint (14.5 GB at 32 layers) and one adapter of rank 32 on all linear layers into the folder, unless they
-are there. Tokens a second after the first token, prompts of 128 random tokens, 64 new ones, greedy, the median of the
-repeats; workers are processes in both cases. ``same_tokens``: the share of tokens that are those of one GPU; in
-bfloat16 a sum in another order may choose another one of two near-equal logits, and all after it differ.
+are there. Tokens a second while all rows decode, prompts of 128 random tokens, 64 new ones, greedy, the median of the
+repeats, with and without an adapter in turn; workers are processes in both cases. ``same_tokens``: the share of tokens
+that are those of one GPU; in bfloat16 a sum in another order may choose another one of two near-equal logits, and all
+after it differ.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def measured(folder: Path, world: int, arguments: argparse.Namespace) -> tuple[l
         tensor_parallel_size=world,
         max_model_len=512,
         max_num_seqs=max(arguments.batches),
+        max_batched_tokens=max(2048, max(arguments.batches) * arguments.prompt),
         prefix_caching=False,
         memory_fraction=0.3,
         adapter_slots=4,
@@ -49,8 +51,9 @@ def measured(folder: Path, world: int, arguments: argparse.Namespace) -> tuple[l
         for batch in arguments.batches:
             generator = np.random.default_rng(batch)
             prompts = generator.integers(3, VOCABULARY, (batch, arguments.prompt)).tolist()
-            for adapter in (None, "one"):
-                speed, ids = decode(llm, prompts, [adapter] * batch, arguments.new_tokens, arguments.repeats)
+            mixes = {adapter: [adapter] * batch for adapter in (None, "one")}
+            found = decode(llm, prompts, mixes, arguments.new_tokens, arguments.repeats)
+            for adapter, (speed, ids) in found.items():
                 said[batch, adapter] = ids
                 row: dict[str, object] = {
                     "what": "decode",
