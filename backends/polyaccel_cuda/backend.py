@@ -46,11 +46,14 @@ from polyaccel_cuda.weight import allocate
 
 if TYPE_CHECKING:
     from polyaccel_cuda.communicator import CudaCommunicator
+    from polyaccel_cuda.flashinfer_plan import Planner
     from polyaccel_cuda.graph import CudaGraph
     from polyaccel_cuda.kernel_cache import KernelCache
     from polyaccel_cuda.step import StepLoader
 
 logger = logging.getLogger("polyaccel.cuda")
+
+ATTENTION = ("triton", "flashinfer")
 
 
 class CudaBackend(Backend):
@@ -58,6 +61,13 @@ class CudaBackend(Backend):
 
     Kernels, and Triton with them, are imported when operators are first asked for; on a GPU already beside the copy of
     the weights.
+
+    Args:
+        attention: what does paged attention where no graph does: ``triton`` for own kernels, ``flashinfer`` for the
+            kernels of that project where they take a call. They have to be installed.
+
+    Raises:
+        ConfigurationError: another ``attention``.
 
     Attributes:
         kernels: what was read from the kernel cache and what was compiled; None until operators are asked for, and
@@ -68,8 +78,12 @@ class CudaBackend(Backend):
     priority = 100
     fork_safe = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, attention: str = "triton") -> None:
         super().__init__()
+        if attention not in ATTENTION:
+            raise ConfigurationError(f"attention={attention!r}; it is one of {', '.join(ATTENTION)}")
+        self._attention = attention
+        self._planner: Planner | None = None
         self.launcher = Launcher(self.ledger, enter=torch.cuda.device, is_current=_is_current)
         self._devices: tuple[Device, ...] | None = None
         self._loaders: dict[int, StepLoader] = {}
@@ -97,6 +111,10 @@ class CudaBackend(Backend):
         if self._devices is None:
             from polyaccel_cuda.device import CudaDevice
 
+            if self._attention == "flashinfer":
+                from polyaccel_cuda.flashinfer import require
+
+                require()
             self._devices = tuple(CudaDevice(i, self._check_groups) for i in range(torch.cuda.device_count()))
         return self._devices
 
@@ -142,7 +160,20 @@ class CudaBackend(Backend):
                 # Where sums change their form is a part of the plan, which ranks compare.
                 detail=sums if name == "all_reduce" else "",
             )
-        return entries
+        return self._with_flashinfer(entries) if self._attention == "flashinfer" else entries
+
+    def _with_flashinfer(self, entries: Mapping[str, Entry]) -> Mapping[str, Implementations]:
+        """Before the entry of paged attention the same by FlashInfer's kernels."""
+        from polyaccel_cuda.flashinfer import before, require
+        from polyaccel_cuda.flashinfer_attention import FlashInferOperators
+        from polyaccel_cuda.flashinfer_plan import Planner
+
+        package = require()
+        if self._planner is None:
+            self._planner = Planner(package)
+        operators, own = FlashInferOperators(self.launcher, self._planner), entries["paged_attention"]
+        kernels = before(own, operators.paged_attention, package.version, self._planner.announce)
+        return {**entries, "paged_attention": (kernels, own)}
 
     def _keep_kernels(self) -> None:
         """Before the first kernel is compiled. In the interpreter there are none."""
@@ -190,7 +221,10 @@ class CudaBackend(Backend):
         loader = self._loaders.get(device.index)
         if loader is None:
             loader = self._loaders[device.index] = StepLoader(device, self.launcher, steady=self.batch_invariant)
-        return loader.begin(inputs, state)
+        step = loader.begin(inputs, state)
+        if self._planner is not None:
+            self._planner.begin(step, device, captured=any(graph.holds_memory for graph in self._graphs))
+        return step
 
     def graph_refusals(self) -> list[Reason]:
         hosted = [group.hosted for group in self._groups if group.hosted]

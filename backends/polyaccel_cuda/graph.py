@@ -73,6 +73,7 @@ class CudaGraph(Graph):
                 "capture", f"a step of {step.input.tokens} rows and {rank_rows} rank rows for {self.key}"
             )
         step.rank_rows = min(self.key.rank_rows, 0 if store is None else store.rank_rows)
+        step.captured = True
         device = step.tensor("positions").device
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with state.rehearsal(), torch.cuda.device(device), early_launches(can_begin_early(device)):

@@ -24,6 +24,7 @@ from polyaccel_cuda import check, sampling
 from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rotary, shrink, steady, tiling
 from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
 from polyaccel_cuda.kernels.rows import Units
+from polyaccel_cuda.kv_cache import BlockMajorKVCache
 from polyaccel_cuda.product import product
 from polyaccel_cuda.step import CudaStep
 from polyaccel_cuda.weight import FoldedWeight
@@ -226,14 +227,18 @@ class CudaOperators(Issuer):
         operands = {"k": k, "v": v, "kv": stored[0], "slots": slots}
         self.launch("write_kv_cache", operands, rotary.write_kv, k, v, stored, slots)
 
-    def paged_attention(
-        self, q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None
-    ) -> torch.Tensor:
+    def queries(self, q: torch.Tensor, kv: KVCache, step: Step) -> tuple[CudaStep, BlockMajorKVCache, torch.Tensor]:
+        """Step and cache as this backend's own, and the queries in dense rows."""
         own, cache = CudaStep.of("paged_attention", step), check.cache("paged_attention", kv, q=q)
         if q.shape[0] != own.input.tokens or q.shape[1] % cache.spec.kv_heads:
             reason = f"q must be [{own.input.tokens}, a multiple of {cache.spec.kv_heads}, {cache.spec.head_dim}]"
             raise OperatorError.describe("paged_attention", reason, {"q": q})
-        q = self.dense_rows("paged_attention", "q", q)
+        return own, cache, self.dense_rows("paged_attention", "q", q)
+
+    def paged_attention(
+        self, q: torch.Tensor, kv: KVCache, layer: int, step: Step, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        own, cache, q = self.queries(q, kv, step)
         stored = cache.layer(layer)
         make = torch.empty if own.covered else torch.zeros
         out = make(q.shape, dtype=q.dtype, device=q.device)

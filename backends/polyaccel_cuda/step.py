@@ -44,6 +44,7 @@ class CudaStep(Step):
         tiles: sequence and first query of each tile of queries, int32, for sequences that are prefilled.
         decodes: sequences from the first on that have one query each; ``covered``: every token belongs to a sequence.
         longest: the longest context that these tables can hold.
+        captured: a graph holds its calls.
     """
 
     def __init__(self, inputs: StepInput, state: DeviceState, arena: Arena, host: _Host, device: Device) -> None:
@@ -52,6 +53,7 @@ class CudaStep(Step):
         self.rank_rows, self.last_rank_row = host.rank_rows, host.last_rank_row
         self.segmented = host.segmented
         self.arena = arena
+        self.captured = False
         self._host, self._device = host, device
         self.torch_device = device.torch_device
         self._lengths = {name: array.size for name, array in host.arrays.items()} | {"token_ids": inputs.tokens}

@@ -11,11 +11,11 @@ import torch
 LAYERS, VOCABULARY = 3, 64
 
 
-def write(home: Path, hidden: int, ranks: Sequence[int], dtype: str = "float32") -> Path:
+def write(home: Path, hidden: int, ranks: Sequence[int], dtype: str = "float32", head_dim: int = 32) -> Path:
     """``home/model``, and an adapter ``home/r<rank>`` of each rank on every linear layer."""
     from safetensors.torch import save_file
 
-    heads, kv_heads, head_dim, ffn = hidden // 32, hidden // 64, 32, 2 * hidden
+    heads, kv_heads, ffn = hidden // head_dim, hidden // head_dim // 2, 2 * hidden
     linears = {
         "self_attn.q_proj": (heads * head_dim, hidden),
         "self_attn.k_proj": (kv_heads * head_dim, hidden),

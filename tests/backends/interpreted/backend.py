@@ -16,8 +16,8 @@ class InterpretedBackend(CudaBackend):
     isolate = False
     fork_safe = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, attention: str = "triton") -> None:
+        super().__init__(attention=attention)
         self.launcher = Launcher(self.ledger)
         self._device = TorchDevice("cpu")
 
