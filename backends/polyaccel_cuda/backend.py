@@ -170,7 +170,7 @@ class CudaBackend(Backend):
 
         package = require()
         if self._planner is None:
-            self._planner = Planner(package)
+            self._planner = Planner(package, self.launcher)
         operators, own = FlashInferOperators(self.launcher, self._planner), entries["paged_attention"]
         kernels = before(own, operators.paged_attention, package.version, self._planner.announce)
         return {**entries, "paged_attention": (kernels, own)}

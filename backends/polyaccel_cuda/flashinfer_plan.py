@@ -2,7 +2,8 @@
 
 A wrapper's plan is in pinned memory of its own until the device has copied it, and in device memory until its last call
 has run. So a wrapper belongs to one step as long as that lives, and the event of its copy is waited for before it plans
-again: wrappers come back in turn, so that it lies steps behind.
+again: wrappers come back in turn, so that it lies steps behind. In its first call a wrapper copies constants of its own
+to the device: that call is made, into nothing, as the first step of an attention begins.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from polyaccel.backend import Device, Event, KVSpec, Query, TokenClass
+from polyaccel.backend import Device, Event, KVSpec, Launcher, Query, TokenClass
 from polyaccel_cuda.flashinfer import FlashInfer
+from polyaccel_cuda.kv_cache import BlockMajorKVCache
 from polyaccel_cuda.step import CudaStep
 
 Kind = Literal["decode", "prefill"]
@@ -25,7 +27,7 @@ Kind = Literal["decode", "prefill"]
 MOST_VARIANTS = 16
 """That are planned for: the latest ones. A model has one or two."""
 SMALLEST_WORKSPACE = 128 << 20
-# What its plan reserves for parts of contexts: tiles of 128 queries and heads, two a multiprocessor and key head group.
+# What a plan reserves for parts of contexts: tiles of 128 rows of queries and heads, two a multiprocessor.
 TILE, TILES = 128, 2
 
 
@@ -88,6 +90,7 @@ class _Pool:
         self._package, self._device = package, device
         self._free: dict[Kind, deque[_Slot]] = {"decode": deque(), "prefill": deque()}
         self._workspace: torch.Tensor | None = None
+        self.called: set[tuple[Variant, Kind]] = set()
 
     def take(self, kind: Kind, variant: Variant) -> _Slot:
         """A wrapper that no living step has planned."""
@@ -121,8 +124,8 @@ class _Pool:
 class Planner:
     """Plans steps for the attentions that a model's plan has asked for."""
 
-    def __init__(self, package: FlashInfer) -> None:
-        self._package = package
+    def __init__(self, package: FlashInfer, launcher: Launcher) -> None:
+        self._package, self._launcher = package, launcher
         self._variants: dict[Variant, None] = {}
         self._pools: dict[torch.device, _Pool] = {}
         self._calls: WeakKeyDictionary[CudaStep, dict[Variant, tuple[Call, ...]]] = WeakKeyDictionary()
@@ -140,7 +143,11 @@ class Planner:
     def begin(self, step: CudaStep, device: Device, *, captured: bool) -> None:
         """Hand the device what the step's calls need, as the step begins. ``captured``: decode steps are replayed."""
         kv, inputs = step.state.kv, step.input
-        if kv is None or (captured and inputs.token_class is TokenClass.DECODE) or not _plain(step):
+        if (
+            not isinstance(kv, BlockMajorKVCache)
+            or (captured and inputs.token_class is TokenClass.DECODE)
+            or not _plain(step)
+        ):
             return
         longest = int(inputs.context_lengths.max())
         wanted = [variant for variant in self._variants if variant.takes(kv.spec, longest)]
@@ -150,11 +157,23 @@ class Planner:
         if pool is None:
             pool = self._pools[device.torch_device] = _Pool(self._package, device)
         with device.scope():
-            self._calls[step] = {variant: _plan(step, kv.spec, variant, pool, device) for variant in wanted}
+            planned = {variant: _plan(step, kv.spec, variant, pool, device) for variant in wanted}
+        for variant, calls in planned.items():
+            for call in calls:
+                if (variant, call.kind) not in pool.called:
+                    pool.called.add((variant, call.kind))
+                    self._call(call, variant, kv, device)
+        self._calls[step] = planned
 
     def calls(self, step: CudaStep, variant: Variant) -> tuple[Call, ...]:
         """The calls of a step; none where it is not planned for, or captured."""
         return () if step.captured else self._calls.get(step, {}).get(variant, ())
+
+    def _call(self, call: Call, variant: Variant, kv: BlockMajorKVCache, device: Device) -> None:
+        q = device.zeros((call.end - call.begin, variant.heads, variant.head_dim), kv.spec.dtype)
+        out, stored = torch.empty_like(q), kv.layer(0)
+        operands = {"q": q, "kv": stored[0]}
+        self._launcher.launch("cuda.flashinfer_first_call", operands, call.wrapper.run, q, stored, out=out)
 
 
 def _plain(step: CudaStep) -> bool:

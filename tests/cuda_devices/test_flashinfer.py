@@ -46,7 +46,7 @@ def compiled() -> None:
 
 
 def launched(case: PagedStep) -> set[str]:
-    return {name for name in case.backend.ledger.counts() if "attention" in name or "flashinfer" in name}
+    return {name for name in case.backend.ledger.counts() if name in (DECODE, PREFILL, *OWN)}
 
 
 @pytest.mark.parametrize("shape", COMPILED, ids=["bfloat16", "float16"])

@@ -17,7 +17,9 @@ import torch
 VERSION = "0.6.4"
 HEADS = (64, 128, 256)
 CALLS: Counter[str] = Counter()
-"""Plans and runs so far, by name; tests clear it."""
+"""Plans and runs so far, by name, and ``constants`` copied to a device by runs; tests clear it."""
+KEPT: set[int] = set()
+"""Head counts whose constants have been copied."""
 
 
 def require(condition: bool, what: str) -> None:
@@ -72,6 +74,8 @@ class _Wrapper:
         assert given is not None, "plan first"
         keys, values = paged_kv_cache
         heads, kv_heads, dim = given["num_qo_heads"], given["num_kv_heads"], given["head_dim"]
+        CALLS["constants"] += heads not in KEPT
+        KEPT.add(heads)
         require(q.shape == (given["queries"][-1], heads, dim), f"q {tuple(q.shape)}")
         require(q.dtype == given["q_data_type"] and keys.dtype == values.dtype == given["kv_data_type"], "types")
         require({q.device, keys.device, values.device} == {self._workspace.device}, "one device")
@@ -193,3 +197,4 @@ def install(patch: pytest.MonkeyPatch, version: str = VERSION) -> None:
 
     patch.setitem(sys.modules, "flashinfer", module(version))
     CALLS.clear()
+    KEPT.clear()
