@@ -82,6 +82,14 @@ class Communicator(ABC):
         """Every rank's small picklable value, in rank order. Control plane: for plans and hashes, never inside a
         step."""
 
+    def abandon(self) -> None:
+        """Give the group up, from a rank that cannot go on: whoever waits for it, here or on another rank, is let go
+        with a CommunicationError, at once where the transport allows. It can only be closed then.
+
+        Closing is enough where that breaks the others' collectives.
+        """
+        self.close()
+
     @abstractmethod
     def close(self) -> None:
         """Leave the group. Idempotent."""

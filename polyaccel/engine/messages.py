@@ -15,7 +15,8 @@ class StepMessage:
     """One iteration, sent alike to every worker.
 
     ``begin`` lists request slots whose sampling state starts before the step, ``end`` those that are cleared before it
-    (ends first). ``step_id`` counts up by one. Once a step found no room, steps are skipped until one ``resumes``.
+    (ends first). ``step_id`` counts up by one. Once a step found no room on a rank, steps are skipped on all of them
+    until one ``resumes``.
     """
 
     step_id: int
@@ -29,7 +30,8 @@ class StepMessage:
 class StepResult:
     """Host arrays for the R rows of logits of one step, in the order of ``inputs.sample_slots``.
 
-    ``no_room``: why the step was not run, where the device had no memory for it, or for one before it; no rows then.
+    ``no_room``: why the step was not run, where a rank's device had no memory for it, or for one before it; then there
+    are no rows.
     """
 
     step_id: int

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection, wait
 
+import numpy as np
+
 from polyaccel.backend.adapter_store import SlotRange
 from polyaccel.backend.backend import RankAddress
-from polyaccel.backend.errors import CommunicationError, EngineDead, WorkerError
+from polyaccel.backend.errors import CommunicationError, EngineDead, OutOfMemory, WorkerError
 from polyaccel.engine.config import EngineConfig
 from polyaccel.engine.executor import Executor, PreparedHandle
 from polyaccel.engine.messages import Capacity, StepMessage, StepResult
@@ -33,14 +35,17 @@ class ProcessExecutor(Executor):
     """Starts the workers, sends every step to all of them and compares what they report.
 
     A thread receives all answers, so that a worker's death is noticed at once, whoever is waiting. The first death ends
-    the group: the other workers are killed, as they may hang in a collective.
+    the group: the other workers are killed, as they may hang in a collective. A rank that found no room for a step is
+    no death: no rank has run that step then, as far as the caller is concerned, nor those after it, and the ranks meet
+    anew before the step that resumes.
 
     Args:
         config: ``backend`` is already chosen; workers never choose.
         progress: called with bytes done and in total, of the slowest rank.
 
     Raises:
-        EngineDead: a worker failed while starting; its error is the cause.
+        OutOfMemory: a worker found no room; what it says is the cause.
+        EngineDead: a worker failed otherwise while starting; its error is the cause.
     """
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
@@ -55,6 +60,9 @@ class ProcessExecutor(Executor):
         self._dead: EngineDead | None = None
         self._closing = False
         self._reported: dict[int, None] = {}
+        self._no_room = ""
+        self._apart = False
+        self._meetings = 0
         self._suspect: tuple[WorkerError, float] | None = None
         self._heard = time.monotonic()
         self._receiver: threading.Thread | None = None
@@ -62,7 +70,7 @@ class ProcessExecutor(Executor):
         self._progress: list[tuple[int, int]] = [(0, 0)] * self._world
         self._capacities: list[Capacity | None] = [None] * self._world
         threads = config.threads or max(1, (os.cpu_count() or 1) // self._world)
-        init_method = f"file://{self._folder}/store"
+        init_method = self._meeting_place()
         self._workers: list[WorkerProcess] = []
         try:
             for rank in range(self._world):
@@ -83,13 +91,17 @@ class ProcessExecutor(Executor):
             self._receiver = threading.Thread(target=self._receive, name="polyaccel-receiver", daemon=True)
             self._receiver.start()
             self.capacity = self._wait_until_ready()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            _raise_out_of_memory(error)
             raise
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def submit(self, message: StepMessage) -> None:
+        if message.resumes and self._world > 1:
+            self._no_room, self._apart = "", False
+            self._send_all(("meet", self._meeting_place()))
         self._send_all(("step", message))
 
     def collect(self) -> StepResult:
@@ -106,6 +118,9 @@ class ProcessExecutor(Executor):
                     continue
                 self._condition.wait(remaining)
             answers = [results.popleft() for results in self._results]
+        skipped = [result for result, _ in answers if result is not None and result.no_room]
+        if skipped:
+            return self._unserved(skipped[0], deadline)
         hashes = [state_hash for _, state_hash in answers]
         if len(set(hashes)) > 1:
             error = CommunicationError(
@@ -116,6 +131,29 @@ class ProcessExecutor(Executor):
         result = answers[0][0]
         assert result is not None
         return result
+
+    def _unserved(self, skipped: StepResult, deadline: float) -> StepResult:
+        """A step that not every rank has run, with the reason of the rank that began it; there need not be one."""
+        if self._world == 1:
+            return skipped
+        with self._condition:
+            known = self._condition.wait_for(
+                lambda: bool(self._no_room) or self._dead is not None or self._closing,
+                max(0.0, deadline - time.monotonic()),
+            )
+        if not known:
+            self._die(CommunicationError(f"step {skipped.step_id} was not run: {skipped.no_room}"))
+        self._raise_if_dead()
+        if not self._apart:
+            # Nor may a rank that had nothing more to wait for go on with a group that is given up.
+            self._apart = True
+            self._send_all(("part", self._no_room))
+        return StepResult(step_id=skipped.step_id, ids=np.zeros(0, dtype=np.int64), no_room=self._no_room)
+
+    def _meeting_place(self) -> str:
+        """Of ranks that form a new group; none is used twice."""
+        self._meetings += 1
+        return f"file://{self._folder}/store{self._meetings}"
 
     # -- control -----------------------------------------------------------------------------------------------------
 
@@ -314,12 +352,18 @@ class ProcessExecutor(Executor):
             elif kind == "ready":
                 assert isinstance(message[2], Capacity)
                 self._capacities[rank] = message[2]
+            elif kind == "no_room":
+                # Whoever is left alone in a collective is so for this reason.
+                self._no_room = self._no_room or str(message[1])
+                self._suspect = None
             self._condition.notify_all()
-        if kind == "died":
-            self._died(rank, message)
+        if kind == "died" or (kind == "broken" and not self._no_room):
+            self._failed(rank, message)
 
-    def _died(self, rank: int, message: tuple[object, ...]) -> None:
-        self._reported[rank] = None
+    def _failed(self, rank: int, message: tuple[object, ...]) -> None:
+        """A worker has died, or was left alone in a collective by one that did."""
+        if message[0] == "died":
+            self._reported[rank] = None
         cause = WorkerError(rank, str(message[1]), str(message[2]))
         original = message[3]
         if isinstance(original, BaseException):
@@ -360,6 +404,13 @@ class ProcessExecutor(Executor):
             raise self._dead
         if self._closing:
             raise EngineDead("the engine is closed")
+
+
+def _raise_out_of_memory(error: BaseException) -> None:
+    """As where the engine's own process loads: who lowers an option then need not know of workers."""
+    worker = error.__cause__
+    if isinstance(worker, WorkerError) and isinstance(worker.__cause__, OutOfMemory):
+        raise OutOfMemory(*worker.__cause__.args) from worker
 
 
 def _receipts_and_digests(answers: list[object]) -> tuple[list[AdapterReceipt], list[str]]:

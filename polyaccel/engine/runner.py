@@ -6,10 +6,11 @@ own process (inline) or in a worker process, and is driven by one thread, except
 
 from __future__ import annotations
 
+import contextlib
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from polyaccel.backend.adapter_store import AdapterStore, PackedAdapter, SlotRan
 from polyaccel.backend.backend import Backend, RankAddress
 from polyaccel.backend.communicator import Communicator
 from polyaccel.backend.device import Device, HostCopy, ReadyHostCopy
-from polyaccel.backend.errors import CommunicationError, ConfigurationError, OutOfMemory
+from polyaccel.backend.errors import CommunicationError, ConfigurationError
 from polyaccel.backend.kv_cache import KVCache
 from polyaccel.backend.plan import Plan, SiteRequest
 from polyaccel.backend.sampling import SampleOutput, SamplingSpec, SamplingState
@@ -30,6 +31,7 @@ from polyaccel.engine.graphs import GraphCache
 from polyaccel.engine.merging import Merger
 from polyaccel.engine.messages import Capacity, StepMessage, StepResult
 from polyaccel.engine.mirror import MirroredSampling
+from polyaccel.engine.room import OUT_OF_MEMORY, KVShare, agreed_blocks, room_for
 from polyaccel.lora.adapter_file import AdapterFile
 from polyaccel.lora.match import MatchedAdapter, match_adapter
 from polyaccel.lora.pack import pack_adapter
@@ -42,7 +44,6 @@ from polyaccel.weights.checkpoint import open_checkpoint
 Progress = Callable[[int, int], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_HOST_KV_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,10 @@ class PendingStep:
     no_room: str = ""
 
     @classmethod
-    def skipped(cls, message: StepMessage, no_room: str) -> PendingStep:
-        """Of a step that was not run, for want of memory."""
+    def skipped(cls, step_id: int, no_room: str) -> PendingStep:
+        """Of a step that was not run, or not to its end, for want of memory."""
         nothing = ReadyHostCopy(np.zeros(0, dtype=np.int64))
-        return cls(message.step_id, 0, nothing, None, None, None, no_room)
+        return cls(step_id, 0, nothing, None, None, None, no_room)
 
     @property
     def is_ready(self) -> bool:
@@ -98,6 +99,9 @@ class Runner:
         config: the engine's options; ``config.backend`` names a backend that is already chosen (never "auto").
         address: this rank and how to meet the others.
         backend: an instance to use instead of the named one.
+
+    Raises:
+        OutOfMemory: meeting the other ranks took more memory than there is.
     """
 
     def __init__(self, config: EngineConfig, address: RankAddress, backend: Backend | None = None) -> None:
@@ -107,8 +111,10 @@ class Runner:
         if config.batch_invariant:
             self.backend.require_batch_invariance()
         self.backend.launcher.rank = address.rank if address.world_size > 1 else None
-        self.comm: Communicator = self.backend.connect(address)
+        with room_for("the connections between ranks", self._where, "leave it more memory"):
+            self.comm: Communicator = self.backend.connect(address)
         self._hash = 0
+        self._apart = False
         self._no_room = ""
         self._graphs: GraphCache | None = None
         self._stores: dict[int, AdapterStore] = {}
@@ -116,16 +122,30 @@ class Runner:
     # -- loading -----------------------------------------------------------------------------------------------------
 
     def load(self, progress: Progress | None = None) -> Capacity:
-        """Read the weights, plan every site and allocate; returns what there is room for, agreed between ranks."""
+        """Read the weights, plan every site and allocate; returns what there is room for, agreed between ranks.
+
+        Raises:
+            OutOfMemory: names what found no room, how much was asked for and, of several ranks, this one.
+            CommunicationError: another rank failed, or its budget is too small.
+        """
         with open_checkpoint(self.config.model) as checkpoint:
             model_config = ModelConfig.from_hf(checkpoint.hf_config(), checkpoint.generation_config())
             self.model = self._build(model_config)
-            self.model.load(checkpoint, progress)
+            advice = "spread the model over more ranks, choose a smaller dtype, or free memory there"
+            with room_for("its weights", self._where, advice):
+                self.model.load(checkpoint, progress)
         self.plan = Plan(self.backend, self._requests(), policy=self.config.policy, ranges=self._ranges())
         self.comm.trace = [] if self.config.trace_collectives else None
         self.model.bind(self.plan, self.comm)
         self._agree("the dispatch plan", self.plan.digest())
         return self._allocate(model_config)
+
+    @property
+    def _where(self) -> str:
+        """This rank and its device, as errors name them."""
+        rank = f"rank {self.address.rank} of {self.address.world_size}" if self.address.world_size > 1 else "the engine"
+        device = getattr(self, "device", None)
+        return rank if device is None else f"{rank} on {device.name}"
 
     def _build(self, config: ModelConfig) -> Model:
         available = self.backend.devices()
@@ -173,30 +193,28 @@ class Runner:
 
     def _allocate(self, config: ModelConfig) -> Capacity:
         block_size = self.backend.kv_block_size()
-        blocks = min(int(n) for n in self.comm.gather_objects(self._kv_blocks(block_size)) if isinstance(n, int))
-        if blocks < 1:
-            raise OutOfMemory(
-                f"no room for a single KV block of {block_size} tokens on {self.device.name}; "
-                "raise kv_cache_bytes or memory_fraction, or lower max_model_len"
-            )
+        shares = [share for share in self.comm.gather_objects(self._kv_share(block_size)) if isinstance(share, KVShare)]
+        blocks = agreed_blocks(shares, self.address.rank)
         # One row more than requests: padding rows of graphs are sampled into it.
         spec = SamplingSpec(request_slots=self.config.max_num_seqs + 1, vocabulary=self.model.vocabulary)
-        sampling = self.backend.allocate_sampling(spec, self.device)
+        with room_for("the state of sampling", self._where, "lower max_num_seqs"):
+            sampling = self.backend.allocate_sampling(spec, self.device)
         self.states: dict[int, DeviceState] = {}
         self._mirrors: list[MirroredSampling] = []
         caches: dict[int, KVCache] = {}
         for index, device in self.devices.items():
-            kv = caches[index] = self.backend.allocate_kv(
-                self.model.kv_spec(blocks, block_size, self.dtype, index), device
-            )
+            kv_spec = self.model.kv_spec(blocks, block_size, self.dtype, index)
+            cache = f"a KV cache of {blocks} blocks of {kv_spec.bytes_per_block()} bytes"
+            with room_for(cache, self._where, "lower kv_cache_bytes or memory_fraction"):
+                kv = caches[index] = self.backend.allocate_kv(kv_spec, device)
             store = None
             if self.config.adapters_enabled:
-                store = self._stores[index] = self.backend.allocate_adapters(
-                    self.model.weights(index),
-                    rank_rows=self.config.adapter_rank_rows,
-                    slots=self.config.adapter_slots,
-                    device=device,
-                )
+                slots, rank_rows = self.config.adapter_slots, self.config.adapter_rank_rows
+                room = f"{slots} adapters of {rank_rows} rank rows in all"
+                with room_for(room, self._where, "lower adapter_rank_rows or memory_fraction"):
+                    store = self._stores[index] = self.backend.allocate_adapters(
+                        self.model.weights(index), rank_rows=rank_rows, slots=slots, device=device
+                    )
             here: SamplingState = sampling
             if device is not self.device:
                 here = MirroredSampling(sampling, device)
@@ -222,30 +240,34 @@ class Runner:
             world_size=self.address.world_size,
         )
 
-    def _kv_blocks(self, block_size: int) -> int:
-        per_block = max(
-            1, *(self.model.kv_spec(1, block_size, self.dtype, i).bytes_per_block() for i in self.devices), 1
-        )
-        useful = self.config.max_num_seqs * -(-self.max_model_len // block_size)
-        if self.config.kv_cache_bytes is not None:
-            return min(useful, self.config.kv_cache_bytes // per_block)
-        memory = self.device.memory()
-        room = int(memory.free * self.config.memory_fraction)
-        if self.device.torch_device.type == "cpu":
-            # Ranks share the host's memory with everything else on it.
-            room = min(room, DEFAULT_HOST_KV_BYTES) // self.address.world_size
-        return min(useful, room // per_block)
+    def _kv_share(self, block_size: int) -> KVShare:
+        """Of the device with the least room for its layers."""
+        shares = [
+            KVShare.of(
+                self.config,
+                rank=self.address.rank,
+                world_size=self.address.world_size,
+                device=device,
+                weight_bytes=sum(weight.nbytes for weight in self.model.weights(index).values()),
+                block_size=block_size,
+                block_bytes=max(1, self.model.kv_spec(1, block_size, self.dtype, index).bytes_per_block()),
+                most_blocks=self.config.max_num_seqs * -(-self.max_model_len // block_size),
+            )
+            for index, device in self.devices.items()
+        ]
+        return min(shares, key=lambda share: share.blocks)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def execute(self, message: StepMessage) -> PendingStep:
         """Queue one step on the device; its results arrive through the returned value.
 
-        Where memory runs out on one rank alone, the step and those after it are skipped until one resumes: what it
-        has written is written again. Of several ranks the others may wait for this one in a collective already.
+        Where memory runs out, the step and those after it are skipped until one resumes: what it has written is written
+        again. Of several ranks, the others may wait for this one in a collective: whoever drives the runner lets them
+        go by :meth:`part`, and has all ranks meet again before a step resumes.
 
         Raises:
-            OutOfMemory: of several ranks.
+            CommunicationError: another rank failed, or has parted.
         """
         for slot in message.end:
             self._sampling.clear(slot)
@@ -254,14 +276,15 @@ class Runner:
         if message.resumes:
             self._no_room = ""
         if self._no_room:
-            return PendingStep.skipped(message, self._no_room)
+            return PendingStep.skipped(message.step_id, self._no_room)
         try:
-            output = self._run(message.inputs)
-        except (OutOfMemory, torch.OutOfMemoryError) as error:
-            if self.address.world_size > 1:
-                raise
-            self._no_room = str(error)
-            return PendingStep.skipped(message, self._no_room)
+            return self._queued(message, self._run(message.inputs))
+        except OUT_OF_MEMORY as error:
+            where = f"{self._where}: " if self.address.world_size > 1 else ""
+            self._no_room = f"{where}{error}"
+            return PendingStep.skipped(message.step_id, self._no_room)
+
+    def _queued(self, message: StepMessage, output: SampleOutput) -> PendingStep:
         download = self.device.download
         return PendingStep(
             step_id=message.step_id,
@@ -271,6 +294,44 @@ class Runner:
             top_ids=None if output.top_ids is None else download(output.top_ids),
             top_logprobs=None if output.top_logprobs is None else download(output.top_logprobs),
         )
+
+    # -- ranks that part -----------------------------------------------------------------------------------------------
+
+    @property
+    def apart(self) -> bool:
+        """Whether this rank has given up the group and not yet met the others again."""
+        return self._apart
+
+    def part(self, why: str) -> None:
+        """Give up the group in the middle of a step, so that no rank waits for another. Steps are skipped from now on.
+
+        Whatever the device has still queued is worth nothing.
+        """
+        self._apart = True
+        self._no_room = self._no_room or why
+        self.comm.abandon()
+        with contextlib.suppress(CommunicationError):
+            self.device.synchronize()
+        if self._graphs is not None:
+            self._graphs.clear()
+        self.comm.close()
+
+    def meet(self, init_method: str) -> None:
+        """Form a new group, on every rank alike, also where this one has not noticed that another has parted.
+
+        Raises:
+            CommunicationError: a rank did not come.
+            OutOfMemory: the group itself found no room.
+        """
+        if not self._apart:
+            self.part("")
+        trace = self.comm.trace
+        with room_for("the connections between ranks", self._where, "leave it more memory"):
+            self.comm = self.backend.connect(replace(self.address, init_method=init_method))
+        self.comm.trace = trace
+        self.model.bind(self.plan, self.comm)
+        # Ranks have seen different numbers of steps through.
+        self._apart, self._hash = False, 0
 
     def state_hash(self, step: PendingStep, result: StepResult) -> int:
         """Fold a step's input and result into the running hash of everything applied; ranks must agree on it.

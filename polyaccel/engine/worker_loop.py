@@ -1,7 +1,12 @@
 """What a worker process does: apply the engine's commands to its runner, in order, and answer.
 
 Answers are tuples: ``("progress", done, total)``, ``("result", result or None, state hash)``,
-``("reply", token, succeeded, value)`` and, once and last, ``("died", summary, traceback)``.
+``("reply", token, succeeded, value)`` and, once and last, ``("died", summary, traceback, error)``.
+
+Of several ranks, one that finds no room for a step says ``("no_room", why)`` and gives up the group; the others' steps
+then fail in a collective, they say ``("broken", summary, traceback, error)`` and give it up as well. ``part`` reaches
+those that had nothing to wait for. All skip steps until they are told to ``meet``. The engine ends those that were left
+alone by a rank that died.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from multiprocessing.connection import Connection
 
 from polyaccel.backend.adapter_store import SlotRange
 from polyaccel.backend.backend import RankAddress
+from polyaccel.backend.errors import CommunicationError
 from polyaccel.engine.config import EngineConfig
 from polyaccel.engine.messages import StepMessage
 from polyaccel.engine.runner import PendingStep, PreparedAdapter, Runner
@@ -25,20 +31,21 @@ def serve(connection: Connection, config: EngineConfig, address: RankAddress, th
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loop = _Loop(connection, address.rank)
+    loop = _Loop(connection, address)
     try:
         loop.start(config, address)
         loop.run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except BaseException as error:
-        loop.send(("died", f"{type(error).__name__}: {error}", traceback.format_exc(), _portable(error)))
+        loop.send(("died", *_told(error)))
 
 
 class _Loop:
-    def __init__(self, connection: Connection, rank: int) -> None:
+    def __init__(self, connection: Connection, address: RankAddress) -> None:
         self._connection = connection
-        self._rank = rank
+        self._rank = address.rank
+        self._several = address.world_size > 1
         self._lock = threading.Lock()
         self._pending: deque[PendingStep] = deque()
         self._prepared: dict[int, PreparedAdapter] = {}
@@ -70,6 +77,11 @@ class _Loop:
             command = self._connection.recv()
             if command[0] == "step":
                 self._step(command[1])
+            elif command[0] == "part":
+                if not self._runner.apart:
+                    self._runner.part(command[1])
+            elif command[0] == "meet":
+                self._runner.meet(command[1])
             elif command[0] == "close":
                 self._runner.close()
                 return
@@ -77,16 +89,43 @@ class _Loop:
                 self._control(command)
 
     def _step(self, message: StepMessage) -> None:
-        self._pending.append(self._runner.execute(message))
+        try:
+            step = self._runner.execute(message)
+        except CommunicationError as error:
+            self._broken(error)
+            step = self._unserved(message.step_id)
+        if step.no_room and self._several and not self._runner.apart:
+            self.send(("no_room", step.no_room))
+            # The steps before it had their room on every rank.
+            while self._pending:
+                self._answer_step()
+            if not self._runner.apart:
+                self._runner.part(step.no_room)
+        self._pending.append(step)
         # A device that computes before it returns: the engine need not wait for the step that it has queued meanwhile.
         while self._pending and self._pending[0].is_ready:
             self._answer_step()
 
     def _answer_step(self) -> None:
         step = self._pending.popleft()
-        result = step.wait()
+        if self._runner.apart and not step.no_room:
+            step = self._unserved(step.step_id)
+        try:
+            result = step.wait()
+        except CommunicationError as error:
+            self._broken(error)
+            step = self._unserved(step.step_id)
+            result = step.wait()
         state_hash = self._runner.state_hash(step, result)
-        self.send(("result", result if self._rank == 0 else None, state_hash))
+        self.send(("result", result if self._rank == 0 or result.no_room else None, state_hash))
+
+    def _broken(self, error: CommunicationError) -> None:
+        """Say so and let the others go, whose collectives may wait for this rank's."""
+        self.send(("broken", *_told(error)))
+        self._runner.part(f"rank {self._rank} was left alone in a collective")
+
+    def _unserved(self, step_id: int) -> PendingStep:
+        return PendingStep.skipped(step_id, f"rank {self._rank} did not see step {step_id} through")
 
     def _control(self, command: tuple[object, ...]) -> None:
         kind, token, *arguments = command
@@ -126,6 +165,11 @@ class _Loop:
             self.send(("reply", token, False, _portable(error), traceback.format_exc()))
             return
         self.send(("reply", token, True, value, ""))
+
+
+def _told(error: BaseException) -> tuple[str, str, BaseException | None]:
+    """Of an error that is being handled: summary, traceback and, where it can be sent, the error itself."""
+    return f"{type(error).__name__}: {error}", traceback.format_exc(), _portable(error)
 
 
 def _portable(error: BaseException) -> BaseException | None:
