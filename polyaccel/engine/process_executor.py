@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -27,6 +28,8 @@ from polyaccel.parallel.process import WorkerProcess
 CLOSE_SECONDS = 5.0
 # Importing torch and reading metadata report nothing, however small the engine's own timeout is.
 START_SECONDS = 120.0
+# What a rank that found no room leaves waiting is let go at once, unless its transport knows no way.
+PART_SECONDS = 30.0
 # A dead rank breaks the others' collectives, and their reports may arrive before the news of its death.
 BLAME_SECONDS = 1.0
 
@@ -62,6 +65,7 @@ class ProcessExecutor(Executor):
         self._reported: dict[int, None] = {}
         self._no_room = ""
         self._apart = False
+        self._parted_by = math.inf
         self._meetings = 0
         self._suspect: tuple[WorkerError, float] | None = None
         self._heard = time.monotonic()
@@ -100,7 +104,7 @@ class ProcessExecutor(Executor):
 
     def submit(self, message: StepMessage) -> None:
         if message.resumes and self._world > 1:
-            self._no_room, self._apart = "", False
+            self._no_room, self._apart, self._parted_by = "", False, math.inf
             self._send_all(("meet", self._meeting_place()))
         self._send_all(("step", message))
 
@@ -109,12 +113,9 @@ class ProcessExecutor(Executor):
         with self._condition:
             while not all(self._results):
                 self._raise_if_dead()
-                remaining = deadline - time.monotonic()
+                remaining = min(deadline, self._parted_by) - time.monotonic()
                 if remaining <= 0:
-                    silent = [rank for rank, results in enumerate(self._results) if not results]
-                    self._die(
-                        CommunicationError(f"ranks {silent} did not finish a step within {self._config.timeout:g} s")
-                    )
+                    self._die(self._silence())
                     continue
                 self._condition.wait(remaining)
             answers = [results.popleft() for results in self._results]
@@ -149,6 +150,12 @@ class ProcessExecutor(Executor):
             self._apart = True
             self._send_all(("part", self._no_room))
         return StepResult(step_id=skipped.step_id, ids=np.zeros(0, dtype=np.int64), no_room=self._no_room)
+
+    def _silence(self) -> Exception:
+        silent = [rank for rank, results in enumerate(self._results) if not results]
+        if self._no_room:
+            return OutOfMemory(f"ranks {silent} could not be let go after a step without room ({self._no_room})")
+        return CommunicationError(f"ranks {silent} did not finish a step within {self._config.timeout:g} s")
 
     def _meeting_place(self) -> str:
         """Of ranks that form a new group; none is used twice."""
@@ -354,7 +361,8 @@ class ProcessExecutor(Executor):
                 self._capacities[rank] = message[2]
             elif kind == "no_room":
                 # Whoever is left alone in a collective is so for this reason.
-                self._no_room = self._no_room or str(message[1])
+                if not self._no_room:
+                    self._no_room, self._parted_by = str(message[1]), time.monotonic() + PART_SECONDS
                 self._suspect = None
             self._condition.notify_all()
         if kind == "died" or (kind == "broken" and not self._no_room):

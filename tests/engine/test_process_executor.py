@@ -264,10 +264,10 @@ def test_a_worker_that_fails_to_load_gives_its_error_and_traceback(tiny: TinyMod
 
 
 def test_a_worker_without_room_for_its_cache_says_which_option_to_change(tiny: TinyModel) -> None:
-    with pytest.raises(EngineDead, match="kv_cache_bytes") as caught:
+    with pytest.raises(OutOfMemory, match="raise kv_cache_bytes") as caught:
         tiny.open_workers(kv_cache_bytes=BLOCK_BYTES // 100)
-    assert caught.value.__cause__ is not None
-    assert isinstance(caught.value.__cause__.__cause__, OutOfMemory)
+    assert isinstance(caught.value.__cause__, WorkerError)
+    assert "Traceback" in caught.value.__cause__.traceback_text
 
 
 def test_after_close_no_process_thread_file_or_folder_is_left(

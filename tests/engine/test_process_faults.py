@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyaccel import AdapterIncompatible, CommunicationError, EngineDead, OperatorError, WorkerError
+from polyaccel import AdapterIncompatible, CommunicationError, EngineDead, OperatorError, OutOfMemory, WorkerError
 from polyaccel.backend.adapter_store import SlotRange
 from polyaccel.engine import process_executor
 from polyaccel.engine.config import EngineConfig
 from polyaccel.engine.executor import PreparedHandle
-from polyaccel.engine.messages import Capacity, StepResult
+from polyaccel.engine.messages import Capacity, StepMessage, StepResult
 from polyaccel.engine.process_executor import ProcessExecutor
 
 CAPACITY = Capacity(
@@ -65,6 +65,17 @@ class FakeWorker:
     def vanish(self, ending: str) -> None:
         self.ending = ending
         self.theirs.close()
+
+    def no_room(self, why: str) -> None:
+        self.theirs.send(("no_room", why))
+
+    def broken(self) -> None:
+        """What it says before it goes on with a step that it was left alone in."""
+        self.theirs.send(("broken", f"CommunicationError: {BROKEN}", "Traceback of the worker", BROKEN))
+
+    def skipped(self, step: int = 1) -> None:
+        result = StepResult(step_id=step, ids=np.zeros(0, dtype=np.int64), no_room="not seen through")
+        self.theirs.send(("result", result, 0))
 
     def result(self, ids: list[int], state_hash: int) -> None:
         self.theirs.send(("result", StepResult(step_id=1, ids=np.array(ids)), state_hash))
@@ -314,3 +325,98 @@ def test_steps_and_questions_of_several_threads_never_mix(start: Callable[..., G
         reader.join(30)
     assert received[0] == received[1]
     assert sorted(handles) == sorted(received[0]) == list(range(1, 201))
+
+
+# -- a rank without room -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alone_first", [True, False], ids=["the one left alone first", "the one without room first"])
+def test_a_rank_left_alone_by_one_without_room_is_no_fault(start: Callable[..., Group], alone_first: bool) -> None:
+    group = start()
+    alone, full = group.workers
+    if alone_first:
+        alone.broken()
+        alone.skipped()
+        time.sleep(0.1)
+    full.no_room("rank 1 of 2 is full")
+    full.skipped()
+    if not alone_first:
+        time.sleep(0.1)
+        alone.broken()
+        alone.skipped()
+    result = group.executor.collect()
+    assert (result.step_id, result.no_room, len(result.ids)) == (1, "rank 1 of 2 is full", 0)
+    time.sleep(process_executor.BLAME_SECONDS + 0.5)
+    future = in_background(group.executor.explain)
+    for worker in group.workers:
+        assert worker.asked()[0] == "part"
+        worker.reply({})
+    assert future.result(20) == [{}, {}]
+
+
+def test_a_step_that_one_rank_has_run_is_not_run_if_another_was_left_alone_in_it(start: Callable[..., Group]) -> None:
+    group = start()
+    alone, full = group.workers
+    # Both have run it, but the news that the second finds no room for the next reaches the first too soon.
+    alone.broken()
+    alone.skipped(1)
+    alone.skipped(2)
+    full.result([4], 17)
+    full.no_room("rank 1 of 2 is full")
+    full.skipped(2)
+    found = [group.executor.collect() for _ in range(2)]
+    assert [(result.step_id, result.no_room) for result in found] == [(step, "rank 1 of 2 is full") for step in (1, 2)]
+
+
+def test_ranks_meet_anew_before_a_step_resumes_and_never_at_the_same_place(start: Callable[..., Group]) -> None:
+    group = start()
+    places = []
+    for step in (1, 2):
+        group.workers[1].no_room("full")
+        for worker in group.workers:
+            worker.skipped(step)
+        group.executor.collect()
+        group.executor.submit(StepMessage(step_id=step + 1, inputs=None, resumes=True))  # type: ignore[arg-type]
+        for worker in group.workers:
+            assert worker.asked()[0] == "part"
+            kind, place = worker.asked()
+            assert kind == "meet"
+            places.append(place)
+            assert worker.asked()[0] == "step"
+    assert places[0] == places[1] != places[2] == places[3]
+    group.workers[0].result([4], 17)
+    group.workers[1].result([4], 17)
+    assert group.executor.collect().ids.tolist() == [4]
+
+
+def test_a_rank_left_alone_for_no_reason_that_anybody_gives_ends_the_engine(start: Callable[..., Group]) -> None:
+    group = start()
+    for worker in group.workers:
+        worker.broken()
+        worker.skipped()
+    cause = death(group.executor.collect).__cause__
+    assert isinstance(cause, WorkerError)
+    assert isinstance(cause.__cause__, CommunicationError)
+
+
+def test_a_rank_killed_after_it_left_others_alone_is_blamed(start: Callable[..., Group]) -> None:
+    group = start()
+    group.workers[0].broken()
+    group.workers[0].skipped()
+    group.workers[1].vanish("was killed by SIGKILL")
+    cause = death(group.executor.collect).__cause__
+    assert isinstance(cause, WorkerError)
+    assert (cause.rank, cause.summary) == (1, "was killed by SIGKILL")
+
+
+def test_a_rank_that_cannot_be_let_go_ends_the_engine_with_what_kept_it(
+    start: Callable[..., Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_executor, "PART_SECONDS", 0.3)
+    group = start()
+    group.workers[1].no_room("rank 1 of 2 is full")
+    group.workers[1].skipped()
+    error = death(group.executor.collect)
+    assert isinstance(error.__cause__, OutOfMemory)
+    assert "ranks [0] could not be let go" in str(error)
+    assert "rank 1 of 2 is full" in str(error)
