@@ -238,13 +238,16 @@ class CudaBackend(Backend):
         if not any(graph.holds_memory for graph in self._graphs):
             # A pool ends with its last graph; torch refuses a capture into one that has ended (vLLM issue 28426).
             self._pool = torch.cuda.graph_pool_handle()
-        graph = CudaGraph(key, fn, self.ledger, self._pool, self._replayed if self._groups else None)
+        graph = CudaGraph(
+            key, fn, self.ledger, self._pool, self._replayed if self._groups else None, self._check_groups
+        )
         graph.capture(own)
         self._graphs.add(graph)
         return graph
 
     def connect(self, address: RankAddress) -> Communicator:
         """One GPU a rank. The first group that this instance joins says which: later ones number their ranks anew."""
+        given_up = [group for group in self._groups if group.abandoned and group.world_size == address.world_size]
         self._groups = [group for group in self._groups if not group.closed]
         if address.world_size == 1:
             return super().connect(address)
@@ -258,7 +261,11 @@ class CudaBackend(Backend):
         if self._own_device is None:
             count = torch.cuda.device_count()
             self._own_device = torch.device("cuda", min(address.rank, count - 1)) if count else torch.device("cpu")
-        group = CudaCommunicator(address, self.launcher, self._own_device)
+        if given_up and torch.cuda.is_available():
+            # A group is given up for want of memory, and libraries have allocators of their own.
+            torch.cuda.empty_cache()
+        like = given_up[-1] if given_up else None
+        group = CudaCommunicator(address, self.launcher, self._own_device, like)
         self._groups.append(group)
         return group
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from polyaccel.backend import CommunicationError, Launcher, OperatorError, RankAddress, Reason
+from polyaccel.backend import CommunicationError, Launcher, OperatorError, OutOfMemory, RankAddress, Reason
 from polyaccel.backend.composite.communicator import ProcessGroup, Store, TorchCommunicator
 from polyaccel.backend.errors import ConfigurationError
 from polyaccel.backend.ledger import COPY_PREFIX
@@ -58,6 +58,8 @@ class CudaCommunicator(TorchCommunicator):
         address: where the ranks meet.
         launcher: the backend's.
         device: this rank's GPU; its current stream at the time of a call is used.
+        like: a group that the same ranks gave up: what was measured for it is not measured again, so that sums keep
+            their form.
 
     Attributes:
         hosted: why collectives pass through host memory; empty if they do not.
@@ -69,14 +71,16 @@ class CudaCommunicator(TorchCommunicator):
         CommunicationError: not all ranks came within the timeout, or NCCL could not be set up.
     """
 
-    def __init__(self, address: RankAddress, launcher: Launcher, device: torch.device) -> None:
+    def __init__(
+        self, address: RankAddress, launcher: Launcher, device: torch.device, like: CudaCommunicator | None = None
+    ) -> None:
         self._store: Store | None = None
         super().__init__(address)
         self._launcher, self._device = launcher, device
         self._nccl: NcclGroup | None = None
         self._one_shot: OneShot | None = None
         self._watch: Watch | None = None
-        self._closed = False
+        self._closed = self._abandoned = False
         self._lane: SideStream | None = None
         self.threshold = self.two_shot_threshold = 0
         self.refusal: Reason = ""
@@ -86,7 +90,10 @@ class CudaCommunicator(TorchCommunicator):
             return
         self.transport = "nccl"
         self._open_nccl()
-        self._open_one_shot(address)
+        if like is not None and not like.threshold:
+            self.refusal = like.refusal
+            return
+        self._open_one_shot(address, like)
 
     def check(self) -> None:
         """Raise if collectives were given up; called after every wait for the device.
@@ -101,6 +108,25 @@ class CudaCommunicator(TorchCommunicator):
     def closed(self) -> bool:
         """Whether the rank has left the group."""
         return self._closed
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether this rank has given up the group before the others were done."""
+        return self._abandoned
+
+    def abandon(self) -> None:
+        """Have the kernels of this group return, here and, within a fraction of a second, on the other ranks."""
+        if self._closed or self._abandoned:
+            return
+        self._abandoned = True
+        if self._watch is None:
+            super().abandon()
+            return
+        with contextlib.suppress(RuntimeError):
+            self._prefixed("abandoned").set("by", str(self.rank))
+        self._watch.abandon("this rank cannot go on")
+        # What is the host's is gloo's.
+        super().close()
 
     def issued(self, kind: str = "graph") -> None:
         """Note that collectives are on their way: for replays of graphs, which hold some."""
@@ -360,18 +386,25 @@ class CudaCommunicator(TorchCommunicator):
         return c10d.PrefixStore(name, self._store)  # type: ignore[arg-type]
 
     def _open_nccl(self) -> None:
-        self._nccl = self._run(
-            "connect", lambda: NcclGroup(self._prefixed("nccl"), self.rank, self.world_size, self._device)
-        )
+        try:
+            self._nccl = self._run(
+                "connect", lambda: NcclGroup(self._prefixed("nccl"), self.rank, self.world_size, self._device)
+            )
+        except CommunicationError as error:
+            # NCCL allocates by itself, and torch reports that as a failure of the group.
+            if "out of memory" not in str(error):
+                raise
+            raise OutOfMemory(f"NCCL found no memory on {self._device}: {error}") from error
         with torch.cuda.device(self._device):
             self._watch = Watch(
                 f"rank {self.rank} of {self.world_size}",
                 self._timeout,
                 torch.cuda.Event,
                 self._give_up,
+                self._told,
             )
 
-    def _open_one_shot(self, address: RankAddress) -> None:
+    def _open_one_shot(self, address: RankAddress, like: CudaCommunicator | None) -> None:
         assert self._nccl is not None
         opened = open_one_shot(
             self._prefixed("symmetric"),
@@ -383,6 +416,10 @@ class CudaCommunicator(TorchCommunicator):
         )
         if isinstance(opened, Reason):
             self.refusal = opened
+            return
+        if like is not None:
+            self.threshold, self.two_shot_threshold = like.threshold, like.two_shot_threshold
+            self._one_shot = opened
             return
         # Rank 0's, since ranks that chose differently would wait for each other; and only where all could.
         answers = [answer for answer in self.gather_objects(self._tried(opened)) if isinstance(answer, tuple)]
@@ -411,8 +448,16 @@ class CudaCommunicator(TorchCommunicator):
             watch.close()
         return found, "" if found else f"{who}: NCCL is faster at every size measured", larger
 
+    def _told(self) -> str:
+        """From the watch's thread: which rank has abandoned the group."""
+        with contextlib.suppress(RuntimeError):
+            store = self._prefixed("abandoned")
+            if store.check(["by"]):
+                return f"rank {store.get('by').decode()} cannot go on"
+        return ""
+
     def _give_up(self) -> None:
-        """From the watch's thread."""
+        """From the watch's thread, or by who abandons the group."""
         if self._one_shot is not None:
             self._one_shot.abort()
         if self._nccl is not None:

@@ -21,23 +21,39 @@ class Mark(Protocol):
     def query(self) -> bool: ...
 
 
+def told_nothing() -> str:
+    """Of a group whose ranks tell one another nothing."""
+    return ""
+
+
 class Watch:
     """Looks after the collectives of one group from a thread of its own, until closed.
 
     A collective that waits for a rank which never comes keeps its GPU busy for ever, and the host in whatever it waits
     for. Work whose mark has not been reached ``timeout`` seconds after it was set is given up: ``give_up`` makes the
-    kernels of the group return, and :meth:`check` raises from then on.
+    kernels of the group return, and :meth:`check` raises from then on. The same happens as soon as :meth:`abandon` is
+    called, or ``told`` says that another rank did.
 
     Args:
         who: the group as errors name it.
         timeout: seconds.
         mark: makes a mark; called twice.
         give_up: ends the group's kernels, from the watch's thread; may be called while others wait for the device.
+            Called once.
+        told: why the group is of no more use, from the watch's thread; empty while it is.
     """
 
-    def __init__(self, who: str, timeout: float, mark: Callable[[], Mark], give_up: Callable[[], None]) -> None:
-        self._who, self._timeout, self._give_up = who, timeout, give_up
+    def __init__(
+        self,
+        who: str,
+        timeout: float,
+        mark: Callable[[], Mark],
+        give_up: Callable[[], None],
+        told: Callable[[], str] = told_nothing,
+    ) -> None:
+        self._who, self._timeout, self._give_up, self._told = who, timeout, give_up, told
         self._lock = threading.Lock()
+        self._ending = threading.Lock()
         # One mark is waited for while the other follows what is issued.
         self._watched, self._latest = mark(), mark()
         self._watched_since: float | None = None
@@ -68,6 +84,10 @@ class Watch:
         if self._error is not None:
             raise CommunicationError(*self._error.args)
 
+    def abandon(self, why: str) -> None:
+        """Give up what there is at once. Returns when that is done, whoever began it."""
+        self._end(CommunicationError(f"collectives on {self._who} were given up: {why}"))
+
     def close(self) -> None:
         """Stop looking. Idempotent; afterwards nothing is given up any more."""
         self._closed.set()
@@ -80,15 +100,26 @@ class Watch:
                 kind = self._overdue()
             except RuntimeError as error:
                 # The device itself has failed; whoever waits for it learns that, and of the group no more is known.
-                self._error = CommunicationError(f"{self._kind} on {self._who} failed: {error}")
-                kind = self._kind
-            if kind:
-                self._error = self._error or CommunicationError(
-                    f"{kind} on {self._who} was given up after {self._timeout:g} s: a rank did not take part; start "
-                    "all ranks again, or raise the timeout if ranks are only slow"
-                )
-                self._give_up()
+                self._end(CommunicationError(f"{self._kind} on {self._who} failed: {error}"))
                 return
+            if kind:
+                self._end(
+                    CommunicationError(
+                        f"{kind} on {self._who} was given up after {self._timeout:g} s: a rank did not take part; "
+                        "start all ranks again, or raise the timeout if ranks are only slow"
+                    )
+                )
+                return
+            why = self._told()
+            if why:
+                self.abandon(why)
+                return
+
+    def _end(self, error: CommunicationError) -> None:
+        with self._ending:
+            if self._error is None:
+                self._error = error
+                self._give_up()
 
     def _overdue(self) -> str:
         with self._lock:

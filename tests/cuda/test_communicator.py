@@ -340,6 +340,80 @@ def test_a_failed_device_breaks_the_group() -> None:
     watch.close()
 
 
+def test_what_is_abandoned_is_given_up_once_and_at_once_whoever_does_it() -> None:
+    class Stuck(_Queue):
+        stopped = True
+
+    given_up: list[str] = []
+    watch = Watch("rank 1 of 2", 60.0, Stuck, lambda: given_up.append(threading.current_thread().name))
+    watch.issued("nccl_all_reduce")
+    watch.abandon("this rank cannot go on")
+    watch.abandon("again")
+    assert given_up == [threading.current_thread().name]
+    with pytest.raises(CommunicationError, match="rank 1 of 2 were given up: this rank cannot go on"):
+        watch.check()
+    watch.close()
+
+
+def test_a_group_that_another_rank_has_abandoned_is_given_up_long_before_the_timeout() -> None:
+    news = [""]
+    given_up: list[str] = []
+    watch = Watch("rank 0 of 2", 60.0, _Mark, lambda: given_up.append("now"), lambda: news[0])
+    time.sleep(0.6)
+    watch.check()
+    begun = time.monotonic()
+    news[0] = "rank 1 cannot go on"
+    while not given_up and time.monotonic() - begun < 10:
+        time.sleep(0.01)
+    assert time.monotonic() - begun < 5
+    with pytest.raises(CommunicationError, match="were given up: rank 1 cannot go on"):
+        watch.check()
+    watch.close()
+    assert given_up == ["now"]
+
+
+def test_ranks_learn_through_their_store_who_has_abandoned_the_group(tmp_path: Path) -> None:
+    def tell(group: CudaCommunicator) -> list[str]:
+        before = group._told()
+        group.barrier()
+        if group.rank == 1:
+            group._prefixed("abandoned").set("by", "1")
+        group.barrier()
+        return [before, group._told()]
+
+    assert on_ranks(tmp_path, tell) == [["", "rank 1 cannot go on"]] * 2
+
+
+def test_a_rank_that_abandons_a_group_through_host_memory_lets_the_other_go_and_both_meet_again(tmp_path: Path) -> None:
+    found: dict[int, list[object]] = {}
+
+    def run(rank: int) -> None:
+        backend = CudaBackend()
+
+        def meet(name: str) -> Any:
+            store = f"file://{tmp_path}/{name}"
+            return backend.connect(RankAddress(rank=rank, world_size=2, init_method=store, timeout=30.0))
+
+        group = meet("first")
+        begun = time.monotonic()
+        if rank == 0:
+            with pytest.raises(CommunicationError, match="all_reduce on rank 0 of 2 failed"):
+                group.all_reduce(torch.ones(2))
+        group.abandon()
+        group.abandon()
+        waited = time.monotonic() - begun
+        again = meet("second")
+        found[rank] = [group.abandoned, group.closed, waited < 15, again.all_reduce(torch.ones(2)).tolist()]
+        again.close()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {rank: [True, True, True, [2.0, 2.0]] for rank in range(2)}
+
+
 # -- exchanging addresses ----------------------------------------------------------------------------------------------
 
 

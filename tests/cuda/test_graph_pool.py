@@ -15,7 +15,7 @@ from polyaccel_cuda.backend import CudaBackend
 
 
 class FakeGraph:
-    def __init__(self, key: object, fn: object, ledger: object, pool: object, replayed: object) -> None:
+    def __init__(self, key: object, fn: object, ledger: object, pool: object, *told: object) -> None:
         self.pool, self.holds_memory = pool, False
 
     def capture(self, step: object) -> None:

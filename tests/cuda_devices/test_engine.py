@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
+import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import pytest
 import torch
 
 import polyaccel
-from polyaccel.backend.errors import EngineDead
+from polyaccel.backend.errors import EngineDead, OutOfMemory, WorkerError
 from tests.cuda_devices.pool import several
 
 pytestmark = several
@@ -33,6 +37,28 @@ LINEARS = {
 }
 TOKENS = 24
 Answers = list[list[int]]
+
+
+def config_of(vocabulary: int) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors |= {f"{prefix}{norm}_layernorm.weight": torch.ones(HIDDEN) for norm in ("input", "post_attention")}
     (home / "model").mkdir()
     save_file(tensors, home / "model" / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    (home / "model" / "config.json").write_text(json.dumps(config))
+    (home / "model" / "config.json").write_text(json.dumps(config_of(VOCABULARY)))
     for rank in RANKS:
         parts = {}
         for layer in range(LAYERS):
@@ -91,22 +98,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, ranks: int, graphs: bool, **options: Any) -> polyaccel.LLM:
-    return polyaccel.LLM(
-        folder / "model",
-        backend="cuda",
-        executor="process",
-        tensor_parallel_size=ranks,
-        graphs=graphs,
-        dtype="float32",
-        policy="strict",
-        max_model_len=512,
-        max_num_seqs=8,
-        memory_fraction=0.2,
-        adapter_slots=8,
-        adapter_rank_rows=320,
-        trace_collectives=ranks > 1,
-        **({"timeout": 60.0} | options),
-    )
+    settings: dict[str, Any] = {
+        "backend": "cuda",
+        "executor": "process",
+        "tensor_parallel_size": ranks,
+        "graphs": graphs,
+        "dtype": "float32",
+        "policy": "strict",
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "memory_fraction": 0.2,
+        "adapter_slots": 8,
+        "adapter_rank_rows": 320,
+        "trace_collectives": ranks > 1,
+        "timeout": 60.0,
+    }
+    return polyaccel.LLM(folder / "model", **(settings | options))
 
 
 def answers(llm: polyaccel.LLM, folder: Path) -> dict[str, Answers]:
@@ -204,6 +211,127 @@ def test_closing_leaves_no_process_behind(folder: Path) -> None:
     print(f"closed in {time.monotonic() - begun:.2f} s")
     assert time.monotonic() - begun < 4.5, "the ranks had to be killed"
     assert children() == before
+
+
+# -- a GPU that is full ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ballast(leave: int) -> Iterator[None]:
+    """Take the memory of the second GPU, but for so many bytes."""
+    taken: list[torch.Tensor] = []
+    torch.cuda.synchronize(1)
+    size = torch.cuda.mem_get_info(1)[0]
+    try:
+        while size >= 2 << 20:
+            size = min(size, torch.cuda.mem_get_info(1)[0] - leave)
+            try:
+                taken.append(torch.empty(max(size, 0), dtype=torch.uint8, device="cuda:1"))
+            except torch.OutOfMemoryError:
+                size //= 2
+        print(f"{torch.cuda.mem_get_info(1)[0] >> 20} MiB are left on the second GPU")
+        yield
+    finally:
+        taken.clear()
+        torch.cuda.empty_cache()
+
+
+def refused(folder: Path, **options: Any) -> str:
+    """What loading says, after checking that nothing is left of it."""
+    before = children()
+    begun = time.monotonic()
+    with pytest.raises(OutOfMemory) as caught:
+        opened(folder, 2, True, **options).close()
+    print(f"refused after {time.monotonic() - begun:.1f} s: {caught.value}")
+    assert children() == before
+    assert isinstance(caught.value.__cause__, WorkerError)
+    assert caught.value.__cause__.rank == 1
+    return str(caught.value)
+
+
+def test_a_rank_without_room_for_its_weights_is_named(tmp_path: Path) -> None:
+    vocabulary = 1 << 22
+    shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (HIDDEN,)}
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, HIDDEN))
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{module}.weight": shape for module, shape in LINEARS.items()}
+        shapes |= {f"{prefix}{norm}_layernorm.weight": (HIDDEN,) for norm in ("input", "post_attention")}
+    (tmp_path / "model").mkdir()
+    write_zeros(tmp_path / "model" / "model.safetensors", shapes)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config_of(vocabulary)))
+    with ballast(6 << 30):
+        text = refused(tmp_path)
+    assert re.match(r"rank 1 of 2 on .* has no room for its weights: .*\d+ bytes asked for, \d+ free", text), text
+    assert "more ranks" in text
+
+
+def test_a_rank_without_room_for_its_cache_is_named(folder: Path) -> None:
+    with ballast(6 << 30):
+        text = refused(folder, max_num_seqs=4096, max_model_len=1024, kv_cache_bytes=10 << 30)
+    assert re.match(r"rank 1 of 2 on .* has no room for a KV cache of \d+ blocks of \d+ bytes: ", text), text
+    assert "lower kv_cache_bytes" in text
+
+
+def test_a_rank_beyond_its_budget_is_named_with_the_figures(folder: Path) -> None:
+    from polyaccel_cuda.kv_cache import BLOCK_SIZE
+
+    block = BLOCK_SIZE * LAYERS * 2 * (KV_HEADS // 2) * HEAD_DIM * 4
+    # The first GPU has room for several blocks, the second for none.
+    fraction = 10 * block / torch.cuda.mem_get_info(0)[0]
+    with ballast(6 << 30):
+        text = refused(folder, memory_fraction=fraction)
+    assert f"no room for a single KV block of {BLOCK_SIZE} tokens on rank 1 of 2" in text
+    assert f"a block takes {block}" in text
+    assert "raise memory_fraction" in text
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_a_long_prefill_without_room_on_one_gpu_is_done_in_smaller_steps_and_nobody_loses_an_answer(
+    folder: Path, graphs: bool
+) -> None:
+    generator = np.random.default_rng(4)
+    prompts = [generator.integers(3, VOCABULARY, 1000).tolist() for _ in range(64)]
+    params = polyaccel.SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    options = {"max_num_seqs": 64, "max_model_len": 1024, "max_batched_tokens": 1 << 16, "prefix_caching": False}
+
+    def asked(llm: polyaccel.LLM) -> Answers:
+        return [list(out.token_ids) for out in llm.generate(prompts, params)]
+
+    with opened(folder, 2, graphs, **options) as llm:
+        wanted = asked(llm)
+        assert llm.health().no_room == 0
+    before = children()
+    with opened(folder, 2, graphs, **options) as llm:
+        # What a step of any size needs of the libraries is there.
+        llm.generate([prompts[0][:50]] * 3, params)
+        with ballast(256 << 20):
+            begun = time.monotonic()
+            found = asked(llm)
+            health = llm.health()
+            print(f"{health.no_room} steps without room, {time.monotonic() - begun:.1f} s")
+            assert health.status == "ok"
+            assert health.no_room > 0
+            assert found == wanted
+            begun = time.monotonic()
+            assert asked(llm) == wanted
+            print(f"then {time.monotonic() - begun:.1f} s")
+        assert asked(llm) == wanted
+    assert children() == before
+
+
+def write_zeros(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of float32 zeros, which take no room on the disk."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
 
 
 def children() -> list[int]:

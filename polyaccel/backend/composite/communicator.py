@@ -182,6 +182,8 @@ class TorchCommunicator(Communicator):
         begun = time.monotonic()
         try:
             return fn()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise CommunicationError(
                 f"{collective} on rank {self.rank} of {self.world_size} failed after {time.monotonic() - begun:.1f} s "
