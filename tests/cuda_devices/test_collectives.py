@@ -8,7 +8,7 @@ from tests.cuda_devices import cases
 from tests.cuda_devices.pool import OK, run_cases, several
 
 pytestmark = several
-SECONDS = 200.0
+SECONDS = 260.0
 NAMES = [case.__name__ for case in cases.ALL]
 
 
