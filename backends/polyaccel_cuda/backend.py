@@ -123,6 +123,8 @@ class CudaBackend(Backend):
 
         :meth:`connect` then refuses more than two ranks, :meth:`allocate_weight` experts.
         """
+        if self._attention != "triton":
+            raise ConfigurationError(f"batch_invariant: how {self._attention} cuts a context depends on the batch")
         self.batch_invariant = True
 
     def operators(self) -> Mapping[str, Implementations]:

@@ -44,6 +44,7 @@ class CudaStep(Step):
         tiles: sequence and first query of each tile of queries, int32, for sequences that are prefilled.
         decodes: sequences from the first on that have one query each; ``covered``: every token belongs to a sequence.
         longest: the longest context that these tables can hold.
+        steady: no form of a sum may depend on what else is in the step (``batch_invariant``).
         captured: a graph holds its calls.
     """
 
@@ -112,6 +113,10 @@ class CudaStep(Step):
     def longest(self) -> int:
         return self._host.longest
 
+    @property
+    def steady(self) -> bool:
+        return self._host.steady
+
     def store(self) -> CudaAdapterStore | None:
         found = self.state.adapters
         return found if isinstance(found, CudaAdapterStore) else None
@@ -133,14 +138,13 @@ class CudaStep(Step):
             room, view = self.arena.rooms, self.arena.view
             most = self._lengths[f"{row_set}.more"] - 1
             eager, arrays = self.input.token_class is TokenClass.MIXED, self._host.arrays
-            steady = self._host.steady
             found = self._sites[key] = Units(
                 b=store.b[site],
                 rows=self._host.unit,
                 most=most,
-                split=not eager and not steady and splits(most, self.rank_rows),
-                largest=max(1, int(arrays[f"{row_set}.rank"].max(initial=0))) if eager and not steady else 0,
-                steady=steady,
+                split=not eager and not self.steady and splits(most, self.rank_rows),
+                largest=max(1, int(arrays[f"{row_set}.rank"].max(initial=0))) if eager else 0,
+                steady=self.steady,
                 mixed=not eager or int(arrays[f"{row_set}.more"][-1]) > most,
                 **{name: view(f"{row_set}.{name}", room[f"{row_set}.{name}"]) for name in TABLES},
             )

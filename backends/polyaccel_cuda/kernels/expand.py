@@ -262,7 +262,7 @@ def expand(
         out = torch.empty((tokens, n), dtype=y.dtype, device=y.device)
     if not tokens:
         return out
-    if units.largest and slices <= TILED_SLICES:
+    if units.largest and not units.steady and slices <= TILED_SLICES:
         _tiled(y, h, starts, units, residual, out, tiling.EXPAND)
         return out
     sole = tokens == 1 and not units.steady
