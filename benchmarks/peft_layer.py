@@ -64,6 +64,6 @@ def peft_row(shape: Shape, rank: int, repeats: int) -> dict[str, object]:
         raise SystemExit(f"peft: the adapter merged says something else: {error}")
     added = times["one"] - times["none"]
     row |= {"rank": rank, "ms": round(times["one"], 4), "base_ms": round(times["none"], 4)}
-    row |= {"added_ms": round(added, 4), "added": round(added / times["none"], 4), "merged_differs": round(error, 6)}
+    row |= {"added_ms": round(added, 4), "added": f"{added / times['none']:.1%}", "merged_differs": round(error, 6)}
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "peft")}
     return {**row, "version": versions}

@@ -18,7 +18,7 @@ from cuda_model import Model, Stations
 from polyaccel.backend import GraphKey, SampleOutput, Step
 from polyaccel.engine.graphs import rank_bucket
 
-WARM = 5
+WARM = 3
 AHEAD = 40_000_000
 """Cycles for which the device waits while launches are queued: some 20 ms."""
 Key = TypeVar("Key")
