@@ -26,7 +26,7 @@ EVIDENCE = ("*BatchPrefillWithPagedKVCacheKernel*", "*MergeStatesKernel*")
 DTYPES = ("float16", "bfloat16")
 HEADS = (64, 128, 256)
 LARGEST_GROUP = 16
-"""Query heads to a key head: a context's parts are kept in float32 for all of them, 17 MiB a query head of 128 on 132 multiprocessors."""
+"""Query heads to a key head: parts of contexts are kept in float32 for each, 17 MiB of a head of 128 on an H100."""
 
 _PLANNED = ("num_qo_heads", "num_kv_heads", "page_size", "sm_scale", "q_data_type", "kv_data_type")
 _WRAPPERS = {
