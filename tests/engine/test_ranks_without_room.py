@@ -78,7 +78,7 @@ def test_a_rank_that_finds_no_room_while_loading_is_named_with_what_it_lacked(
     assert "Traceback (most recent call last)" in cause.traceback_text
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_beyond_its_budget_is_named_with_the_figures(
     tiny: TinyModel, short: Callable[[Shortage], str], rank: int
 ) -> None:
@@ -113,13 +113,14 @@ def test_the_smallest_budget_of_a_rank_is_what_all_go_by(tiny: TinyModel, short:
         (2, (1,), 0),
         (2, (0,), OPERATORS // 2),
         (2, (0, 1), 1),
-        (3, (1,), OPERATORS - 1),
+        # The others have done all of the step.
+        (3, (1,), "sample"),
         (4, (2,), OPERATORS // 2),
     ],
     ids=str,
 )
 def test_steps_that_find_no_room_on_a_rank_are_done_again_in_smaller_ones_with_the_same_tokens(
-    tiny: TinyModel, short: Callable[[Shortage], str], world: int, ranks: tuple[int, ...], at: int, overlap: bool
+    tiny: TinyModel, short: Callable[[Shortage], str], world: int, ranks: tuple[int, ...], at: int | str, overlap: bool
 ) -> None:
     backend = short(Shortage(ranks=ranks, stage="step", at=at, tokens=12))
     with tiny.open_workers(world, backend=backend, overlap=overlap) as llm:
@@ -166,7 +167,7 @@ def test_sampled_tokens_adapters_and_traces_outlive_a_step_without_room(
 def test_an_engine_whose_ranks_have_parted_answers_questions_and_closes(
     tiny: TinyModel, short: Callable[[Shortage], str]
 ) -> None:
-    backend = short(Shortage(ranks=(1,), stage="step", at=OPERATORS - 1, context=1))
+    backend = short(Shortage(ranks=(1,), stage="step", at="sample"))
     with tiny.open_workers(2, backend=backend) as llm:
         with pytest.raises(OutOfMemory, match="rank 1 of 2"):
             llm.generate(PROMPTS[1], GREEDY)

@@ -45,7 +45,7 @@ class Shortage:
     Attributes:
         ranks: on which; the others have enough.
         stage: "weights", "kv", "adapters", "sampling", "connect" (again, after the first time), "step"; joined by "+".
-        at: in a step, how many operators have run before.
+        at: in a step, how many operators have run before, or the name of the one that finds no room.
         tokens, context: steps of at least as many tokens, or with a context as long, have no room.
         times: how often; then there is room again.
         free: what the device says is free; None: what the host has.
@@ -53,7 +53,7 @@ class Shortage:
 
     ranks: tuple[int, ...] = ()
     stage: str = ""
-    at: int = 0
+    at: int | str = 0
     tokens: int = 1
     context: int = 0
     times: int = 1 << 30
@@ -104,7 +104,8 @@ class ShortOfMemory(CpuBackend):
         super().__init__()
         self._short = Shortage.told()
         self._left = self._short.times
-        self._calls = -1
+        self._lacks = False
+        self._calls = 0
         self._joined = 0
         self._device = ShortDevice(lambda: self._short.free if self._here() else None)
 
@@ -117,19 +118,19 @@ class ShortOfMemory(CpuBackend):
             raise torch.OutOfMemoryError(MESSAGE)
 
     def operators(self) -> Mapping[str, Entry]:
-        def counted(fn: Callable[..., object], *args: object, **kwargs: object) -> object:
-            self._calls -= 1
-            if self._calls == -1:
+        def counted(name: str, fn: Callable[..., object], *args: object, **kwargs: object) -> object:
+            if self._lacks and self._short.at in (name, self._calls):
                 self._need("step")
+            self._calls += 1
             return fn(*args, **kwargs)
 
         entries = {name: entry for name, entry in super().operators().items() if isinstance(entry, Entry)}
-        return {name: replace(entry, fn=partial(counted, entry.fn)) for name, entry in entries.items()}
+        return {name: replace(entry, fn=partial(counted, name, entry.fn)) for name, entry in entries.items()}
 
     def begin_step(self, inputs: StepInput, state: DeviceState, device: Device) -> Step:
         short = self._short
-        lacks = inputs.tokens >= short.tokens and int(inputs.context_lengths.max()) >= short.context
-        self._calls = short.at if lacks else -1
+        self._lacks = inputs.tokens >= short.tokens and int(inputs.context_lengths.max()) >= short.context
+        self._calls = 0
         return super().begin_step(inputs, state, device)
 
     def allocate_weight(self, spec: WeightSpec, device: Device, tied: Weight | None = None) -> Weight:
