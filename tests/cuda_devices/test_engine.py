@@ -291,9 +291,9 @@ def test_a_long_prefill_without_room_on_one_gpu_is_done_in_smaller_steps_and_nob
     folder: Path, graphs: bool
 ) -> None:
     generator = np.random.default_rng(4)
-    prompts = [generator.integers(3, VOCABULARY, 1000).tolist() for _ in range(64)]
+    prompts = [generator.integers(3, VOCABULARY, 1000).tolist() for _ in range(32)]
     params = polyaccel.SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    options = {"max_num_seqs": 64, "max_model_len": 1024, "max_batched_tokens": 1 << 16, "prefix_caching": False}
+    options = {"max_num_seqs": 32, "max_model_len": 1024, "max_batched_tokens": 1 << 15, "prefix_caching": False}
 
     def asked(llm: polyaccel.LLM) -> Answers:
         return [list(out.token_ids) for out in llm.generate(prompts, params)]
@@ -305,7 +305,7 @@ def test_a_long_prefill_without_room_on_one_gpu_is_done_in_smaller_steps_and_nob
     with opened(folder, 2, graphs, **options) as llm:
         # What a step of any size needs of the libraries is there.
         llm.generate([prompts[0][:50]] * 3, params)
-        with ballast(256 << 20):
+        with ballast(192 << 20):
             begun = time.monotonic()
             found = asked(llm)
             health = llm.health()
