@@ -11,6 +11,17 @@ from polyaccel.backend.placed import describe_operands
 
 UNTYPED: tuple[type[Exception], ...] = (RuntimeError, TypeError, ValueError, IndexError)
 """What libraries raise for operands that they cannot take."""
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+"""What drivers, BLAS libraries and the CPU's allocator say, of which torch makes a plain RuntimeError."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device's memory ran out, which leaves the device as it was."""
+    if isinstance(error, PolyaccelError):
+        return isinstance(error, OutOfMemory)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def typed(
@@ -23,7 +34,7 @@ def typed(
     """
     if isinstance(error, PolyaccelError | NotImplementedError):
         return error
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_out_of_memory(error):
         return OutOfMemory(f"operator {operator!r} found no room for its result: {error}")
     names = list(argument_names(operator))
     names += [f"argument {i}" for i in range(len(names), len(args))]

@@ -7,14 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from polyaccel.backend.device import Device
 from polyaccel.backend.errors import CommunicationError, OutOfMemory
+from polyaccel.backend.failure import ran_out_of_memory
 from polyaccel.engine.config import EngineConfig
 
-OUT_OF_MEMORY: tuple[type[Exception], ...] = (OutOfMemory, torch.OutOfMemoryError)
-"""What says that a device's memory ran out."""
 DEFAULT_HOST_KV_BYTES = 4 << 30
 
 
@@ -27,8 +24,8 @@ def room_for(what: str, where: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except OUT_OF_MEMORY as error:
-        if isinstance(error, OutOfMemory) and where in str(error):
+    except Exception as error:
+        if not ran_out_of_memory(error) or (isinstance(error, OutOfMemory) and where in str(error)):
             raise
         raise OutOfMemory(f"{where} has no room for {what}: {error}; {advice}") from error
 

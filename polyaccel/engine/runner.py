@@ -21,6 +21,7 @@ from polyaccel.backend.backend import Backend, RankAddress
 from polyaccel.backend.communicator import Communicator
 from polyaccel.backend.device import Device, HostCopy, ReadyHostCopy
 from polyaccel.backend.errors import CommunicationError, ConfigurationError
+from polyaccel.backend.failure import ran_out_of_memory
 from polyaccel.backend.kv_cache import KVCache
 from polyaccel.backend.plan import Plan, SiteRequest
 from polyaccel.backend.sampling import SampleOutput, SamplingSpec, SamplingState
@@ -31,7 +32,7 @@ from polyaccel.engine.graphs import GraphCache
 from polyaccel.engine.merging import Merger
 from polyaccel.engine.messages import Capacity, StepMessage, StepResult
 from polyaccel.engine.mirror import MirroredSampling
-from polyaccel.engine.room import OUT_OF_MEMORY, KVShare, agreed_blocks, room_for
+from polyaccel.engine.room import KVShare, agreed_blocks, room_for
 from polyaccel.lora.adapter_file import AdapterFile
 from polyaccel.lora.match import MatchedAdapter, match_adapter
 from polyaccel.lora.pack import pack_adapter
@@ -279,7 +280,9 @@ class Runner:
             return PendingStep.skipped(message.step_id, self._no_room)
         try:
             return self._queued(message, self._run(message.inputs))
-        except OUT_OF_MEMORY as error:
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
             where = f"{self._where}: " if self.address.world_size > 1 else ""
             self._no_room = f"{where}{error}"
             return PendingStep.skipped(message.step_id, self._no_room)

@@ -7,7 +7,7 @@ import torch
 
 from polyaccel.backend import OperatorError, Plan, SiteRequest, TableBackend
 from polyaccel.backend.errors import OutOfMemory
-from polyaccel.backend.failure import UNTYPED, typed
+from polyaccel.backend.failure import UNTYPED, ran_out_of_memory, typed
 
 
 @pytest.mark.parametrize("kind", UNTYPED)
@@ -32,10 +32,35 @@ def test_errors_that_say_more_stay_what_they_are(error: Exception) -> None:
     assert typed("gelu", error, (), {}) is error
 
 
-def test_a_library_out_of_memory_is_the_contracts_own_error() -> None:
-    found = typed("gelu", torch.OutOfMemoryError("2 GiB"), (torch.zeros(1),), {})
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("2 GiB"),
+        MemoryError("2 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=str,
+)
+def test_a_library_out_of_memory_is_the_contracts_own_error(error: Exception) -> None:
+    assert ran_out_of_memory(error)
+    found = typed("gelu", error, (torch.zeros(1),), {})
     assert isinstance(found, OutOfMemory)
-    assert str(found) == "operator 'gelu' found no room for its result: 2 GiB"
+    assert str(found) == f"operator 'gelu' found no room for its result: {error}"
+
+
+@pytest.mark.parametrize(
+    "error", [OperatorError("gelu", "out of memory"), ValueError("out of memory"), RuntimeError("size 3")], ids=str
+)
+def test_what_only_mentions_memory_is_no_lack_of_it(error: Exception) -> None:
+    assert not ran_out_of_memory(error)
+
+
+def test_the_hosts_own_allocator_is_understood() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert ran_out_of_memory(caught.value)
 
 
 def test_an_operator_outside_of_the_vocabulary_numbers_its_arguments() -> None:
