@@ -274,7 +274,7 @@ class Runner:
             self._sampling.clear(slot)
         for slot, row in message.begin:
             self._sampling.write(slot, row)
-        if message.resumes:
+        if message.resumes and not self._apart:
             self._no_room = ""
         if self._no_room:
             return PendingStep.skipped(message.step_id, self._no_room)

@@ -81,7 +81,11 @@ class _Loop:
                 if not self._runner.apart:
                     self._runner.part(command[1])
             elif command[0] == "meet":
-                self._runner.meet(command[1])
+                try:
+                    self._runner.meet(command[1])
+                except CommunicationError as error:
+                    # A rank that came may have parted again before this one had seen it.
+                    self._broken(error)
             elif command[0] == "close":
                 self._runner.close()
                 return

@@ -60,6 +60,7 @@ class FakeRunner:
     without_room: tuple[int, ...] = ()
     broken: tuple[int, ...] = ()
     broken_late: tuple[int, ...] = ()
+    never_meets = False
 
     def __init__(self, config: EngineConfig, address: RankAddress) -> None:
         self.notes: list[str] = []
@@ -95,7 +96,9 @@ class FakeRunner:
 
     def meet(self, init_method: str) -> None:
         self.notes.append(f"meet {init_method}")
-        self.apart = False
+        self.apart = self.never_meets
+        if self.never_meets:
+            raise BROKEN
 
     def explain(self) -> list[str]:
         return list(self.notes)
@@ -297,3 +300,13 @@ def test_a_rank_on_its_own_has_nobody_to_part_from(served: Served, monkeypatch: 
     [message] = served.answers(1)
     assert message[1].no_room == "full"
     assert "part" not in served.notes()
+
+
+def test_a_rank_that_another_parts_from_while_they_meet_says_so_and_skips_on(
+    second: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeRunner, "never_meets", True)
+    second.connection.send(("meet", "there"))
+    messages = second.answers(1)
+    assert [message[0] for message in messages] == ["broken", "result"]
+    assert reasons(messages) == ["apart"]
