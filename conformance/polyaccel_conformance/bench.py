@@ -23,7 +23,7 @@ from polyaccel.backend import (
     StepInput,
     Weight,
 )
-from polyaccel.backend.plan import KEYS, Policy
+from polyaccel.backend.plan import KEYS, Offered, Policy
 from polyaccel_conformance.problem import Prepared
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class Bench:
         """The backend's own operators, asked for once."""
         return self.backend.table()
 
+    @functools.cached_property
+    def composites(self) -> Mapping[str, Callable[..., object]]:
+        """Its plain-torch forms, asked for once."""
+        return self.backend.composites()
+
     def dequantize(self, weight: Weight) -> torch.Tensor:
         """By the backend's own ``dequantize``: ``[n, k]`` or ``[experts, n, k]`` of the weight's dtype."""
         values = self.table["dequantize"][0].fn(weight)
@@ -85,7 +90,9 @@ class Bench:
             return Resolved(call=prepared.call, planned=own)
         largest = prepared.static.get("largest_rank", 0)
         request = SiteRequest(site=SITE, operator=operator, static=prepared.static, ranges=prepared.ranges)
-        plan = Plan(self.backend, [request], policy=self._policy)
+        # As every case has a plan of its own, what these choose from is not asked for again.
+        offered = Offered(table=self.table, composites=self.composites)
+        plan = Plan(self.backend, [request], policy=self._policy, offered=offered)
         if isinstance(largest, int) and largest > 1:
             plan.extend(largest)
         column = KEYS.index((prepared.token_class, prepared.adapters))

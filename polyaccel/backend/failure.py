@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,6 +43,7 @@ def typed(
     return OperatorError(operator, f"{type(error).__name__}: {error}", describe_operands(given), rank)
 
 
+@functools.cache
 def argument_names(operator: str) -> tuple[str, ...]:
     """The arguments of an operator or station in order; none for a name that the contract does not know."""
     from polyaccel.backend.stations import STATIONS

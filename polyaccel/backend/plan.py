@@ -97,6 +97,18 @@ class SiteRequest:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """What a backend implements: its own entries and its composites, by operator or station."""
+
+    table: Mapping[str, tuple[Entry, ...]]
+    composites: Mapping[str, Call]
+
+    @classmethod
+    def by(cls, backend: Backend) -> Offered:
+        return cls(table=backend.table(), composites=backend.composites())
+
+
 class Site:
     """A planned place in the model: ``site[step](...)`` calls the implementation planned for that step."""
 
@@ -128,6 +140,7 @@ class Plan:
         requests: the model's sites.
         policy: ``strict`` refuses composites of critical operators, ``warn`` logs them once, ``allow`` keeps quiet.
         ranges: inclusive ranges by token class name of what varies between steps.
+        offered: what the backend implements, for whoever makes many plans of it; asked of it by default.
 
     Raises:
         UnsupportedError: under ``strict``, with every reason at every site; under any policy, when a mandatory
@@ -141,6 +154,7 @@ class Plan:
         *,
         policy: Policy = "warn",
         ranges: Mapping[TokenClass, Mapping[str, tuple[int, int]]] | None = None,
+        offered: Offered | None = None,
     ) -> None:
         self.backend = backend
         self.policy: Policy = policy
@@ -148,8 +162,8 @@ class Plan:
         self._ranges = dict(ranges or {})
         self._requests = {request.site: request for request in requests}
         self.sites = {name: Site(name, request.operator) for name, request in self._requests.items()}
-        self._table = backend.table()
-        self._composites = backend.composites()
+        offered = Offered.by(backend) if offered is None else offered
+        self._table, self._composites = offered.table, offered.composites
         self._warned: dict[str, None] = {}
         backend.ledger.strict = policy == "strict"
         self._apply(self._resolve_all(self.largest_rank))

@@ -20,7 +20,7 @@ from polyaccel.backend import (
     UnsupportedError,
 )
 from polyaccel.backend.backend import Implementations
-from polyaccel.backend.plan import KEYS, with_static
+from polyaccel.backend.plan import KEYS, Offered, with_static
 from polyaccel.backend.step import plan_key
 from tests.backend.steps import EVERY_STEP, KeyedStep
 
@@ -53,6 +53,14 @@ def _all(plan: Plan) -> dict[str, tuple[Planned, ...]]:
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_backend_offers_need_not_be_asked_for_again() -> None:
+    backend = TableBackend("cpu", {"gelu": _answer("x")})
+    offered = Offered.by(backend)
+    backend.table = backend.composites = None  # type: ignore[assignment,method-assign]
+    plan = Plan(backend, [SiteRequest(site="g", operator="gelu")], policy="allow", offered=offered)
+    assert {planned.kind for planned in plan["g"].planned} == {"native"}
 
 
 def test_every_column_is_asked_with_its_class_adapters_rank_and_ranges() -> None:
