@@ -69,8 +69,12 @@ def run(bench: Bench, problem: Problem, output: str) -> Floats:
 
 def different(b: Floats) -> tuple[Floats, Ints]:
     """The different rows of ``b: [rows, k]``, and which of them each row is."""
-    rows, index = np.unique(b, axis=0, return_inverse=True)
-    return rows, index.reshape(-1).astype(np.int64)
+    # Rows may be long and are mostly the same: numpy would sort them all.
+    keys = [row.tobytes() for row in b]
+    known = {key: i for i, key in enumerate(keys)}
+    rows, index = np.unique(b[list(known.values())], axis=0, return_inverse=True)
+    numbers = dict(zip(known, index.reshape(-1).tolist(), strict=True))
+    return rows, np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
 def picked(y: Floats, index: Ints) -> Floats:

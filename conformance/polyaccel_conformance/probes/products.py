@@ -61,16 +61,21 @@ def linear(bench: Bench, dtype: str, k: int) -> tuple[Measured, ...]:
 
 
 def _multiply(bench: Bench, dtype: str, x: Floats, w: Floats) -> Floats:
-    return run(bench, planted_linear(dtype, x, w), "y")
+    return run(bench, PlantedLinear(dtype, x, w), "y")
 
 
-def planted_linear(dtype: str, x: Floats, w: Floats) -> LinearProblem:
-    """``linear`` of ``x: [tokens, k]`` and ``w: [n, k]``."""
-    sizes: dict[str, Choice] = {"dims.tokens": len(x), "dims.k": x.shape[1], "dims.n": len(w)}
-    problem = LinearProblem(plain("linear", dtype, {**sizes, "structure.slices": "one", "structure.bias": False}))
-    problem.operands = {"x": stored(x, dtype)}
-    problem.weight = HostWeight(matrix=stored(w, dtype), bias=None, slices=(len(w),))
-    return problem
+class PlantedLinear(LinearProblem):
+    """``linear`` of ``x: [tokens, k]`` and ``w: [n, k]``: nothing is drawn."""
+
+    def __init__(self, dtype: str, x: Floats, w: Floats) -> None:
+        self._planted = x, w
+        sizes: dict[str, Choice] = {"dims.tokens": len(x), "dims.k": x.shape[1], "dims.n": len(w)}
+        super().__init__(plain("linear", dtype, {**sizes, "structure.slices": "one", "structure.bias": False}))
+
+    def draw(self) -> None:
+        x, w = (stored(values, self.case.dtype) for values in self._planted)
+        self.operands = {"x": x}
+        self.weight = HostWeight(matrix=w, slices=w.shape[:1])
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------

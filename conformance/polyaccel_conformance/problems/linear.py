@@ -48,9 +48,16 @@ _FLOAT_ONLY = ("cancelling", "overflow")
 class LinearProblem(Problem):
     """``y = x W^T + bias``."""
 
+    weight: HostWeight
+
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.exact = case.data in EXACT_KINDS
+        self.draw()
+
+    def draw(self) -> None:
+        """Set operands and weight."""
+        case = self.case
         tokens, k, n = case.dim("tokens"), case.dim("k"), case.dim("n")
         x, self.weight = contraction(
             self,
