@@ -12,6 +12,9 @@ import torch
 Floats = npt.NDArray[np.float64]
 
 
+_FLOAT64_BITS = 53
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """A binary format with ``bits`` bits of significand (the hidden one included) and smallest exponent ``emin``."""
@@ -50,10 +53,19 @@ class Format:
         if self.torch is torch.float32:
             with np.errstate(invalid="ignore", over="ignore", under="ignore"):
                 return x.astype(np.float32).astype(np.float64)
-        quantum = self.quantum(x)
+        # By a carry into the bits that stay, which takes a fraction of the time that quanta take.
+        dropped = _FLOAT64_BITS - self.bits
+        bits = x.view(np.uint64)
+        size = np.abs(x)
         with np.errstate(invalid="ignore", over="ignore"):
-            rounded = np.where(np.isfinite(x), np.rint(x / quantum) * quantum, x)
-            return np.where(np.abs(rounded) > self.max, np.copysign(np.inf, rounded), rounded)
+            carried = bits + ((bits >> np.uint64(dropped)) & np.uint64(1)) + np.uint64((1 << (dropped - 1)) - 1)
+            rounded = np.asarray(carried & ~np.uint64((1 << dropped) - 1)).view(np.float64)
+            if (size < 2.0**self.emin).any():
+                rounded = np.where(size < 2.0**self.emin, np.rint(x / self.smallest) * self.smallest, rounded)
+            if not (size <= self.max).all():
+                rounded = np.where(np.abs(rounded) > self.max, np.copysign(np.inf, x), rounded)
+                rounded = np.where(np.isfinite(x), rounded, x)
+        return rounded
 
     def truncate(self, x: npt.ArrayLike) -> Floats:
         """Toward zero: what some accumulators do."""
@@ -83,6 +95,11 @@ INTEGERS: MappingProxyType[str, torch.dtype] = MappingProxyType(
 )
 
 
+_BITS: MappingProxyType[int, torch.dtype] = MappingProxyType(
+    {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+)
+
+
 def format_of(dtype: str | torch.dtype) -> Format:
     """By the contract's name or torch's dtype."""
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
@@ -109,7 +126,6 @@ def from_torch(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """The bit patterns as integers, for bitwise comparison and hashes; NaN payloads included."""
     host = tensor.detach().to("cpu").contiguous()
-    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if host.dtype is torch.bool:
         host = host.to(torch.uint8)
-    return host.reshape(-1).view(views[host.element_size()]).reshape(host.shape).numpy()
+    return host.view(_BITS[host.element_size()]).numpy()
