@@ -26,6 +26,10 @@ class HeadMajorKVCache(KVCache):
             self._blocks = device.zeros((spec.layers, *shape), spec.dtype)
         self._rows = [layer.view(-1, spec.head_dim) for layer in self._blocks]
         self._matrices = [layer.view(-1, spec.block_size * spec.head_dim) for layer in self._blocks]
+        # Rows from a slot's row of the first head's keys to those of its other keys and values.
+        values = (spec.blocks + 1) * spec.kv_heads * spec.block_size
+        keys = torch.arange(spec.kv_heads, dtype=torch.int64) * spec.block_size
+        self._heads = torch.cat((keys, keys + values))
         self._copies = torch.empty(0, dtype=spec.dtype)
         self._keys = [layer[0] for layer in self._blocks]
         self._values = [layer[1] for layer in self._blocks]
@@ -61,12 +65,11 @@ class HeadMajorKVCache(KVCache):
     def rows_of(self, slots: torch.Tensor) -> torch.Tensor:
         """``[T, 2 kv_heads]`` int64: for each of the ``slots: [T]`` int64 the rows of its keys, then of its values."""
         spec = self.spec
-        last = spec.blocks * spec.block_size
-        slots = torch.where(slots < 0, last, slots).unsqueeze(1)
-        heads = torch.arange(spec.kv_heads, dtype=torch.int64).unsqueeze(0)
-        blocks = torch.div(slots, spec.block_size, rounding_mode="floor")
-        keys = (blocks * spec.kv_heads + heads) * spec.block_size + slots % spec.block_size
-        return torch.cat((keys, keys + (spec.blocks + 1) * spec.kv_heads * spec.block_size), dim=1)
+        slots = torch.where(slots < 0, spec.blocks * spec.block_size, slots)
+        if spec.kv_heads > 1:
+            blocks = torch.div(slots, spec.block_size, rounding_mode="floor")
+            slots = torch.add(slots, blocks, alpha=(spec.kv_heads - 1) * spec.block_size)
+        return slots.unsqueeze(1) + self._heads
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         self.store(layer, self.rows_of(slots), torch.cat((k, v), dim=1).to(self.spec.dtype))

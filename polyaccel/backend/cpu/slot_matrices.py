@@ -68,12 +68,19 @@ class SlotMatrices:
 
     def write(self, slice_index: int, first: int, rows: int, a: torch.Tensor, b: torch.Tensor) -> None:
         """Store ``a: [rank, k]`` and ``b: [n of the slice, rank]`` of a slot of ``rows`` zeroed rank rows."""
-        rank = a.shape[0]
-        self.a_of(first, rows)[slice_index, :rank].copy_(a)
-        own = self.b_of(first, rows)[self.starts[slice_index] : self.starts[slice_index + 1], :rank]
-        own.copy_(b.view(-1, self.width, rank).transpose(1, 2))
+        own_a, own_b = self._own(slice_index, first, rows, a.shape[0])
+        own_a.copy_(a)
+        own_b.copy_(b.view(own_b.shape))
 
     def read(self, slice_index: int, first: int, rows: int, rank: int) -> LoraMatrices:
         """``a``: a view, ``b``: a copy."""
-        own = self.b_of(first, rows)[self.starts[slice_index] : self.starts[slice_index + 1], :rank]
-        return LoraMatrices(a=self.a_of(first, rows)[slice_index, :rank], b=own.transpose(1, 2).reshape(-1, rank))
+        a, b = self._own(slice_index, first, rows, rank)
+        return LoraMatrices(a=a, b=b.reshape(-1, rank))
+
+    def _own(self, slice_index: int, first: int, rows: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views ``[rank, k]`` and ``[chunks of the slice, width, rank]``; at once, for there may be many modules."""
+        start, end = self.starts[slice_index], self.starts[slice_index + 1]
+        a = self.a.as_strided((rank, self.k), (self.k, 1), (first * self.slices + slice_index * rows) * self.k)
+        place = (first * self.chunks + start * rows) * self.width
+        b = self.b.as_strided((end - start, self.width, rank), (rows * self.width, 1, self.width), place)
+        return a, b
