@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -103,6 +104,13 @@ class Problem(ABC):
         Its outputs have that row first; outputs that have no such row are missing.
         """
         return None
+
+    def beside(self) -> Self:
+        """A copy that is given other operands, for a call beside those of this problem."""
+        other = copy.copy(self)
+        # A worker lets a problem look up what its own operands lead to: these are others.
+        vars(other).pop("expected", None)
+        return other
 
     def digests(self) -> dict[str, str]:
         """A hash of every input, for the case file."""

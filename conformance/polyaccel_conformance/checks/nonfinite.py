@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from polyaccel.backend import NonFinite, Step
+from polyaccel.backend import NonFinite
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
@@ -32,9 +31,7 @@ def planted(problem: Problem, argument: str, value: float) -> Problem:
     values = operand.values.astype(np.float64)
     place = int(problem.source.integers(f"non-finite {argument}", (1,), 0, values.size - 1)[0])
     values.reshape(-1)[place] = value
-    other = copy.copy(problem)
-    # A worker lets a problem look up what its own operands lead to: these are others.
-    vars(other).pop("expected", None)
+    other = problem.beside()
     other.operands = {**problem.operands, argument: Operand(values, operand.dtype)}
     return other
 
@@ -115,12 +112,8 @@ class Rules(Check):
 
 
 def _weighs_with_zero(trial: Trial) -> bool:
-    prepared = trial.prepare()
-    try:
-        steps = [value for value in prepared.arguments.values() if isinstance(value, Step)]
-        return any((rows.weights == 0).any() for step in steps for rows in step.input.adapters.values())
-    finally:
-        trial.release(prepared)
+    inputs = trial.posed().inputs
+    return inputs is not None and any((rows.weights == 0).any() for rows in inputs.adapters.values())
 
 
 def _ruled(problem: Problem) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def snapshot(bench: Bench, problem: Problem, prepared: Prepared) -> dict[str, to
             if step is not None and step.state.adapters is not None:
                 _adapters(step.state.adapters, value, adapters)
         elif isinstance(value, KVCache):
-            slots = bench.upload(torch.from_numpy(_others(value, stored)))
+            slots = bench.upload(torch.from_numpy(rest_of(_slots(value), stored)))
             for layer in range(value.spec.layers):
                 k, v = value.read(layer, slots)
                 found[f"layer {layer} of {name!r}"] = torch.stack((_bits(k), _bits(v)))
@@ -50,7 +50,8 @@ def changed(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor
 def _differing(bits: torch.Tensor, other: torch.Tensor | None) -> int:
     if other is None or other.shape != bits.shape:
         return bits.numel()
-    return 0 if torch.equal(bits, other) else int(torch.count_nonzero(bits != other))
+    # A cache has many elements: numpy compares them several times faster than torch.
+    return int(np.count_nonzero(bits.numpy() != other.numpy()))
 
 
 class Room:
@@ -61,6 +62,8 @@ class Room:
         self._bench = bench
         self._adapters: tuple[AdapterStore, SlotRange] | None = None
         self._weights: list[Weight] = []
+        self._entries: tuple[PackedEntry, ...] = ()
+        self._elements = 0
         self._caches: list[tuple[KVCache, np.ndarray]] = []
         step = _step_of(prepared)
         if step is None:
@@ -69,19 +72,22 @@ class Room:
             if isinstance(value, Weight) and value.spec.rank_rows:
                 self._weights.append(value)
             elif isinstance(value, KVCache) and problem.case.operator not in WRITES_KV:
-                slots = _others(value, _reached(step, value))
+                slots = rest_of(_slots(value), _reached(step, value))
                 if len(slots):
                     self._caches.append((value, slots))
         store = step.state.adapters
         where = None if store is None or not self._weights else _free_slot(step, store)
         if store is not None and where is not None:
             self._adapters = (store, where)
+            # Of rank 1, so that no store gets a larger rank by it.
+            self._entries, self._elements = laid_out(self._weights, 1)
 
     def poison(self, poison: Poison) -> None:
         """Write it."""
         if self._adapters is not None:
             store, where = self._adapters
-            store.write(where, _poisoned(self._weights, poison))
+            buffer = poison_(torch.empty(self._elements, dtype=self._weights[0].spec.dtype), poison)
+            store.write(where, PackedAdapter(buffer=buffer, entries=self._entries, max_rank=1))
         for kv, slots in self._caches:
             shape = (len(slots), kv.spec.kv_heads, kv.spec.head_dim)
             rows = self._bench.upload(poison_(torch.empty(shape, dtype=kv.spec.dtype), poison))
@@ -101,13 +107,6 @@ def _free_slot(step: Step, store: AdapterStore) -> SlotRange | None:
     if not (filled and free and rows):
         return None
     return SlotRange(slot=free[0], first_rank_row=rows[0], rank_rows=1)
-
-
-def _poisoned(weights: Sequence[Weight], poison: Poison) -> PackedAdapter:
-    """An adapter of poison for all weights; of rank 1, so that no store gets a larger rank by it."""
-    entries, size = laid_out(weights, 1)
-    buffer = poison_(torch.empty(size, dtype=weights[0].spec.dtype), poison)
-    return PackedAdapter(buffer=buffer, entries=entries, max_rank=1)
 
 
 def laid_out(weights: Iterable[Weight], rank: int) -> tuple[tuple[PackedEntry, ...], int]:
@@ -155,13 +154,19 @@ def _adapters(store: AdapterStore, weight: Weight, found: dict[str, list[torch.T
                     )
 
 
+def rest_of(count: int, slots: np.ndarray) -> np.ndarray:
+    """The slots ``0:count`` but these, of which -1 is none."""
+    free = np.ones(count, dtype=np.bool_)
+    free[slots[slots >= 0]] = False
+    return np.flatnonzero(free)
+
+
 def _step_of(prepared: Prepared) -> Step | None:
     return next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
 
 
-def _others(kv: KVCache, slots: np.ndarray) -> np.ndarray:
-    """All slots of the cache but these."""
-    return np.setdiff1d(np.arange(kv.spec.blocks * kv.spec.block_size, dtype=np.int64), slots)
+def _slots(kv: KVCache) -> int:
+    return kv.spec.blocks * kv.spec.block_size
 
 
 def _reached(step: Step, kv: KVCache) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from polyaccel_conformance.bench import SITE, Bench
 from polyaccel_conformance.formats import to_torch
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.lora import Adapter, Module
+from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.problems.contraction import integer_columns, random_columns
+from polyaccel_conformance.problems.weights import HostWeight
 from polyaccel_conformance.words import Floats, Source
 
 RANKS = ("equal", "mixed", "per_slice", "consecutive")
@@ -69,6 +72,7 @@ class HostAdapters:
     before: Mapping[int, HostAdapter] = field(default_factory=lambda: MappingProxyType({}))
     dirty: bool = False
     lookup: bool = False
+    _packs: dict[tuple[str, int], PackedAdapter] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def largest_rank(self) -> int:
@@ -86,13 +90,12 @@ class HostAdapters:
         )
         if self.dirty and self.rank_rows:
             everything = SlotRange(slot=0, first_rank_row=0, rank_rows=self.rank_rows)
-            store.write(everything, self._packed(site, _spoiled(weight, self.rank_rows, self.lookup)))
+            store.write(everything, pack(site, _spoiled(weight, self.rank_rows, self.lookup), lookup=self.lookup))
             store.clear(0)
         for slot, where in self.ranges.items():
             if slot in self.before:
                 store.write(where, self._packed(site, self.before[slot]))
-            held = self.adapters.get(slot) or self.discarded[slot]
-            store.write(where, self._packed(site, held))
+            store.write(where, self._packed(site, self.adapters.get(slot) or self.discarded[slot]))
         for slot in self.discarded:
             store.clear(slot)
         bench.synchronize()
@@ -110,7 +113,11 @@ class HostAdapters:
         }
 
     def _packed(self, site: str, adapter: HostAdapter) -> PackedAdapter:
-        return pack(site, adapter, lookup=self.lookup)
+        """Packed once, for the calls of a case place the same adapters; the buffer is a new one each time."""
+        found = self._packs.get((site, id(adapter)))
+        if found is None:
+            found = self._packs[site, id(adapter)] = pack(site, adapter, lookup=self.lookup)
+        return PackedAdapter(buffer=found.buffer.clone(), entries=found.entries, max_rank=found.max_rank)
 
     def scaled(self, shift: int, starts: Sequence[int]) -> HostAdapters:
         """B times ``2^shift``, the odd outputs of the site negative; ``starts``: first output of each slice."""
@@ -149,6 +156,31 @@ class HostAdapters:
             }
 
         return replace(self, adapters=apply(self.adapters), discarded=apply(self.discarded), before=apply(self.before))
+
+
+class AdaptedProblem(Problem):
+    """A problem whose calls read a weight with its adapters, and nothing else that is kept from step to step.
+
+    What was placed for it serves the copies that are called beside it as well: no call may change it.
+    """
+
+    weight: HostWeight
+    adapters: HostAdapters
+    _placed: tuple[Bench, Weight, AdapterStore] | None = None
+    _lent: tuple[Bench, Weight, AdapterStore] | None = None
+
+    def stored(self, bench: Bench) -> tuple[Weight, AdapterStore]:
+        """The weight and its adapters on the device."""
+        if self._lent is not None and self._lent[0] is bench:
+            return self._lent[1:]
+        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
+        self._placed = bench, weight, self.adapters.place(bench, weight)
+        return self._placed[1:]
+
+    def beside(self) -> Self:
+        other = super().beside()
+        other._lent = self._placed
+        return other
 
 
 def module_ranks(pattern: str, rank: int, slices: int) -> tuple[tuple[int, ...], ...]:

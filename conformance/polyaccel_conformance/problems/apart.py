@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ P = TypeVar("P", bound=Problem)
 
 def token(problem: P, row: int, count: int = 1) -> P:
     """A copy with tokens ``row:row + count`` of every operand that has tokens, and of the case."""
-    other = copy.copy(problem)
+    other = problem.beside()
     changes: dict[str, Choice] = {"dims__tokens": count} if "tokens" in problem.case.dims else {}
     if "others" in problem.case.structure:
         changes["structure__others"] = False

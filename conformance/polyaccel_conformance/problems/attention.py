@@ -14,6 +14,7 @@ from polyaccel.backend import DeviceState, StepInput, TokenClass
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import FORMATS, format_of
+from polyaccel_conformance.harness.state import rest_of
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.attention import attention
 from polyaccel_conformance.oracle.bounded import Bounded, Expected, concatenate, finish
@@ -147,7 +148,7 @@ class PagedAttentionProblem(AttentionProblem):
         assert isinstance(layer, int)
         slots, k, v = self._placed(paging)
         fill(bench, kv, layer, slots, Operand(k, case.dtype).torch(), Operand(v, case.dtype).torch())
-        unread = np.setdiff1d(np.arange(paging.blocks * size), slots)
+        unread = rest_of(paging.blocks * size, slots)
         dtype = FORMATS[case.dtype].torch
         poison = (
             torch.full((len(unread), *k.shape[1:]), value, dtype=dtype)

@@ -15,6 +15,7 @@ from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.oracle.lora import embedding, finish_touched
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
+from polyaccel_conformance.problems.adapters import AdaptedProblem
 from polyaccel_conformance.problems.apart import token, triples
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.sgmv import (
@@ -40,7 +41,7 @@ MARGIN = 9
 """Rows of other ranks behind this one's."""
 
 
-class EmbeddingProblem(Problem):
+class EmbeddingProblem(AdaptedProblem):
     """Rows of a table, plus ``mix * B A[:, id]`` for each triple of the tokens."""
 
     def __init__(self, case: Case) -> None:
@@ -89,8 +90,7 @@ class EmbeddingProblem(Problem):
 
     def prepare(self, bench: Bench) -> Prepared:
         case, n = self.case, self.case.dim("n")
-        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
-        store = self.adapters.place(bench, weight)
+        weight, store = self.stored(bench)
         decode = bool(case.structure["decode"])
         ids, sampling = self.ids, None
         if case.structure["ids"] in ("sampled", "partly") and self.count:

@@ -12,6 +12,7 @@ from polyaccel.backend import DeviceState, KVCache, KVSpec, TokenClass
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import FORMATS, bits_of
+from polyaccel_conformance.harness.state import rest_of
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
@@ -94,13 +95,13 @@ class WriteKVCacheProblem(Problem):
 
         refill()
         written = step.kv_slots[self.kept]
-        others = np.setdiff1d(every, written)
+        rest = rest_of(len(every), written)
 
         def collect(result: object, _: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
             k, v = stored(bench, kv, layer, written)
             changed = 0
             for index in range(LAYERS):
-                slots = others if index == layer else every
+                slots = rest if index == layer else every
                 before = (filling[slots], reverse[slots])
                 for now, old in zip(stored(bench, kv, index, slots), before, strict=True):
                     changed += int(now.numel() - (now == old).sum())

@@ -23,6 +23,7 @@ from polyaccel_conformance.problems.adapters import (
     HISTORIES,
     MOST_RANK,
     RANKS,
+    AdaptedProblem,
     HostAdapters,
     arrange,
     draw_adapters,
@@ -142,7 +143,7 @@ def thin_rows(n: int, pattern: str) -> tuple[int, ...]:
     return (1, n - 3, 2) if pattern == "thin" and n > 3 else split_rows(n, "one" if pattern == "thin" else pattern)
 
 
-class LoraProblem(Problem):
+class LoraProblem(AdaptedProblem):
     """A weight, adapters on it, and a step whose rows use them.
 
     Attributes:
@@ -181,9 +182,8 @@ class LoraProblem(Problem):
 
     def begin(self, bench: Bench, arguments: Mapping[str, object]) -> Prepared:
         """What all three operators share; ``arguments`` beside weight, step and row set."""
-        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
-        inputs = self.step_input()
-        state = DeviceState(adapters=self.adapters.place(bench, weight))
+        weight, store = self.stored(bench)
+        inputs, state = self.step_input(), DeviceState(adapters=store)
         decode = bool(self.case.structure["decode"])
         return Prepared(
             arguments={

@@ -20,7 +20,7 @@ from polyaccel_conformance.oracle.bounded import Bounded, Expected, finish
 from polyaccel_conformance.oracle.primitives import Order
 from polyaccel_conformance.oracle.stations import Projection, column_linear
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
-from polyaccel_conformance.problems.adapters import MOST_RANK, HostAdapters
+from polyaccel_conformance.problems.adapters import MOST_RANK, AdaptedProblem
 from polyaccel_conformance.problems.apart import token, triples
 from polyaccel_conformance.problems.contraction import EXACT_KINDS, order_of
 from polyaccel_conformance.problems.linear import contraction
@@ -37,7 +37,7 @@ from polyaccel_conformance.problems.sgmv import (
     triples_of,
 )
 from polyaccel_conformance.problems.steps import adapter_rows, row_step
-from polyaccel_conformance.problems.weights import HostWeight, tensor_of
+from polyaccel_conformance.problems.weights import tensor_of
 from polyaccel_conformance.words import Source
 
 # Their parts are asked about more sizes.
@@ -50,7 +50,7 @@ FORMS = ("float", "int4/g16", "int8/g7")
 KINDS = ("normal", *EXACT_KINDS, "positive", "wide", "outliers", "ramp", "nonfinite")
 
 
-class StationProblem(Problem):
+class StationProblem(AdaptedProblem):
     """x, a weight with its adapters, and a step whose rows use them.
 
     Attributes:
@@ -58,8 +58,6 @@ class StationProblem(Problem):
         weight, adapters, rows: what the station multiplies by.
     """
 
-    weight: HostWeight
-    adapters: HostAdapters
     row_set: RowSetName = "tokens"
 
     def __init__(self, case: Case) -> None:
@@ -148,9 +146,8 @@ class StationProblem(Problem):
         static: Mapping[str, Static] = MappingProxyType({}),
     ) -> Prepared:
         """For stations whose result is ``y``."""
-        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
-        inputs = self.step_input(bench)
-        state = DeviceState(adapters=self.adapters.place(bench, weight))
+        weight, store = self.stored(bench)
+        inputs, state = self.step_input(bench), DeviceState(adapters=store)
         return Prepared(
             arguments={"weight": weight, "step": bench.begin_step(inputs, state), **arguments},
             collect=lambda result, _: {"y": tensor_of(result)},

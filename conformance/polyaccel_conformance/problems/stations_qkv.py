@@ -12,6 +12,7 @@ from polyaccel.backend import OPERATORS, DeviceState, KVCache, RopeTable, StepIn
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import FORMATS, Format
+from polyaccel_conformance.harness.state import rest_of
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.bounded import Bounded, Expected, finish
 from polyaccel_conformance.oracle.stations import Style, between, turned_heads
@@ -40,6 +41,7 @@ class QkvRopeCacheProblem(StationProblem):
 
     def draw(self) -> None:
         case, source = self.case, self.source
+        self._drawn: dict[tuple[str, int], torch.Tensor] = {}
         heads, kv_heads, head_dim = case.dim("heads"), case.dim("kv_heads"), case.dim("head_dim")
         self.slices = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.operands = {"x": self.plain(self.slices, case.dim("k"), ends=False)}
@@ -112,11 +114,10 @@ class QkvRopeCacheProblem(StationProblem):
     def prepare(self, bench: Bench) -> Prepared:
         case, head_dim = self.case, self.case.dim("head_dim")
         inputs, paging = self.step_input(bench), self._paging(bench)
-        weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
-        store = self.adapters.place(bench, weight)
+        weight, store = self.stored(bench)
         kv = bench.backend.allocate_kv(kv_spec(case, paging, LAYERS), bench.device)
         written = inputs.kv_slots[self.kept]
-        free = np.setdiff1d(np.arange(paging.blocks * paging.block_size, dtype=np.int64), inputs.kv_slots)
+        free = rest_of(paging.blocks * paging.block_size, inputs.kv_slots)
         watched = free[:: max(len(free) // WATCHED, 1)][:WATCHED]
         state = DeviceState(adapters=store, kv=kv)
         self._fill(bench, kv, watched, written)
@@ -177,9 +178,12 @@ class QkvRopeCacheProblem(StationProblem):
 
     def _filling(self, name: str, slots: int) -> torch.Tensor:
         """``[2, slots, kv_heads, head_dim]`` small integers, which every format holds."""
-        shape = (2, WATCHED + self.count, self.case.dim("kv_heads"), self.case.dim("head_dim"))
-        values = torch.from_numpy(self.source.integers(name, shape, -120, 120))
-        return values.to(FORMATS[self.case.dtype].torch)[:, :slots]
+        values = self._drawn.get((name, self.count))
+        if values is None:
+            shape = (2, WATCHED + self.count, self.case.dim("kv_heads"), self.case.dim("head_dim"))
+            values = torch.from_numpy(self.source.integers(name, shape, -120, 120))
+            values = self._drawn[name, self.count] = values.to(FORMATS[self.case.dtype].torch)
+        return values[:, :slots]
 
     # -- expecting ---------------------------------------------------------------------------------------------------
 

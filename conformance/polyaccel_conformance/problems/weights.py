@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,31 +88,42 @@ class HostWeight:
         )
         weight = bench.backend.allocate_weight(spec, bench.device)
         bias = None if self.bias is None else self.bias.torch()
+        write = self._float() if self.quantised is None else self._codes(self.quantised)
         for i, (begin, end) in enumerate(itertools.pairwise(self.starts)):
             if end == begin:
                 continue
-            if self.quantised is None:
-                self._write(weight, i, self.matrix.torch()[begin:end])
-            else:
-                self._write_quantised(weight, i, self.quantised, begin, end)
+            write(weight, i, begin, end)
             if bias is not None:
                 weight.write_bias(i, bias[begin:end])
         weight.seal()
         return weight
 
-    def _write(self, weight: Weight, index: int, rows: torch.Tensor) -> None:
-        for row, end in _pieces(rows.shape[0], self.pieces):
-            for col, stop in _pieces(rows.shape[1], self.pieces):
-                weight.write(index, rows[row:end, col:stop], row=row, col=col)
+    def _float(self) -> Callable[[Weight, int, int, int], None]:
+        """What writes rows ``begin:end`` of the matrix into a slice."""
+        matrix = self.matrix.torch()
 
-    def _write_quantised(self, weight: Weight, index: int, form: Quantised, begin: int, end: int) -> None:
-        codes, zeros, scales = (part.torch()[begin:end] for part in (form.codes, form.zeros, form.scales))
+        def write(weight: Weight, index: int, begin: int, end: int) -> None:
+            rows = matrix[begin:end]
+            for row, last in _pieces(rows.shape[0], self.pieces):
+                for col, stop in _pieces(rows.shape[1], self.pieces):
+                    weight.write(index, rows[row:last, col:stop], row=row, col=col)
+
+        return write
+
+    def _codes(self, form: Quantised) -> Callable[[Weight, int, int, int], None]:
+        """The same for the canonical form."""
+        parts = [part.torch() for part in (form.codes, form.zeros, form.scales)]
         size, k = form.group_size, self.k
         cut = size * (form.spec.groups(k) // 2) if self.pieces > 1 else 0
-        for col, stop in ((0, cut), (cut, k)):
-            if stop > col:
-                groups = slice(col // size, col // size + form.spec.groups(stop - col))
-                weight.write_quantised(index, codes[:, col:stop], zeros[:, groups], scales[:, groups], col=col)
+
+        def write(weight: Weight, index: int, begin: int, end: int) -> None:
+            codes, zeros, scales = (part[begin:end] for part in parts)
+            for col, stop in ((0, cut), (cut, k)):
+                if stop > col:
+                    groups = slice(col // size, col // size + form.spec.groups(stop - col))
+                    weight.write_quantised(index, codes[:, col:stop], zeros[:, groups], scales[:, groups], col=col)
+
+        return write
 
     def static(self, *, largest_rank: int = 0, world_size: int = 1) -> Mapping[str, Static]:
         """What a query says about it."""
