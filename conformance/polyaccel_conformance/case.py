@@ -55,6 +55,7 @@ class Case:
     ranks: int = 1
     skew: tuple[int, ...] = ()
     seed: int = 0
+    _key: str = field(default="", init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, operator: str, axes: Mapping[str, Choice], seed: int = 0) -> Case:
@@ -135,8 +136,11 @@ class Case:
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that name this case."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not self._key:
+            # Several checks ask for it, to choose cases by it.
+            text = json.dumps(self.to_json(), sort_keys=True)
+            object.__setattr__(self, "_key", hashlib.sha256(text.encode()).hexdigest()[:16])
+        return self._key
 
 
 def _restore(value: dict[str, object]) -> Case:

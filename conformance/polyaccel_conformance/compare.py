@@ -41,6 +41,9 @@ def excess(expected: Expected, got: Floats) -> Floats:
             return np.where(same, 0.0, np.inf)
         np.divide(error, tolerance, out=ratio, where=tolerance > 0)
         ratio = np.where((tolerance == 0) & (error > 0), np.inf, ratio)
+        if np.isfinite(got).all() and (np.abs(value) + tolerance < out.overflow).all():
+            # Only numbers, far from the largest one.
+            return ratio
         # Beyond the rounding boundary an infinity is required; within the bound of it either is right.
         beyond = np.abs(value) - tolerance >= out.overflow
         within = ~beyond & (np.abs(value) + tolerance >= out.overflow)

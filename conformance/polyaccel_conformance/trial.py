@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -11,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from polyaccel.backend import OperatorError, Planned, PolyaccelError
-from polyaccel_conformance.bench import Bench, Resolved, call_by_name
+from polyaccel.backend import OperatorError, Planned, PolyaccelError, Query, Step, StepInput, TokenClass
+from polyaccel.backend.support import Static
+from polyaccel_conformance.bench import SITE, Bench, Resolved, call_by_name
 from polyaccel_conformance.formats import bits_of, from_torch
 from polyaccel_conformance.harness import state
 from polyaccel_conformance.harness.evidence import Activity, Watch
@@ -61,17 +63,18 @@ POISONED = Setting(poison=Poison.NAN)
 LARGE = Setting(poison=Poison.LARGE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Output:
-    """One output on the host: ``values`` float64 or int64, ``bits`` as integers, and its torch dtype."""
+    """One output as it is now, on the host: ``bits`` as integers, and its torch dtype."""
 
-    values: Array
-    bits: Array
-    dtype: torch.dtype
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor.detach().to("cpu", copy=True).contiguous()
+        self.dtype = tensor.dtype
+        self.bits = bits_of(self._host)
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Output:
-        return cls(values=from_torch(tensor), bits=bits_of(tensor), dtype=tensor.dtype)
+    @functools.cached_property
+    def values(self) -> Array:
+        """Float64 or int64; most outputs are only compared bit by bit."""
+        return from_torch(self._host)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,7 +86,7 @@ class Observation:
         error: what it raised.
         trespassed, changed: by argument, elements written outside of it and elements of it that changed;
             :data:`NEW_MEMORY` for what the call allocated itself.
-        disturbed: by name, elements of weights, caches and adapters that changed and may not; of the NAN poison only.
+        disturbed: by name, elements of weights, caches and adapters that changed and may not; of :data:`POISONED` only.
         fresh: elements of returned tensors that lie in no operand's memory.
         ledger: what the backend says ran.
         planned: what the plan said would run.
@@ -99,6 +102,39 @@ class Observation:
     disturbed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     fresh: int = 0
     activity: Activity | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posed:
+    """What a plan is asked for a problem, and what its step says; None where it has no step."""
+
+    token_class: TokenClass
+    adapters: bool
+    static: Mapping[str, Static]
+    ranges: Mapping[str, tuple[int, int]]
+    inputs: StepInput | None
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Posed:
+        step = next((value for value in prepared.arguments.values() if isinstance(value, Step)), None)
+        return cls(
+            token_class=prepared.token_class,
+            adapters=prepared.adapters,
+            static=prepared.static,
+            ranges=prepared.ranges,
+            inputs=None if step is None else step.input,
+        )
+
+    def query(self, operator: str) -> Query:
+        """As the plan asks it."""
+        return Query(
+            site=SITE,
+            operator=operator,
+            token_class=self.token_class,
+            adapters=self.adapters,
+            static=self.static,
+            ranges=self.ranges,
+        )
 
 
 @dataclass(slots=True)
@@ -117,6 +153,7 @@ class Trial:
     _host: dict[str, torch.Tensor] = field(default_factory=dict)
     _shared: Prepared | None = None
     _room: state.Room | None = None
+    _posed: Posed | None = None
     _resolved: Resolved | None = None
 
     @property
@@ -128,15 +165,17 @@ class Trial:
     def observe(self, setting: Setting = Setting()) -> Observation:
         """The observation in a setting. Raises what is not a PolyaccelError, the same exception each time it is asked
         for: a crash is the runner's to record."""
+        seen = self._seen.get(setting)
+        if seen is not None:
+            return seen
         if setting in self._crashed:
             raise self._crashed[setting]
-        if setting not in self._seen:
-            try:
-                self._seen[setting] = self._run(setting)
-            except Exception as raised:
-                self._crashed[setting] = raised
-                raise
-        return self._seen[setting]
+        try:
+            seen = self._seen[setting] = self._run(setting)
+        except Exception as raised:
+            self._crashed[setting] = raised
+            raise
+        return seen
 
     @property
     def planned(self) -> Planned | None:
@@ -185,9 +224,17 @@ class Trial:
         if shared is not None:
             return shared if shared.again is None else replace(shared, arguments={**shared.arguments, **shared.again()})
         prepared = self.problem.prepare(self.bench)
+        self._posed = Posed.of(prepared)
         if (keep and prepared.again is not None) or all(a.kind in _STATELESS for a in self.problem.spec.arguments):
             self._shared = prepared
         return prepared
+
+    def posed(self) -> Posed:
+        """What the case asks for, which depends on the case only: nothing is placed for it once something was."""
+        if self._posed is None:
+            self.release(self.prepare())
+            assert self._posed is not None
+        return self._posed
 
     def release(self, prepared: Prepared) -> None:
         if self._shared is None:
@@ -247,7 +294,7 @@ class Trial:
                 room = self._room if self._room is not None else state.Room(bench, problem, prepared)
                 self._room = room if shared else None
                 room.poison(setting.poison)
-                if setting.poison is Poison.NAN:
+                if setting == POISONED:
                     before = state.snapshot(bench, problem, prepared)
                 # What was only queued so far is not the call's.
                 bench.synchronize()
@@ -264,9 +311,7 @@ class Trial:
             fresh = sum(t.numel() for t in returned(result) if _address(t) not in storages)
             collected = prepared.collect(result, tensors)
             bench.synchronize()
-            outputs = {
-                name: Output(values=from_torch(t), bits=bits_of(t), dtype=t.dtype) for name, t in collected.items()
-            }
+            outputs = {name: Output(tensor) for name, tensor in collected.items()}
             if before:
                 disturbed = state.changed(before, state.snapshot(bench, problem, prepared))
         except PolyaccelError as raised:

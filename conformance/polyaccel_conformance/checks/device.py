@@ -256,7 +256,7 @@ def _outputs(trial: Trial) -> dict[str, Output]:
         tensors = trial.tensors(trial.guarded(Setting()), Setting())
         result = trial.call(trial.resolve(prepared), prepared, tensors)
         trial.bench.synchronize()
-        return {name: Output.of(t) for name, t in prepared.collect(result, tensors).items()}
+        return {name: Output(t) for name, t in prepared.collect(result, tensors).items()}
     finally:
         prepared.release()
 

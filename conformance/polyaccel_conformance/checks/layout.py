@@ -75,7 +75,7 @@ class Arguments(Check):
                 return Failure(check=self.name, cause="shape depends on the layout", message=message, output=name)
             mask = np.asarray(output.bits != other.bits, dtype=np.bool_)
             expected = trial.expected.get(name)
-            if isinstance(expected, Expected) and not expected.exact:
+            if mask.any() and isinstance(expected, Expected) and not expected.exact:
                 # Kernels that start elsewhere in a vector add in another order.
                 wrong = excess(expected, output.values.astype(np.float64)) > 1
                 mask &= wrong & ~(excess(expected, other.values.astype(np.float64)) > 1)

@@ -10,15 +10,15 @@ import torch
 
 from polyaccel.backend import Entry, Planned, Query
 from polyaccel.backend.support import Static
-from polyaccel_conformance.bench import SITE, Bench
+from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
 from polyaccel_conformance.checks.evidence import Native
 from polyaccel_conformance.harness.controls import all_of, wrong_bench
 from polyaccel_conformance.harness.kernels import launches_unseen
 from polyaccel_conformance.harness.overlay import Overlay
-from polyaccel_conformance.problem import Prepared, Problem
-from polyaccel_conformance.trial import POISONED, Trial
+from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.trial import POISONED, Posed, Trial
 
 Function = Callable[..., Any]
 
@@ -68,16 +68,12 @@ class NativeLora(Check):
 
     def _cuts(self, trial: Trial) -> Failure | None:
         """The shares of 2 and 4 ranks, asked of ``supports`` only."""
-        prepared = trial.prepare()
-        try:
-            entries = trial.bench.table[OPERATOR]
-            for what, query in _shares(prepared):
-                reasons = [entry.supports(query) for entry in entries]
-                if all(reasons):
-                    message = f"{what} is refused: {'; '.join(r for refused in reasons for r in refused)}"
-                    return Failure(check=self.name, cause="a share is refused", message=message)
-        finally:
-            trial.release(prepared)
+        entries = trial.bench.table[OPERATOR]
+        for what, query in _shares(trial.posed()):
+            reasons = [entry.supports(query) for entry in entries]
+            if all(reasons):
+                message = f"{what} is refused: {'; '.join(r for refused in reasons for r in refused)}"
+                return Failure(check=self.name, cause="a share is refused", message=message)
         return None
 
     def control(self, bench: Bench) -> Control:
@@ -108,9 +104,9 @@ class NativeLora(Check):
             trial.close()
 
 
-def _shares(prepared: Prepared) -> Iterator[tuple[str, Query]]:
+def _shares(posed: Posed) -> Iterator[tuple[str, Query]]:
     """Queries of one rank's share, of a module cut by rows of its output and of one cut by columns of its input."""
-    static = prepared.static
+    static = posed.static
     k, slices = static.get("k"), static.get("slices")
     assert isinstance(k, int)
     assert isinstance(slices, tuple)
@@ -120,17 +116,7 @@ def _shares(prepared: Prepared) -> Iterator[tuple[str, Query]]:
             f"a share of 1 / {size} of the input": {"k": -(-k // size)},
         }
         for what, change in cuts.items():
-            yield (
-                what,
-                Query(
-                    site=SITE,
-                    operator=OPERATOR,
-                    token_class=prepared.token_class,
-                    adapters=True,
-                    static={**static, **change, "world_size": size},
-                    ranges=prepared.ranges,
-                ),
-            )
+            yield what, replace(posed.query(OPERATOR), adapters=True, static={**static, **change, "world_size": size})
 
 
 def _small() -> Problem:

@@ -12,7 +12,7 @@ import torch
 
 from polyaccel.backend import Entry, OperatorError, PolyaccelError, Query
 from polyaccel.backend.stations import STATIONS, parts_of
-from polyaccel_conformance.bench import SITE, Bench
+from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
 from polyaccel_conformance.compare import excess
@@ -37,22 +37,8 @@ class Pure(Check):
         return super().applies(case, problem) and problem.spec.group != "ranks"
 
     def run(self, trial: Trial) -> Failure | None:
-        prepared = trial.prepare()
-        try:
-            return self._ask(trial, prepared)
-        finally:
-            trial.release(prepared)
-
-    def _ask(self, trial: Trial, prepared: Prepared) -> Failure | None:
         bench, operator = trial.bench, trial.problem.case.operator
-        query = Query(
-            site=SITE,
-            operator=operator,
-            token_class=prepared.token_class,
-            adapters=prepared.adapters,
-            static=prepared.static,
-            ranges=prepared.ranges,
-        )
+        query = trial.posed().query(operator)
         queries = [query]
         if operator in STATIONS:
             queries += [query.for_part(part) for part in parts_of(operator, query)]
@@ -65,7 +51,7 @@ class Pure(Check):
                 if found is not None:
                     return found
                 refused = refused and bool(entry.supports(asked))
-            if refused and asked.operator not in STATIONS and asked.operator not in bench.backend.composites():
+            if refused and asked.operator not in STATIONS and asked.operator not in bench.composites:
                 message = f"every entry of {asked.operator} refuses this, and there is no composite to run instead"
                 return Failure(check=self.name, cause="refused without a composite", message=message)
         return None
@@ -193,7 +179,7 @@ class BadArguments(Check):
             if torch.equal(bad.tensor.cpu()[tuple(slice(n) for n in before.shape)], before.to(bad.tensor.dtype)):
                 return None
         else:
-            outputs = {name: Output.of(tensor) for name, tensor in prepared.collect(result, tensors).items()}
+            outputs = {name: Output(tensor) for name, tensor in prepared.collect(result, tensors).items()}
             trial.bench.synchronize()
             if all(_right(expected, outputs[name]) for name, expected in trial.expected.items() if name in outputs):
                 return None

@@ -51,7 +51,6 @@ _READS = frozenset(
 )
 
 
-@functools.cache
 def category(operator: torch._ops.OpOverload) -> tuple[str, Category]:
     """Name without the overload, and what kind of work an operator is.
 
@@ -69,7 +68,6 @@ def category(operator: torch._ops.OpOverload) -> tuple[str, Category]:
     return name, "read" if name in _READS else "compute"
 
 
-@functools.cache
 def written(operator: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operator writes to."""
     schema = operator._schema
@@ -80,6 +78,12 @@ def written(operator: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
         for index, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+
+
+@functools.cache
+def _described(operator: torch._ops.OpOverload) -> tuple[str, Category, tuple[tuple[int, str], ...], str]:
+    """Name and category, what it writes, and its name with the overload: one look-up each time it is executed."""
+    return *category(operator), written(operator), str(operator).replace(".", "::", 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,21 +154,20 @@ class Watch(PlainDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        name, kind = category(func)
+        name, kind, writes, full = _described(func)
         named = kwargs or {}
         if kind == "view":
             return func(*args, **named)
         self._dispatched += 1
         if kind == "allocate":
             return self.allocations.new(name, lambda: func(*args, **named))
-        for position, argument in written(func):
+        for position, argument in writes:
             target = args[position] if position < len(args) else named.get(argument)
             operand = self._operand(target)
             if operand is not None:
                 self._operand_writes.setdefault(operand, name)
         result = func(*args, **named)
         if kind == "compute":
-            full = str(func).replace(".", "::", 1)
             self._operators[name] = self._operators.get(name, 0) + 1
             self._overloads[full] = self._overloads.get(full, 0) + 1
         elif kind == "read" and not self._returned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType
 
@@ -78,9 +78,11 @@ class Guarded:
         where = place(values.shape, layout, GUARD)
         host = poison_(torch.empty(where.span + GUARD, dtype=values.dtype), poison)
         self._where = (tuple(values.shape), where.strides, where.offset)
-        # Dimensions whose elements share their memory are written once.
-        self._once = tuple(slice(1) if stride == 0 else slice(None) for stride in where.strides)
-        host.as_strided(*self._where)[self._once].copy_(values[self._once])
+        host_view = host.as_strided(*self._where)
+        if 0 in where.strides:
+            once = _once(where.strides)
+            host_view, values = host_view[once], values[once]
+        host_view.copy_(values)
         self._host = host
         self._buffer = upload(host)
         self.tensor = self._buffer.as_strided(*self._where)
@@ -92,11 +94,17 @@ class Guarded:
 
     def differences(self) -> tuple[int, int]:
         """Elements outside of the argument that were written to, and elements of it whose bits changed."""
-        different = as_bits(self._buffer.cpu()) != as_bits(self._host)
-        total = int(torch.count_nonzero(different))
-        if not total:
+        after, before = as_bits(self._buffer.cpu()), as_bits(self._host)
+        if torch.equal(after, before):
             return 0, 0
+        different = after != before
+        total = int(torch.count_nonzero(different))
         own = torch.zeros(len(self._host), dtype=torch.bool)
-        own.as_strided(*self._where)[self._once].fill_(True)
+        own.as_strided(*self._where)[_once(self._where[1])].fill_(True)
         inside = int(torch.count_nonzero(different & own))
         return total - inside, inside
+
+
+def _once(strides: Sequence[int]) -> tuple[slice, ...]:
+    """Of dimensions whose elements share their memory the first: it is written once."""
+    return tuple(slice(1) if stride == 0 else slice(None) for stride in strides)

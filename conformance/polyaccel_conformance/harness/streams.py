@@ -81,7 +81,7 @@ def late_call(trial: Trial, delay: float, *, misplaced: bool = False) -> dict[st
             result = trial.call(resolved, prepared, tensors)
         with side.use():
             side.synchronize()
-            outputs = {name: Output.of(t) for name, t in prepared.collect(result, tensors).items()}
+            outputs = {name: Output(t) for name, t in prepared.collect(result, tensors).items()}
             side.synchronize()
     finally:
         bench.synchronize()
