@@ -72,6 +72,8 @@ def different(b: Floats) -> tuple[Floats, Ints]:
     # Rows may be long and are mostly the same: numpy would sort them all.
     keys = [row.tobytes() for row in b]
     known = {key: i for i, key in enumerate(keys)}
+    if len(known) == 1:
+        return b[:1], np.zeros(len(b), dtype=np.int64)
     rows, index = np.unique(b[list(known.values())], axis=0, return_inverse=True)
     numbers = dict(zip(known, index.reshape(-1).tolist(), strict=True))
     return rows, np.array([numbers[key] for key in keys], dtype=np.int64)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Choice
 from polyaccel_conformance.harness.probes import Measured, Sum, measure, small_units
+from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.probes.planted import (
     ADAPTED,
     LENGTH,
@@ -65,7 +66,7 @@ def _multiply(bench: Bench, dtype: str, x: Floats, w: Floats) -> Floats:
 
 
 class PlantedLinear(LinearProblem):
-    """``linear`` of ``x: [tokens, k]`` and ``w: [n, k]``: nothing is drawn."""
+    """``linear`` of ``x: [tokens, k]`` and ``w: [n, k]``, which the dtype holds: nothing is drawn."""
 
     def __init__(self, dtype: str, x: Floats, w: Floats) -> None:
         self._planted = x, w
@@ -73,7 +74,7 @@ class PlantedLinear(LinearProblem):
         super().__init__(plain("linear", dtype, {**sizes, "structure.slices": "one", "structure.bias": False}))
 
     def draw(self) -> None:
-        x, w = (stored(values, self.case.dtype) for values in self._planted)
+        x, w = (Operand(values, self.case.dtype) for values in self._planted)
         self.operands = {"x": x}
         self.weight = HostWeight(matrix=w, slices=w.shape[:1])
 

@@ -97,14 +97,15 @@ class WriteKVCacheProblem(Problem):
         written = step.kv_slots[self.kept]
         rest = rest_of(len(every), written)
 
+        untouched = filling[rest], reverse[rest]
+
         def collect(result: object, _: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
             k, v = stored(bench, kv, layer, written)
             changed = 0
             for index in range(LAYERS):
-                slots = rest if index == layer else every
-                before = (filling[slots], reverse[slots])
+                slots, before = (rest, untouched) if index == layer else (every, (filling, reverse))
                 for now, old in zip(stored(bench, kv, index, slots), before, strict=True):
-                    changed += int(now.numel() - (now == old).sum())
+                    changed += int(torch.count_nonzero(now != old))
             return {"k": canonical(k), "v": canonical(v), "changed elsewhere": torch.tensor([changed])}
 
         return Prepared(

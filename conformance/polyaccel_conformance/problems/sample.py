@@ -155,14 +155,15 @@ class SampleProblem(Problem):
             state.write(int(self.slots[index]), self.requests[index].row)
         steps = len(self.requests[0].forced) if self.requests else 0
         prepared = Prepared(arguments={}, collect=lambda result, _: {}, static=self._static())
+        inputs = self._input(order)
+        call = bench.resolve(case.operator, prepared).call if steps else None
         for number in range(steps):
-            inputs = self._input(order)
             forced = np.zeros((len(order), case.dim("vocabulary")))
             forced[np.arange(len(order)), [self.requests[i].forced[number] for i in order]] = FORCED
-            resolved = bench.resolve(case.operator, prepared)
             step = bench.begin_step(inputs, DeviceState(sampling=state))
-            resolved.call(bench.upload(Operand.rounded(forced, case.dtype).torch()), state, step)
-        return state, self._input(order)
+            assert call is not None
+            call(bench.upload(Operand.rounded(forced, case.dtype).torch()), state, step)
+        return state, inputs
 
     def _input(self, order: Sequence[int]) -> StepInput:
         slots = self.slots[list(order)]
