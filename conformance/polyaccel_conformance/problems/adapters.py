@@ -179,6 +179,8 @@ class AdaptedProblem(Problem):
 
     def beside(self) -> Self:
         other = super().beside()
+        # It may have other rows.
+        vars(other).pop("inputs", None)
         other._lent = self._placed
         return other
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, cast
@@ -164,7 +165,8 @@ class LoraProblem(AdaptedProblem):
         self.rows = draw_rows(source, case, self.count, self.adapters)
         self.triples = triples_of(self.rows)
 
-    def step_input(self) -> StepInput:
+    @functools.cached_property
+    def inputs(self) -> StepInput:
         """The step; where the case says so, the other row set has adapters too, for other rows."""
         others = None
         if self.case.structure["others"]:
@@ -183,7 +185,7 @@ class LoraProblem(AdaptedProblem):
     def begin(self, bench: Bench, arguments: Mapping[str, object]) -> Prepared:
         """What all three operators share; ``arguments`` beside weight, step and row set."""
         weight, store = self.stored(bench)
-        inputs, state = self.step_input(), DeviceState(adapters=store)
+        inputs, state = self.inputs, DeviceState(adapters=store)
         decode = bool(self.case.structure["decode"])
         return Prepared(
             arguments={

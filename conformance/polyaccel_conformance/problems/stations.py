@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -124,7 +125,8 @@ class StationProblem(AdaptedProblem):
 
     # -- placing -----------------------------------------------------------------------------------------------------
 
-    def step_input(self, bench: Bench) -> StepInput:
+    @functools.cached_property
+    def inputs(self) -> StepInput:
         """The step; where the case says so, the other row set has adapters too, for other rows."""
         others = None
         if self.case.structure["others"]:
@@ -147,7 +149,7 @@ class StationProblem(AdaptedProblem):
     ) -> Prepared:
         """For stations whose result is ``y``."""
         weight, store = self.stored(bench)
-        inputs, state = self.step_input(bench), DeviceState(adapters=store)
+        inputs, state = self.inputs, DeviceState(adapters=store)
         return Prepared(
             arguments={"weight": weight, "step": bench.begin_step(inputs, state), **arguments},
             collect=lambda result, _: {"y": tensor_of(result)},

@@ -89,7 +89,7 @@ class QkvRopeCacheProblem(StationProblem):
 
     # -- placing -----------------------------------------------------------------------------------------------------
 
-    def step_input(self, bench: Bench) -> StepInput:
+    def step_input(self, paging: Paging) -> StepInput:
         decode = bool(self.case.structure["decode"])
         triples = {"tokens": self.rows} if len(self.rows) else {}
         if self.case.structure["others"]:
@@ -100,7 +100,7 @@ class QkvRopeCacheProblem(StationProblem):
             self.source,
             self.queries,
             contexts=self.contexts,
-            paging=self._paging(bench),
+            paging=paging,
             positions=self.positions,
             unstored=self.unstored.tolist(),
             adapters=triples,  # type: ignore[arg-type]
@@ -113,7 +113,8 @@ class QkvRopeCacheProblem(StationProblem):
 
     def prepare(self, bench: Bench) -> Prepared:
         case, head_dim = self.case, self.case.dim("head_dim")
-        inputs, paging = self.step_input(bench), self._paging(bench)
+        paging = self._paging(bench)
+        inputs = self.step_input(paging)
         weight, store = self.stored(bench)
         kv = bench.backend.allocate_kv(kv_spec(case, paging, LAYERS), bench.device)
         written = inputs.kv_slots[self.kept]
