@@ -15,6 +15,7 @@ from polyaccel_conformance.errors import UsageError
 Kind = Literal["backend", "table"]
 
 ALL = "*"
+BATCH_INVARIANT = "batch_invariant"
 SIMULATED = "simulated"
 """The backend that comes with the suite and has no entry point."""
 
@@ -34,6 +35,7 @@ class Subject:
         mutant: name of the planted bug to apply to it, empty for none.
         native: operators that are left to it beside the mandatory ones, with commas between; :data:`ALL` for all. The
             others run as composites.
+        promise: ``batch_invariant`` to have it promise that, empty for what it promises by itself.
     """
 
     kind: Kind = "backend"
@@ -42,6 +44,7 @@ class Subject:
     device: str = "cpu"
     mutant: str = ""
     native: str = ALL
+    promise: str = ""
 
     def open(self) -> Backend:
         """A new instance.
@@ -49,6 +52,7 @@ class Subject:
         Raises:
             UsageError: the file or attribute is not there, or is no table.
             BackendUnavailable: the backend cannot be used here, with the reason.
+            ConfigurationError: it cannot make the promise.
         """
         backend = self._named() if self.kind == "backend" else self._table()
         if self.mutant:
@@ -57,6 +61,8 @@ class Subject:
             backend = apply_mutant(self.mutant, backend)
         if self.native != ALL:
             limit(backend, tuple(filter(None, self.native.split(","))))
+        if self.promise == BATCH_INVARIANT:
+            backend.require_batch_invariance()
         return backend
 
     @property
@@ -97,7 +103,8 @@ class Subject:
 
     def to_json(self) -> dict[str, str]:
         found: dict[str, str] = {name: getattr(self, name) for name in ("kind", "name", "path", "device", "mutant")}
-        return found if self.native == ALL else {**found, "native": self.native}
+        further = {"native": (self.native, ALL), "promise": (self.promise, "")}
+        return found | {name: value for name, (value, usual) in further.items() if value != usual}
 
     @classmethod
     def from_json(cls, value: Mapping[str, str]) -> Subject:
@@ -109,6 +116,7 @@ class Subject:
             kind="backend" if kind == "backend" else "table",
             **{name: value[name] for name in ("name", "path", "device", "mutant")},
             native=value.get("native", ALL),
+            promise=value.get("promise", ""),
         )
 
 

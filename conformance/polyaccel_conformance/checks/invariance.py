@@ -66,8 +66,9 @@ class RunToRun(Check):
 class Batch(Check):
     """A row alone gives the same bits as in its batch.
 
-    A failure only where the contract promises it (the row's result then depends on nothing but that row); elsewhere it
-    is measured and noted. Operators whose rows meet in a step bring the lone row themselves (``Problem.alone``).
+    A failure only where the contract promises it (the row's result then depends on nothing but that row), or where the
+    backend has (``batch_invariant``); elsewhere it is measured and noted. Operators whose rows meet in a step bring the
+    lone row themselves (``Problem.alone``).
     """
 
     name = "invariance.batch"
@@ -84,7 +85,7 @@ class Batch(Check):
 
     def run(self, trial: Trial) -> Failure | None:
         differing = self._differing(trial)
-        if not differing or not promised_by_row(trial.problem):
+        if not differing or not self._promised(trial):
             return None
         return Failure(
             check=self.name,
@@ -94,9 +95,12 @@ class Batch(Check):
         )
 
     def notes(self, trial: Trial) -> Sequence[str]:
-        if promised_by_row(trial.problem):
+        if self._promised(trial):
             return ()
         return ("batch: not invariant",) if self._differing(trial) else ("batch: invariant",)
+
+    def _promised(self, trial: Trial) -> bool:
+        return promised_by_row(trial.problem) or trial.bench.backend.batch_invariant
 
     def _differing(self, trial: Trial) -> list[str]:
         together = trial.ask()

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from polyaccel_conformance.errors import UsageError
-from polyaccel_conformance.subject import Subject
+from polyaccel_conformance.subject import BATCH_INVARIANT, Subject
 
 
 def add_subject_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -18,6 +18,9 @@ def add_subject_options(parser: argparse.ArgumentParser, *, required: bool = Tru
         help="a mapping of operators to callables, a Backend, or a function that returns one; needs no distribution",
     )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device of a table (default: cpu)")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="have the backend promise it, and hold it to that"
+    )
     parser.add_argument("--mutant", default="", help=argparse.SUPPRESS)
 
 
@@ -25,12 +28,15 @@ def subject_of(options: argparse.Namespace) -> Subject | None:
     """What the options name, None if they name nothing.
 
     Raises:
-        UsageError: ``--table`` is not of the form FILE.py:NAME.
+        UsageError: ``--table`` is not of the form FILE.py:NAME, or is to promise something.
     """
     if options.backend is not None:
-        return Subject(kind="backend", name=options.backend, mutant=options.mutant)
+        promise = BATCH_INVARIANT if options.batch_invariant else ""
+        return Subject(kind="backend", name=options.backend, mutant=options.mutant, promise=promise)
     if options.table is None:
         return None
+    if options.batch_invariant:
+        raise UsageError("--batch-invariant is a backend's promise; a table has none to make")
     path, colon, name = options.table.rpartition(":")
     if not colon or not path or not name:
         raise UsageError(f"--table {options.table!r} is not of the form FILE.py:NAME")

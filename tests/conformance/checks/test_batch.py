@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from polyaccel.backend import Backend, Entry, TableBackend, load
+from polyaccel.backend.errors import ConfigurationError
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.checks.invariance import ROW_BY_ROW
 from polyaccel_conformance.checks.registry import CHECKS
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
+from polyaccel_conformance.subject import BATCH_INVARIANT, Subject
 from polyaccel_conformance.trial import Trial
 from tests.backends.folded.backend import FoldedBackend
 from tests.conformance.drawn import problems
@@ -89,3 +91,26 @@ def test_what_is_not_promised_is_noted() -> None:
     trial = Trial(bench, problem)
     assert CHECK.run(trial) is None
     assert CHECK.notes(trial) == ("batch: not invariant",)
+
+
+def test_a_backend_that_promises_it_is_held_to_it_on_any_data() -> None:
+    class Growing(Bench):
+        def resolve(self, name: str, prepared: Any) -> Any:
+            resolved = super().resolve(name, prepared)
+            return replace(resolved, call=growing(resolved.call, len)) if name == "linear" else resolved
+
+    found = {False: 0, True: 0}
+    for promised in found:
+        backend = TableBackend("cpu", {})
+        backend.batch_invariant = promised
+        for problem in drawn("linear", 8, data=("normal",)):
+            found[promised] += CHECK.run(Trial(Growing(backend), problem)) is not None
+    assert not found[False]
+    assert found[True]
+
+
+def test_a_backend_that_cannot_promise_it_is_not_opened_with_it() -> None:
+    subject = Subject(name="cpu", promise=BATCH_INVARIANT)
+    assert Subject.from_json(subject.to_json()) == subject
+    with pytest.raises(ConfigurationError, match="cannot promise"):
+        subject.open()
