@@ -107,7 +107,9 @@ def test_few_rows_and_many_have_the_same_bits(dtype: torch.dtype, k: int) -> Non
     matrix, bias = torch.randn(n, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
     whole = product(x, matrix, bias)
     wide = torch.nn.functional.linear(x.double(), matrix.double(), bias.double())
-    assert (whole.double() - wide).abs().max() <= 4 * torch.finfo(dtype).eps * k**0.5 * 4
+    # One rounding of the result, and those of sums of k terms in float32.
+    room = 2 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps * k**0.5
+    assert (whole.double() - wide).abs().max() <= room * wide.abs().max()
     for rows in (1, 2, 16, 17, 33, 64, 65, 128, 129, 300):
         for begin in (0, 350):
             part = product(x[begin : begin + rows], matrix, bias)
