@@ -44,7 +44,7 @@ class Mutant:
 
 
 LAUNCH = '        return self._launcher.launch(f"cuda.{kernel}", operands, fn, *args, **kwargs)\n'
-MULTIPLY = '        operands = {"x": x, "weight": matrix}\n        if x.shape[0] <= MOST_ROWS'
+MULTIPLY = '        operands = {"x": x, "weight": matrix}\n        if self.batch_invariant:'
 WHERE = "            where = b + (low + ranks)[:, None] * n + columns[None, :]\n"
 WAITS = "test_an_early_launch_waits_before_it_touches_memory_and_an_ordinary_one_does_not_wait"
 ALL = (
