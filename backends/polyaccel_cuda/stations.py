@@ -58,8 +58,7 @@ class CudaStations(Issuer):
         if widths[1:] != [heads[1] * head_dim] * 2 or cache.spec.head_dim != head_dim or cache.spec.dtype != x.dtype:
             raise OperatorError("qkv_rope_cache", f"slices {widths} and heads of {head_dim} do not fit {cache.spec}")
         y, h, units = self._product("qkv_rope_cache", x, own, issued, "tokens")
-        apart = self.batch_invariant or (tiling.QKV_EXPANDS_APART and units is not None and units.largest > 0)
-        if apart:
+        if self.batch_invariant or (tiling.QKV_EXPANDS_APART and units is not None and units.largest):
             y, h, units = self._landed((y, h, units), own), None, None
         stored, slots, positions = cache.layer(layer), issued.tensor("kv_slots"), issued.tensor("positions")
         operands = {"x": y, "q_norm": q_norm, "k_norm": k_norm, "rope": table.cos, "kv": stored[0], "step": slots}
