@@ -20,7 +20,7 @@ from polyaccel_cuda.kernels.delta import (
     tile_rows,
     two_streamed,
 )
-from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
 from polyaccel_cuda.kernels.rows import Units, pointers
 
@@ -116,11 +116,11 @@ def lone_silu_and_mul_kernel(
     BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
     right, both = n + columns, 2 * n
     there, row, low, left, high, weight, begin, end_more = lone_unit(
-        count, members, first, place, rank, mix, more, ROWS, SOLE
+        tl.program_id(1), count, members, first, place, rank, mix, more, ROWS, SOLE
     )
     if SOLE:
         b1 = some_of_b(0, low, high, b, both, columns, inside & there, BLOCK_R)
@@ -232,7 +232,7 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
     if h is None or units is None:
         block = min(1024, max(128, triton.next_power_of_2(n)))
         silu_and_mul_kernel[(tokens, triton.cdiv(n, block))](
-            x, out, x.stride(0), n, BLOCK=block, num_warps=4, **early(tokens == 1)
+            x, out, x.stride(0), n, BLOCK=block, num_warps=4, **early(lets_at_once(tokens))
         )
         return out
     if units.largest:
@@ -241,12 +241,13 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
     sole = tokens == 1
     split = sole or units.split
     operands = (x, out, x.stride(0), n, *pointers(h, units))
-    forms: dict[str, int | bool] = {"ROWS": units.rows, "BLOCK_R": RANK_BLOCK, **early(split)}
+    forms: dict[str, int | bool] = {"ROWS": units.rows, "BLOCK_R": RANK_BLOCK, **early(split or lets_at_once(tokens))}
     if split:
         # Before the others: it may begin while the product before ends.
         most, warps = SOLE if sole else LONE
         block = min(most, max(16, triton.next_power_of_2(n)))
-        lone_silu_and_mul_kernel[(units.most, triton.cdiv(n, block))](
+        # A row's programs one after the other: they read the same rows of B.
+        lone_silu_and_mul_kernel[(triton.cdiv(n, block), units.most)](
             *operands, SOLE=sole, BLOCK=block, num_warps=warps, **forms
         )
     if not sole:

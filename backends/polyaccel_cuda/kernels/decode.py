@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 from polyaccel_cuda.kernels.softmax import attend_tile
 
 # Enough programs that every multiprocessor of a large chip has several.
@@ -182,7 +182,7 @@ def decode(
         BLOCK_D=block_d,
         num_warps=4,
         num_stages=2 if wide else 3,
-        **early(sequences == 1),
+        **early(lets_at_once(sequences)),
     )
     if not direct:
         combine_kernel[(sequences * heads,)](
@@ -196,6 +196,6 @@ def decode(
             SPLITS=triton.next_power_of_2(splits),
             BLOCK_D=block_d,
             num_warps=4,
-            **early(sequences == 1),
+            **early(lets_at_once(sequences)),
         )
     return out

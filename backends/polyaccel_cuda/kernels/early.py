@@ -4,9 +4,8 @@ A kernel launched so may start when every program of its predecessor has let it,
 :func:`follow`, which waits for the predecessor's end. The predecessor did the same, so everything before has ended too
 and is seen: what is saved is the time to start programs, never an order of reads and writes.
 
-Whether a kernel lets its successor start at once is measured: a waiting program occupies a place. Products always do.
-The short kernels between them do for one row, where they are few programs; with more rows they do not, 6.79 ms a step
-instead of 7.03 at batch 32 (Mistral-7B shape, H100; without early launches 6.92).
+Whether a kernel lets its successor start at once is measured: a waiting program occupies a place. Products always do;
+the short kernels between them for some numbers of rows, see :func:`lets_at_once`.
 """
 
 from __future__ import annotations
@@ -37,6 +36,15 @@ def early_launches(can: bool = True) -> Iterator[None]:
         yield
     finally:
         _EARLY.reset(token)
+
+
+def lets_at_once(rows: int) -> bool:
+    """Whether a short kernel of a step of so many rows lets its successor start at once.
+
+    With one row it is few programs. With up to 32 its successor's waiting ones cost more than they save, 7.03 ms a step
+    instead of 6.79; with 64 they do not, 8.25 and 8.30 (Mistral-7B shape, H100).
+    """
+    return rows == 1 or rows > 32
 
 
 def early(lets: bool = True) -> dict[str, int | bool]:

@@ -20,13 +20,13 @@ from polyaccel_cuda.kernels.delta import (
     streamed,
     tile_rows,
 )
-from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
 from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
 
 BLOCK, WARPS = 64, 4
 # For rows alone in their unit. Measured, see docs/cuda.md.
-LONE = (64, 1)
+LONE = (512, 4)
 # For a row that is the only one.
 SOLE = (64, 1)
 # That one launch of tiles serves.
@@ -119,7 +119,7 @@ def lone_expand_kernel(
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
     there, row, low, left, high, weight, begin, end_more = lone_unit(
-        count, members, first, place, rank, mix, more, ROWS, SOLE
+        tl.program_id(0), count, members, first, place, rank, mix, more, ROWS, SOLE
     )
     if SOLE:
         br = some_of_b(0, low, high, b, n, columns, inside & there, BLOCK_R)
@@ -289,7 +289,7 @@ def expand(
             "HAS_RESIDUAL": residual is not None,
             "ROWS": units.rows,
             "BLOCK_R": RANK_BLOCK,
-            **early(split),
+            **early(split or lets_at_once(tokens)),
         }
         if split:
             most, warps = SOLE if sole else LONE

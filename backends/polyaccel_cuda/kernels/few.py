@@ -96,18 +96,19 @@ class Form(NamedTuple):
 def _form(rows: int, total: int, k: int, dtype: torch.dtype) -> Form:
     """Measured on an H100 in whole steps, with graphs in turns, base and with 32 adapters of their own.
 
-    Up to 32 rows wide programs with deep pipelines, with 64 narrow ones where there are few columns: docs/cuda.md.
+    Wide programs with deep pipelines; where there are few columns, narrow ones: docs/cuda.md.
     """
+    many = rows > 32
     if dtype == torch.float32:
         return Form(columns=32, stages=2, turned=False)
-    if rows > 32:
-        return Form(64, 4, turned=False) if total >= 6144 else Form(16, 4, turned=False)
     if total >= 16384:
         return Form(128, 3, turned=True)
     if total >= 8192:
-        return Form(64, 6, turned=True, block=64)
+        return Form(32, 3, turned=False) if many else Form(64, 6, turned=True, block=64)
     if total >= 6144:
-        return Form(64, 4, turned=True)
+        return Form(64, 5 if many else 4, turned=True)
+    if many:
+        return Form(32, 6, turned=False)
     return Form(64, 8 if k >= 8192 else 6, turned=True)
 
 

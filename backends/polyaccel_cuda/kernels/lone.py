@@ -11,14 +11,14 @@ import triton.language as tl
 
 
 @triton.jit
-def lone_unit(count, members, first, place, rank, mix, more, ROWS: tl.constexpr, SOLE: tl.constexpr):
-    """Whether there is a unit for this program; its row, :func:`lone_segment`, and where its other segments begin and
+def lone_unit(at, count, members, first, place, rank, mix, more, ROWS: tl.constexpr, SOLE: tl.constexpr):
+    """Whether there is an ``at``-th such unit; its row, :func:`lone_segment`, and where its other segments begin and
     end. See :class:`rows.Units`. ``SOLE``: the step has one row, so that nothing has to be read to know which."""
     if SOLE:
-        unit, there, row = 0, True, tl.program_id(0).to(tl.int64) * 0
+        unit, there, row = 0, True, at.to(tl.int64) * 0
     else:
         several, live = tl.load(count + 1), tl.load(count)
-        unit = several + tl.program_id(0)
+        unit = several + at
         there = unit < live
         unit = tl.minimum(unit, live - 1)
         row = tl.load(members + unit * ROWS).to(tl.int64)

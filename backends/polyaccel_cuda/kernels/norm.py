@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 
 # Rows up to this width stay in registers between the two passes.
 ONE_PASS = 16384
@@ -100,7 +100,7 @@ def rms_norm(
             ONE=n <= block,
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
-            **early(rows.shape[0] * rows.shape[1] == 1),
+            **early(lets_at_once(rows.shape[0])),
         )
     return out, None if residual is None else total
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 from polyaccel_cuda.kernels.flags import LINE_BYTES, PATIENCE, await_flags, raise_flags
 
 MOST_ROWS = 128
@@ -143,6 +143,6 @@ def reduce_add_norm(
         PATIENCE=PATIENCE,
         WARPS=warps,
         num_warps=warps,
-        **early(tokens == 1),
+        **early(lets_at_once(tokens)),
     )
     return normed, total

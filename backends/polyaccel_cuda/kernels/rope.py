@@ -17,7 +17,7 @@ from polyaccel_cuda.kernels.delta import (
     segment,
     served,
 )
-from polyaccel_cuda.kernels.early import early, follow
+from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
 from polyaccel_cuda.kernels.rows import SPLIT_ROPE_ROWS, Pointers, Units, pointers
 
@@ -328,7 +328,7 @@ def lone_rope_cache_kernel(
     rest = 2 * half + tl.arange(0, BLOCK_REST)
     over = rest < head_dim
     there, row, low, left, high, weight, begin, end_more = lone_unit(
-        count, members, first, place, rank, mix, more, ROWS, SOLE
+        tl.program_id(0), count, members, first, place, rank, mix, more, ROWS, SOLE
     )
     br = some_of_b(0, low, high, b, n, base + columns, pairs & there, BLOCK_R)
     if HAS_REST:
@@ -415,7 +415,7 @@ def rope_cache(
         "K_NORM": k_norm is not None,
         "HAS_REST": head_dim > 2 * half,
         "BLOCK_R": RANK_BLOCK,
-        **early(sole or split),
+        **early(split or lets_at_once(tokens)),
     }
 
     def blocks(least: int) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """Runs of mutants of the CUDA backend: each in fresh processes, until what must find it has found it.
 
-``python -m tests.cuda_devices.mutants.hunt [NAME ...]`` prints a line a mutant; without names of all that this machine
-has the GPUs for.
+``python -m tests.cuda_devices.mutants.hunt [NAME ...]`` prints a line a mutant; without names of all that can be asked
+here: some need GPUs, others Triton's interpreter (``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -24,7 +25,9 @@ GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def lacks(killer: Killer) -> str:
-    """Why this machine cannot ask."""
+    """Why this run cannot ask."""
+    if isinstance(killer, ByTest) and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs Triton's interpreter: set TRITON_INTERPRET=1"
     needed = killer.gpus if isinstance(killer, OnGpu) else 0
     return f"needs {needed} GPUs, this machine has {GPUS}" if needed > GPUS else ""
 
