@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_cuda_engine import OPTIONS, VOCABULARY, decode, write_adapter, write_checkpoint
+from bench_cuda_engine import OPTIONS, decode
 from common import save
+from random_checkpoint import VOCABULARY, write_adapter, write_checkpoint
 
 import polyaccel
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cuda_engine import VOCABULARY, decode, write_adapter, write_checkpoint
+from bench_cuda_engine import decode
 from common import save
+from random_checkpoint import VOCABULARY, write_adapter, write_checkpoint
 
 import polyaccel
 

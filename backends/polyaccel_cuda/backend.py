@@ -125,7 +125,6 @@ class CudaBackend(Backend):
         """
         if self._attention != "triton":
             raise ConfigurationError(f"batch_invariant: how {self._attention} cuts a context depends on the batch")
-        logger.warning("batch_invariant: not yet shown for whole requests on a GPU; see docs/cuda.md")
         self.batch_invariant = True
 
     def operators(self) -> Mapping[str, Implementations]:

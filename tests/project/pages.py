@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 from itertools import groupby
 
@@ -15,7 +14,7 @@ from polyaccel.backend.version import format_version
 from polyaccel.engine.config import EngineConfig
 from polyaccel.engine.outputs import Completion, Timing
 from polyaccel.engine.sampling_params import SamplingParams
-from tests.project.source import ROOT, Module, backend_modules, modules, suite_modules
+from tests.project.source import Module, backend_modules, modules, suite_modules
 
 
 def module_list() -> str:
@@ -139,30 +138,3 @@ def _attributes(cls: type) -> dict[str, str]:
         elif line.strip():
             found[name] += f" {line.strip()}"
     return found
-
-
-def speed_tables() -> str:
-    """Tokens a second on the CPU, as the benchmarks wrote them."""
-    folder = ROOT / "benchmarks" / "results" / "amd-epyc-2c"
-    plain = json.loads((folder / "cpu_vs_transformers.json").read_text(encoding="utf-8"))["rows"]
-    adapted = json.loads((folder / "cpu_adapters.json").read_text(encoding="utf-8"))["rows"]
-    lines = [
-        "| batch | prompt | prefill, tokens/s | ratio | decode, tokens/s | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['batch']} | {row['prompt_tokens']} | {row['prefill_tokens_per_s']:.0f} | {row['prefill_ratio']:.2f} "
-        f"| {row['decode_tokens_per_s']:.1f} | {row['decode_ratio']:.2f} |"
-        for row in plain
-    ]
-    lines += [
-        "",
-        "| 8 requests, prompt | base, tokens/s | 8 adapters of rank 8 on all linear layers | ratio |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['prompt_tokens']} | {row['base_tokens_per_s']:.1f} "
-        f"| {row['adapters_tokens_per_s']:.1f} | {row['ratio']:.2f} |"
-        for row in adapted
-    ]
-    return "\n".join(lines) + "\n"

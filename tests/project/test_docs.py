@@ -19,8 +19,9 @@ from polyaccel_conformance.cli.main import COMMANDS as SUITE_COMMANDS
 from polyaccel_conformance.cli.main import build_parser as build_suite_parser
 from polyaccel_conformance.report.support import support
 from tests.certify.stages import LARGEST
+from tests.project.figures import engine_tables, invariance_table, peer_tables, speed_tables
 from tests.project.metadata import project
-from tests.project.pages import level_tables, module_list, operator_tables, parameter_tables, speed_tables
+from tests.project.pages import level_tables, module_list, operator_tables, parameter_tables
 from tests.project.source import ROOT, code_blocks, compare_with_stored
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,8 +42,12 @@ COMMANDS = [line for line in SHELL if line.startswith("polyaccel ")]
         ("levels.md", "levels", level_tables),
         ("parameters.md", "parameters", parameter_tables),
         ("../README.md", "speed", speed_tables),
+        ("../README.md", "GPU speed", peer_tables),
+        ("cuda.md", "decode", engine_tables),
+        ("cuda.md", "peers", peer_tables),
+        ("cuda.md", "cost", invariance_table),
     ],
-    ids=["architecture", "contract", "levels", "parameters", "speed"],
+    ids=["architecture", "contract", "levels", "parameters", "speed", "gpu-speed", "decode", "peers", "cost"],
 )
 def test_a_generated_list_agrees_with_the_code(page: str, subject: str, render: Callable[[], str]) -> None:
     path = ROOT / "docs" / page
