@@ -222,7 +222,9 @@ class CudaBackend(Backend):
 
         loader = self._loaders.get(device.index)
         if loader is None:
-            loader = self._loaders[device.index] = StepLoader(device, self.launcher, steady=self.batch_invariant)
+            loader = self._loaders[device.index] = StepLoader(
+                device, self.launcher, batch_invariant=self.batch_invariant
+            )
         step = loader.begin(inputs, state)
         if self._planner is not None:
             self._planner.begin(step, device, captured=any(graph.holds_memory for graph in self._graphs))

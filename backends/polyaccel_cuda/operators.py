@@ -21,7 +21,7 @@ from polyaccel.backend import (
 from polyaccel.backend.composite.linear import dequantize
 from polyaccel.backend.ledger import COPY_PREFIX
 from polyaccel_cuda import check, sampling
-from polyaccel_cuda.kernels import activation, decode, expand, gather, norm, prefill, rotary, shrink, steady, tiling
+from polyaccel_cuda.kernels import activation, decode, expand, gather, invariant, norm, prefill, rotary, shrink, tiling
 from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.kv_cache import BlockMajorKVCache
@@ -77,7 +77,7 @@ class Issuer:
         """``x @ matrix.T + bias`` for dense rows x."""
         operands = {"x": x, "weight": matrix}
         if self.batch_invariant:
-            return self.launch(kernel, operands, steady.product, x, matrix, bias)
+            return self.launch(kernel, operands, invariant.product, x, matrix, bias)
         if x.shape[0] <= MOST_ROWS and (x.dtype != torch.float32 or x.shape[0] == 1):
             return self.launch(kernel, operands, few_rows, x, matrix, matrix.shape[0], bias)
         return self.launch(kernel, operands, product, x, matrix, bias)
@@ -88,7 +88,7 @@ class Issuer:
         if step.segmented:
             matrix = weight.rank_matrix(weight.spec.rank_rows)
             operands = {"x": x, "weight": matrix}
-            share = tiling.STEADY_SHRINK if self.batch_invariant else tiling.SHRINK
+            share = tiling.INVARIANT_SHRINK if self.batch_invariant else tiling.SHRINK
             return self.launch("sgmv_shrink", operands, shrink.shrink, x, matrix, slices, step.rank_rows, units, share)
         if listed is None:
             return self.multiply("sgmv_shrink", x, weight.rank_matrix(step.rank_rows))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import linear
 
-from polyaccel_cuda.kernels.few import MOST_ROWS, few_rows
+from polyaccel_cuda.kernels import invariant
 
 VECTOR = 16
 """Bytes that cuBLAS's better kernels load at once."""
@@ -48,17 +48,9 @@ def product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = N
     if x.device.type != "cuda":
         return linear(x, matrix, bias)
     if bias is not None and rounds_before_bias(x, matrix):
-        return by_few(x, matrix, bias)
+        return invariant.product(x, matrix, bias)
     with full_precision():
         return linear(x, matrix, bias)
-
-
-def by_few(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same by the decode's kernel, which rounds once, some rows after the other."""
-    y = torch.empty((x.shape[0], matrix.shape[0]), dtype=x.dtype, device=x.device)
-    for rows, out in zip(torch.split(x, MOST_ROWS), torch.split(y, MOST_ROWS), strict=True):
-        few_rows(rows, matrix, matrix.shape[0], bias, out=out)
-    return y
 
 
 def rounds_before_bias(x: torch.Tensor, matrix: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from polyaccel.backend import Communicator
 from polyaccel_cuda import check
 from polyaccel_cuda.communicator import CudaCommunicator
-from polyaccel_cuda.kernels import steady
+from polyaccel_cuda.kernels import invariant
 from polyaccel_cuda.kernels.few import MOST_ROWS
 from polyaccel_cuda.kernels.rows import Units
 from polyaccel_cuda.operators import Issuer
@@ -59,7 +59,7 @@ def by_parts(
 
     def produce(begin: int, end: int) -> None:
         operands = {"x": x, "weight": matrix}
-        into = steady.product if issuer.batch_invariant else product_into
+        into = invariant.product if issuer.batch_invariant else product_into
         issuer.launch("linear", operands, into, x[begin:end], matrix, bias, y[begin:end, :columns])
 
     comm.sum_in_parts(y, starts, produce)

@@ -36,7 +36,7 @@ def sample(logits: torch.Tensor, state: SamplingState, step: CudaStep) -> Sample
         raise OperatorError.describe("sample", f"expected [{len(slots)}, {vocabulary}]", {"logits": logits})
     needs = state.needs(slots)
     searched = needs.ordering or needs.logprobs
-    if not FUSED or (searched and not step.steady and len(slots) * SEARCHED_COLUMNS < vocabulary):
+    if not FUSED or (searched and not step.batch_invariant and len(slots) * SEARCHED_COLUMNS < vocabulary):
         return sampling.sample(logits, state, step)
     ids = torch.empty((len(slots),), dtype=torch.int64, device=logits.device)
     if not len(slots):

@@ -18,7 +18,7 @@ from polyaccel_cuda.kernels.few import gathers
 from polyaccel_cuda.kernels.gather import Triples
 from polyaccel_cuda.kernels.prefill import QUERY_TILE
 from polyaccel_cuda.kernels.rows import Units, splits
-from polyaccel_cuda.units import ROW_SETS, STEADY_ROWS, UNIT_ROWS, RankRows, rows_of, triples_of, units_of
+from polyaccel_cuda.units import INVARIANT_ROWS, ROW_SETS, UNIT_ROWS, RankRows, rows_of, triples_of, units_of
 
 TABLES = ("count", "members", "first", "place", "rank", "mix", "more")
 _I32, _I64, _F32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
@@ -44,7 +44,7 @@ class CudaStep(Step):
         tiles: sequence and first query of each tile of queries, int32, for sequences that are prefilled.
         decodes: sequences from the first on that have one query each; ``covered``: every token belongs to a sequence.
         longest: the longest context that these tables can hold.
-        steady: no form of a sum may depend on what else is in the step (``batch_invariant``).
+        batch_invariant: no form of a sum may depend on what else is in the step.
         captured: a graph holds its calls.
     """
 
@@ -114,8 +114,8 @@ class CudaStep(Step):
         return self._host.longest
 
     @property
-    def steady(self) -> bool:
-        return self._host.steady
+    def batch_invariant(self) -> bool:
+        return self._host.batch_invariant
 
     def store(self) -> CudaAdapterStore | None:
         found = self.state.adapters
@@ -142,9 +142,9 @@ class CudaStep(Step):
                 b=store.b[site],
                 rows=self._host.unit,
                 most=most,
-                split=not eager and not self.steady and splits(most, self.rank_rows),
+                split=not eager and not self.batch_invariant and splits(most, self.rank_rows),
                 largest=max(1, int(arrays[f"{row_set}.rank"].max(initial=0))) if eager else 0,
-                steady=self.steady,
+                batch_invariant=self.batch_invariant,
                 mixed=not eager or int(arrays[f"{row_set}.more"][-1]) > most,
                 **{name: view(f"{row_set}.{name}", room[f"{row_set}.{name}"]) for name in TABLES},
             )
@@ -174,20 +174,20 @@ class _Host:
     decodes: int
     longest: int
     unit: int
-    steady: bool
+    batch_invariant: bool
 
 
 class StepLoader:
     """Places steps of one device: decode steps at addresses that stay, so that graphs can be replayed.
 
     Args:
-        steady: no form of a sum may depend on what else is in a step (``batch_invariant``). Then a decode's queries are
+        batch_invariant: no form of a sum may depend on what else is in a step. Then a decode's queries are
             tiles like a prefill's.
     """
 
-    def __init__(self, device: Device, launcher: Launcher, *, steady: bool = False) -> None:
-        self._device, self._launcher, self._steady = device, launcher, steady
-        self._unit_rows = STEADY_ROWS if steady else UNIT_ROWS
+    def __init__(self, device: Device, launcher: Launcher, *, batch_invariant: bool = False) -> None:
+        self._device, self._launcher, self._batch_invariant = device, launcher, batch_invariant
+        self._unit_rows = INVARIANT_ROWS if batch_invariant else UNIT_ROWS
         self._arenas: dict[TokenClass, Arena] = {}
 
     def begin(self, inputs: StepInput, state: DeviceState) -> CudaStep:
@@ -210,7 +210,7 @@ class StepLoader:
             for row_set in ROW_SETS:
                 tables = {**units_of(inputs, row_set, where, self._unit_rows), **triples_of(inputs, row_set)}
                 arrays |= {f"{row_set}.{name}": array for name, array in tables.items()}
-        decodes = 0 if self._steady else _decodes(inputs)
+        decodes = 0 if self._batch_invariant else _decodes(inputs)
         sequences, begins = _tiles(inputs.query_starts, decodes)
         arrays["tile_sequences"], arrays["tile_begins"] = sequences, begins
         size = 1 if state.kv is None else state.kv.spec.block_size
@@ -221,7 +221,7 @@ class StepLoader:
         arrays["tables"] = inputs.block_tables[used]
         longest = int(counts.max(initial=0)) * size
         unit = self._unit_rows[inputs.token_class]
-        return _Host(arrays, where.covered, where.last, where.segmented, decodes, longest, unit, self._steady)
+        return _Host(arrays, where.covered, where.last, where.segmented, decodes, longest, unit, self._batch_invariant)
 
     def _arena(self, inputs: StepInput, state: DeviceState, lengths: dict[str, int]) -> Arena:
         lengths["token_ids"] = inputs.tokens

@@ -17,7 +17,7 @@ ROW_SETS: tuple[RowSet, ...] = ("tokens", "logits")
 # Rows of a unit: as few as tensor cores take at decode, enough to share what is read at prefill.
 UNIT_ROWS = {TokenClass.DECODE: 16, TokenClass.MIXED: 64}
 # The same at decode and at prefill.
-STEADY_ROWS = dict.fromkeys(TokenClass, UNIT_ROWS[TokenClass.DECODE])
+INVARIANT_ROWS = dict.fromkeys(TokenClass, UNIT_ROWS[TokenClass.DECODE])
 
 
 def rows_of(inputs: StepInput, row_set: RowSet) -> int:

@@ -67,10 +67,10 @@ def test_an_operator_computes_what_the_oracle_says(operator: str, bench: Bench) 
     st.sampled_from([torch.float32, torch.float16]),
     st.integers(0, 2**20),
 )
-def test_a_steady_product_is_right_for_any_number_of_rows(
+def test_an_invariant_product_is_right_for_any_number_of_rows(
     rows: int, n: int, k: int, biased: bool, dtype: torch.dtype, seed: int
 ) -> None:
-    from polyaccel_cuda.kernels.steady import product
+    from polyaccel_cuda.kernels.invariant import product
 
     draw = torch.Generator().manual_seed(seed)
     x, matrix = torch.randn(rows, k + 3, generator=draw).to(dtype)[:, :k], torch.randn(n, k, generator=draw).to(dtype)

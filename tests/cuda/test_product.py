@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="run tox -e triton")
 
-from polyaccel_cuda.product import by_few, rounds_before_bias
+from polyaccel_cuda.kernels.invariant import product
+from polyaccel_cuda.product import rounds_before_bias
 
 
 @settings(max_examples=8, deadline=None)
@@ -19,7 +20,7 @@ from polyaccel_cuda.product import by_few, rounds_before_bias
     n=st.sampled_from([1, 17, 40]),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_a_product_by_few_rows_at_a_time_is_rounded_once_with_its_bias(rows: int, k: int, n: int, seed: int) -> None:
+def test_a_product_by_our_own_kernels_is_rounded_once_with_its_bias(rows: int, k: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, matrix = (torch.randn(*shape, generator=generator).half() for shape in ((rows, k), (n, k)))
     # Near minus the product, so that a rounding before the sum would show.
@@ -27,7 +28,7 @@ def test_a_product_by_few_rows_at_a_time_is_rounded_once_with_its_bias(rows: int
     exact = x.double() @ matrix.double().T + bias.double()
     magnitudes = x.double().abs() @ matrix.double().abs().T + bias.double().abs()
     bound = (k + 2) * 2.0**-24 * magnitudes + 2.0**-11 * exact.abs() + 2.0**-25
-    assert bool(((by_few(x, matrix, bias).double() - exact).abs() <= bound).all())
+    assert bool(((product(x, matrix, bias).double() - exact).abs() <= bound).all())
 
 
 def test_rows_that_begin_between_vectors_are_told_from_those_that_do_not() -> None:

@@ -99,7 +99,7 @@ def test_without_it_some_request_has_other_bits(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("k", [4096, 1416, 100])
 def test_few_rows_and_many_have_the_same_bits(dtype: torch.dtype, k: int) -> None:
-    from polyaccel_cuda.kernels.steady import product
+    from polyaccel_cuda.kernels.invariant import product
 
     torch.manual_seed(0)
     n = 6152

@@ -262,10 +262,10 @@ def expand(
         out = torch.empty((tokens, n), dtype=y.dtype, device=y.device)
     if not tokens:
         return out
-    if units.largest and not units.steady and slices <= TILED_SLICES:
+    if units.largest and not units.batch_invariant and slices <= TILED_SLICES:
         _tiled(y, h, starts, units, residual, out, tiling.EXPAND)
         return out
-    sole = tokens == 1 and not units.steady
+    sole = tokens == 1 and not units.batch_invariant
     split = sole or (units.split and units.most >= SPLIT_EXPAND_ROWS)
     for i in range(slices):
         width = starts[i + 1] - starts[i]

@@ -42,7 +42,7 @@ class Units:
         largest: the largest rank of any segment, at least 1, where the host knows it: of a prefill, which no graph
             holds; 0 where a graph may be replayed with others.
         mixed: whether a unit may have several segments.
-        steady: no form of a sum may depend on what else is in the step.
+        batch_invariant: no form of a sum may depend on what else is in the step.
     """
 
     b: torch.Tensor
@@ -58,7 +58,7 @@ class Units:
     more: torch.Tensor
     largest: int = 0
     mixed: bool = True
-    steady: bool = False
+    batch_invariant: bool = False
 
     def lanes(self, programs: int, split: bool = False) -> tuple[int, bool]:
         """Programs that share the units, where each unit takes ``programs``; and whether any takes several.

@@ -50,7 +50,7 @@ class Share(NamedTuple):
 ACTIVATION = Tile(rows=64, columns=64, warps=4)
 EXPAND = Tile(rows=64, columns=64, warps=4, woven=False)
 SHRINK = Share(rows=64, columns=64, k=128, warps=4, stages=3)
-STEADY_SHRINK = SHRINK._replace(most=1)
+INVARIANT_SHRINK = SHRINK._replace(most=1)
 """Of ``batch_invariant``: k is never split."""
 # Products of float32 use plain cores: the tiles must fit the registers.
 WIDE_COLUMNS = 32
