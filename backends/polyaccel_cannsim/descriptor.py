@@ -37,8 +37,8 @@ DTYPES: dict[int, torch.dtype] = {
 INT4 = 29
 _ITEM_SIZE = {code: dtype.itemsize for code, dtype in DTYPES.items()}
 _HEAD = struct.Struct("8q")
-_ROOM = 24
-"""Values that follow every descriptor of a tensor at least: sizes, strides and the storage's sizes of eight axes."""
+ROOM = 24
+"""Values that follow every descriptor at least: sizes, strides and the storage's sizes of eight axes, or a short list."""
 _CPU = torch.device("cpu")
 _VALUE = {0: "f", 1: "e", 2: "b", 3: "i", 4: "B", 6: "h", 7: "H", 8: "I", 9: "q", 10: "Q", 11: "d", 12: "?"}
 
@@ -180,12 +180,12 @@ class Decoder:
         """An ``aclTensor*``; None for a null pointer."""
         if not handle:
             return None
-        raw = ctypes.string_at(handle, _HEAD.size + 8 * _ROOM)
+        raw = ctypes.string_at(handle, _HEAD.size + 8 * ROOM)
         mark, n, dtype, offset, layout, storage_n, address, device = _HEAD.unpack_from(raw)
         if mark != _TENSOR:
             raise TypeError(f"expected an aclTensor, found mark {mark:#x}: the rule's signature is not torch_npu's")
         count = 2 * n + storage_n
-        if count > _ROOM:
+        if count > ROOM:
             raw = ctypes.string_at(handle, _HEAD.size + 8 * count)
         values = struct.unpack_from(f"{count}q", raw, _HEAD.size)
         return AclTensor(address, dtype, values[:n], values[n : 2 * n], offset, values[2 * n :], layout, device)

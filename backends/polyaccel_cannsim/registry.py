@@ -73,6 +73,8 @@ class Rule:
         library: ``opapi`` or ``hccl``.
         also: further names of the same function.
         wants_simulator: whether the function takes the keyword ``simulator``.
+        pure: whether the function's answer follows from its arguments alone, so that a call equal to one that it has
+            accepted need not be checked again.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Rule:
     until: CannVersion | None = None
     library: str = "opapi"
     wants_simulator: bool = False
+    pure: bool = False
     also: tuple[Rule, ...] = field(default=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

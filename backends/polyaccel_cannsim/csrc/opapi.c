@@ -8,8 +8,8 @@ enum { TENSOR = 0x7e501, TENSORS, INTS, BOOLS, FLOATS, SCALAR, SCALARS, EXECUTOR
 
 enum { ROOM = 24, INT4 = 29 };
 
-/* The sizes, the strides and the storage's sizes follow one another in the values. There are always at least ROOM of them, so
- * that Python reads a descriptor of up to eight axes at once. */
+/* The sizes, the strides and the storage's sizes follow one another in the values. There are always at least ROOM of them, zeros
+ * where nothing is said, so that Python reads a descriptor of up to eight axes, or a short list, at once. */
 typedef struct {
   int64_t mark, dimensions, dtype, offset, format, storage_dimensions;
   void *data;
@@ -73,7 +73,7 @@ EXPORT aclError aclGetViewShape(const tensor *t, int64_t **sizes, uint64_t *n) {
 }
 
 static array *make(int64_t mark, uint64_t count) {
-  array *a = calloc(1, sizeof *a + count * sizeof(int64_t));
+  array *a = calloc(1, sizeof *a + (count + ROOM) * sizeof(int64_t));
   if (a) { a->mark = mark; a->count = (int64_t)count; }
   return a;
 }

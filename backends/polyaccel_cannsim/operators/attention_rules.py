@@ -155,7 +155,7 @@ def _lengths(name: str, given: tuple[int, ...] | None, batch: int, limit: int) -
     if len(given) != 1 and len(given) < batch:
         raise invalid(f"{name} must have 1 or at least {batch} values, but has {len(given)}.")
     found = given * batch if len(given) == 1 else given[:batch]
-    if any(value < 0 or value > limit for value in found):
+    if found and (min(found) < 0 or max(found) > limit):
         raise invalid(f"{name} must lie in [0, {limit}], but is {list(found)}.")
     return found
 

@@ -104,6 +104,7 @@ def _all_reduce(
     serves="npu_mm_all_reduce_base",
     document=ALL_REDUCE,
     since="8.0.RC2",
+    collective=True,
 )
 def matmul_all_reduce(
     environment: Environment,
@@ -128,6 +129,7 @@ def matmul_all_reduce(
     serves="npu_mm_all_reduce_base with x3",
     document=ALL_REDUCE_V2,
     since="8.0.RC2",
+    collective=True,
 )
 def matmul_all_reduce_v2(
     environment: Environment,
@@ -180,6 +182,7 @@ def _refuse_bias(bias: Tensor | None) -> None:
     serves="npu_mm_reduce_scatter_base",
     document=REDUCE_SCATTER,
     since="8.0.RC2",
+    collective=True,
 )
 def matmul_reduce_scatter(
     environment: Environment,
@@ -219,6 +222,7 @@ def matmul_reduce_scatter(
     serves="npu_all_gather_base_mm",
     document=ALL_GATHER,
     since="8.0.RC2",
+    collective=True,
 )
 def all_gather_matmul(
     environment: Environment,

@@ -66,6 +66,7 @@ def _dequantised(scale: Tensor) -> torch.Tensor:
     serves="npu_mm_all_reduce_base (A16W8)",
     document=WEIGHT,
     since="8.0.RC2",
+    collective=True,
 )
 def weight_quant_matmul_all_reduce(
     environment: Environment,
@@ -187,6 +188,7 @@ def _quant(
     serves="npu_mm_all_reduce_base (A8W8)",
     document=QUANT,
     since="8.0.RC2",
+    collective=True,
 )
 def quant_matmul_all_reduce(
     environment: Environment,
@@ -213,6 +215,7 @@ def quant_matmul_all_reduce(
     serves="npu_mm_all_reduce_base (A8W8 with pertoken_scale)",
     document=QUANT_V2,
     since="8.0.RC3",
+    collective=True,
 )
 def quant_matmul_all_reduce_v2(
     environment: Environment,

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import RuleError
 from ..registry import MAX_WORKSPACE, Compute, Launch, Rule, parse
 from ..soc import CannVersion
-from .environment import Environment
+from .environment import Communicator, Environment
 
 if TYPE_CHECKING:
     from ..simulator import Simulator
@@ -30,6 +31,7 @@ class Operator:
     signature and constraints are published. `since` is the first CANN version that exports it: from the document, from
     op-plugin's version checks, or, where both are silent, an estimate from the snapshots that have its page.
     `max_workspace`: `<name>GetMaxWorkspaceSize` is exported as well, which graphs ask before they are captured.
+    `collective`: the rule asks for communicators, and so may answer equal calls differently; others cannot reach them.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Operator:
     document: str
     since: str = OLDEST
     max_workspace: bool = False
+    collective: bool = False
 
     def __call__(self, environment: Environment, *arguments: Any) -> Compute | Launch:
         """Check the call; return what computes it."""
@@ -47,22 +50,42 @@ class Operator:
     def rules(self, environment_of: Callable[[Simulator], Environment]) -> tuple[Rule, ...]:
         """The row for the simulator's registry."""
 
-        def first_stage(*arguments: Any, simulator: Simulator) -> Compute | Launch:
+        def with_communicators(*arguments: Any, simulator: Simulator) -> Compute | Launch:
             return self.check(environment_of(simulator), *arguments)
+
+        def alone(*arguments: Any, simulator: Simulator) -> Compute | Launch:
+            return self.check(Environment(simulator.settings.soc.chip.value, _NoCommunicators()), *arguments)
 
         words = parse(self.name, self.signature)
         names = (self.name, f"{self.name}{MAX_WORKSPACE}") if self.max_workspace else (self.name,)
-        since = CannVersion(self.since)
-        return tuple(Rule(name, words, first_stage, self.document, since, wants_simulator=True) for name in names)
+        since, function = CannVersion(self.since), with_communicators if self.collective else alone
+        return tuple(
+            Rule(name, words, function, self.document, since, wants_simulator=True, pure=not self.collective)
+            for name in names
+        )
+
+
+class _NoCommunicators:
+    """For rules that are pure: an accepted call is not checked again, whatever its communicator has become."""
+
+    def find(self, name: str) -> Communicator | None:
+        raise RuleError(f"the operator asks for communicator {name!r}, but is not declared collective")
 
 
 def aclnn(
-    name: str, signature: str, *, serves: str, document: str, since: str = OLDEST, max_workspace: bool = False
+    name: str,
+    signature: str,
+    *,
+    serves: str,
+    document: str,
+    since: str = OLDEST,
+    max_workspace: bool = False,
+    collective: bool = False,
 ) -> Callable[[Check], Operator]:
     """Make an Operator of a first stage. Raises RuleError where the signature does not parse."""
     parse(name, signature)
 
     def make(check: Check) -> Operator:
-        return Operator(name, signature, check, serves, document, since, max_workspace)
+        return Operator(name, signature, check, serves, document, since, max_workspace, collective)
 
     return make
