@@ -38,7 +38,7 @@ INT4 = 29
 _ITEM_SIZE = {code: dtype.itemsize for code, dtype in DTYPES.items()}
 _HEAD = struct.Struct("8q")
 ROOM = 24
-"""Values that follow every descriptor at least: sizes, strides and the storage's sizes of eight axes, or a short list."""
+"""Values that every descriptor has room for: sizes, strides and the storage's sizes of eight axes, or a short list."""
 _CPU = torch.device("cpu")
 _VALUE = {0: "f", 1: "e", 2: "b", 3: "i", 4: "B", 6: "h", 7: "H", 8: "I", 9: "q", 10: "Q", 11: "d", 12: "?"}
 

@@ -26,7 +26,8 @@ class NpuEvent(Event):
         with npu.device(device):
             self._stream = npu.current_stream()
             self._event = npu.Event()
-            self._event.record(self._stream)
+            # torch_npu tells a failure of the queue to whoever adds to it next, and this adds to it.
+            waited(issuer, lambda: self._event.record(self._stream))
 
     def query(self) -> bool:
         return bool(waited(self._issuer, self._event.query))

@@ -53,6 +53,9 @@ void *python_unlock(void);
 void python_lock(void *state);
 void python_adopt_thread(void);
 
+/* waits.c */
+void note_launcher(void);
+
 /* stream.c */
 typedef struct stream stream;
 typedef struct event event;
@@ -86,6 +89,7 @@ aclError append(stream *s, item *one, int64_t *graph_id);
 void append_locked(stream *s, item *one);
 item *new_item(enum kind kind);
 aclError drain_device(int device);
+void fail_streams(const char *text);
 int64_t stream_graph_id(stream *s);
 graph **stream_graph(stream *s);
 int capturing_on(int device);

@@ -259,6 +259,7 @@ EXPORT aclError cannsim_enqueue(void *handle, int64_t token) {
  * lowest bit. */
 EXPORT aclError cannsim_launch(void *workspace, uint64_t size, int64_t executor, void *handle) {
   (void)workspace; (void)size;
+  note_launcher();
   int64_t token = executor >> 1;
   aclError code = executor & 1 ? check(token, handle) : OK;
   return code ? code : cannsim_enqueue(handle, token);
@@ -322,6 +323,18 @@ aclError drain_device(int device) {
   unlock();
   python_lock(python);
   return code;
+}
+
+/* Nothing that was queued can be trusted any more: said on the error stream, and by every later wait. */
+void fail_streams(const char *text) {
+  fprintf(stderr, "%s\n", text);
+  lock();
+  for (stream *s = streams; s; s = s->next)
+    if (!s->fault) {
+      s->fault = SYNC_TIMEOUT;
+      s->fault_text = strdup(text);
+    }
+  unlock();
 }
 
 EXPORT aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout_ms) {

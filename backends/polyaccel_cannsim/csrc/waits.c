@@ -1,20 +1,63 @@
 /* torch_npu waits for its own queue with Python's lock held (it lets go only after legacy operators ran). The real CANN
  * needs no Python on the queue's thread; the simulated one does, so the wait must let go here. Its call of eventfd_read is
- * led through a function that does. */
+ * led through a function that does.
+ *
+ * The queue's thread ends at the first failure. A call that torch_npu adds in that very moment, having seen no failure yet,
+ * stays in the queue, and each later wait for the queue, that of the process's end included, is for ever, on a card too.
+ * Here it is given up, with every stream failed. */
 #include "cannsim.h"
 
 #include <elf.h>
 #include <errno.h>
 #include <link.h>
+#include <poll.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+enum { PATIENCE_MS = 2000 };
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_key_t consumer;
+static atomic_int ended;
+
+static int is_consumer(void) {
+  char name[16] = "";
+  return !pthread_getname_np(pthread_self(), name, sizeof name) && !strcmp(name, "acl_thread");
+}
+
+static void count_end(void *unused) {
+  (void)unused;
+  atomic_fetch_add(&ended, 1);
+}
+static void make_key(void) { pthread_key_create(&consumer, count_end); }
+
+/* Called by every launch: the end of a queue's thread is to be known. */
+void note_launcher(void) {
+  pthread_once(&once, make_key);
+  if (!pthread_getspecific(consumer) && is_consumer()) pthread_setspecific(consumer, &consumer);
+}
+
+static int wait_for(int file) {
+  struct pollfd one = {.fd = file, .events = POLLIN};
+  for (int rc = 0; rc <= 0;) {
+    rc = poll(&one, 1, PATIENCE_MS);
+    if (rc < 0 && errno != EINTR) return -1;
+    if (rc || !atomic_load(&ended) || is_consumer()) continue;
+    fail_streams("EE1002: cannsim: torch_npu waits for a queue whose thread has ended after a failure, with a call left in "
+                 "it; on a card this wait is for ever");
+    errno = EPIPE;
+    return -1;
+  }
+  return 0;
+}
+
 static int read_unlocked(int file, eventfd_t *value) {
   void *python = python_unlock();
-  int rc = eventfd_read(file, value), saved = errno;
+  int rc = wait_for(file) ? -1 : eventfd_read(file, value), saved = errno;
   python_lock(python);
   errno = saved;
   return rc;
