@@ -3,14 +3,16 @@
     python benchmarks/bench_cannsim.py
 
 An operator's time is that of a batch of calls and the wait for them, divided by the calls: from Python through
-torch_npu, its task queue and the simulated CANN to the result in memory. ``cpu_us``: the processor time of all threads,
-which a busy machine does not lengthen as it does the wall's. Needs ``polyaccel[npu-sim]``, on one thread.
+torch_npu, its task queue and the simulated CANN to the result in memory. The calls of a batch are alike, as those of a
+loop are, and the simulator knows them again; where a row says "new", it does not. ``cpu_us``: the processor time of
+all threads, which a busy machine does not lengthen as it does the wall's. Needs ``polyaccel[npu-sim]``, on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -82,6 +84,16 @@ def operators() -> dict[str, Callable[[], object]]:
         "block_size": 128,
     }
     cache, rows = half(8, 128, 1, 32), half(8, 1, 32)
+    steps = itertools.count()
+
+    def next_step() -> object:
+        """Lengths that no call had before, so that nothing of an earlier call is of use."""
+        step = next(steps)
+        lengths = [40, *(33 + step // 8**place % 8 for place in range(7))]
+        return ops.npu_fused_infer_attention_score(
+            query, keys, values, **{**attention, "actual_seq_lengths_kv": lengths}
+        )
+
     return {
         "rms_norm": lambda: ops.npu_rms_norm(x, gamma, 1e-5),
         "matmul": lambda: torch.mm(x, weight.t()),
@@ -91,6 +103,7 @@ def operators() -> dict[str, Callable[[], object]]:
         "scatter_kv": lambda: ops.npu_scatter_pa_kv_cache(rows, rows, cache, cache, slots, cache_mode="Norm"),
         "grouped_matmul": lambda: ops.npu_grouped_matmul(segments, matrices, split_item=0, group_type=-1),
         "attention": lambda: ops.npu_fused_infer_attention_score(query, keys, values, **attention),
+        "attention, new lengths": next_step,
         "nan_to_num (aten)": lambda: torch.nan_to_num(x),
     }
 
@@ -138,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_options(parser)
     parser.set_defaults(threads=1)
-    parser.add_argument("--only", default="", help="operators, by commas")
+    parser.add_argument("--only", default="", help="operators, by semicolons")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     rows: list[dict[str, object]] = [] if options.only else [import_seconds(max(options.repeats, 5))]
@@ -151,7 +164,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     npu: Any = torch.npu  # type: ignore[attr-defined]
     for name, call in operators().items():
-        if not options.only or name in options.only.split(","):
+        if not options.only or name in options.only.split(";"):
             rows.append({"what": name, **timed(call, npu.synchronize, machine.ledger)})
     if not options.only:
         rows.append(model_step(machine))

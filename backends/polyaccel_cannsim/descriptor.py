@@ -39,6 +39,7 @@ _ITEM_SIZE = {code: dtype.itemsize for code, dtype in DTYPES.items()}
 _HEAD = struct.Struct("8q")
 ROOM = 24
 """Values that every descriptor has room for: sizes, strides and the storage's sizes of eight axes, or a short list."""
+_SMALL = ctypes.c_char * (_HEAD.size + 8 * ROOM)
 _CPU = torch.device("cpu")
 _VALUE = {0: "f", 1: "e", 2: "b", 3: "i", 4: "B", 6: "h", 7: "H", 8: "I", 9: "q", 10: "Q", 11: "d", 12: "?"}
 
@@ -180,7 +181,7 @@ class Decoder:
         """An ``aclTensor*``; None for a null pointer."""
         if not handle:
             return None
-        raw = ctypes.string_at(handle, _HEAD.size + 8 * ROOM)
+        raw = _SMALL.from_address(handle).raw
         mark, n, dtype, offset, layout, storage_n, address, device = _HEAD.unpack_from(raw)
         if mark != _TENSOR:
             raise TypeError(f"expected an aclTensor, found mark {mark:#x}: the rule's signature is not torch_npu's")

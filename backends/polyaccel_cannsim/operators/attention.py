@@ -45,6 +45,7 @@ _OPTIONAL = (
     *("actualSharedPrefixLen", "queryRope", "keyRope", "keyRopeAntiquantScale"),
 )
 """The arguments of FusedInfer from the eighth on, in C's order."""
+_TABLE = _OPTIONAL.index("blockTable")
 
 
 def _one_list(function: str, name: str, tensors: tuple[Tensor, ...] | None) -> Tensor:
@@ -100,11 +101,13 @@ def _fused(function: str, ropes: int, environment: Environment, arguments: tuple
     """aclnnFusedInferAttentionScoreV2 (`ropes` 0) and V3 (3 more tensors), arguments in C's order."""
     tensors, rest = arguments[: 24 + ropes], arguments[24 + ropes :]
     query, keys, values, shift, mask, actual, actual_keys = tensors[:7]
-    given = {name: one for name, one in zip(_OPTIONAL, tensors[7:], strict=False) if one is not None}
-    table = given.pop("blockTable", None)
-    if given.get("actualSharedPrefixLen") == ():
-        del given["actualSharedPrefixLen"]
-    refuse_given(function, pseShift=shift, **given)
+    table, optional = tensors[7 + _TABLE], tensors[7:]
+    if shift is not None or optional.count(None) + (table is not None) < len(optional):
+        given = {name: one for name, one in zip(_OPTIONAL, optional, strict=False) if one is not None}
+        given.pop("blockTable", None)
+        if given.get("actualSharedPrefixLen") == ():
+            del given["actualSharedPrefixLen"]
+        refuse_given(function, pseShift=shift, **given)
     heads, scale, before, after, layout, key_heads, sparse, precise, block_size, antiquant, want_lse, _, _, out, lse = (
         rest
     )

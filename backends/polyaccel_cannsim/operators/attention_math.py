@@ -62,14 +62,14 @@ def _cut(x: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
 def _blocks(problem: Problem, limit: int) -> list[list[int]]:
     """The blocks of each sequence, as many as its length needs."""
     assert problem.block_table is not None
-    rows = problem.block_table.view().tolist()
     size = problem.block_size
+    rows = problem.block_table.view().tolist()
     found = [row[: -(-length // size)] for row, length in zip(rows, problem.key_lengths, strict=True)]
-    for blocks in found:
-        if blocks and (min(blocks) < 0 or max(blocks) >= limit):
-            # FusedInfer, page attention: "block ids are not checked, the caller guarantees them": a card reads wild
-            # memory.
-            raise inner(f"blockTable names blocks {blocks}, but the cache has {limit}.")
+    named = [block for blocks in found for block in blocks]
+    if named and (min(named) < 0 or max(named) >= limit):
+        # FusedInfer, page attention: "block ids are not checked, the caller guarantees them": a card reads wild memory.
+        wild = next(blocks for blocks in found if blocks and (min(blocks) < 0 or max(blocks) >= limit))
+        raise inner(f"blockTable names blocks {wild}, but the cache has {limit}.")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -65,29 +66,37 @@ def type_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype))
 
 
-def is_contiguous(x: Tensor) -> bool:
-    """Whether `x` is laid out row by row without gaps (a stride along an axis of one does not matter)."""
+@functools.lru_cache(maxsize=4096)
+def _row_by_row(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
-    for size, stride in zip(reversed(x.shape), reversed(x.stride), strict=True):
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != expected:
             return False
         expected *= size
     return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _swapped(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    rows, columns = shape[-2:]
+    if (rows != 1 and strides[-2] != 1) or (columns != 1 and strides[-1] != rows):
+        return False
+    expected = rows * columns
+    for size, stride in zip(reversed(shape[:-2]), reversed(strides[:-2]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def is_contiguous(x: Tensor) -> bool:
+    """Whether `x` is laid out row by row without gaps (a stride along an axis of one does not matter)."""
+    return _row_by_row(x.shape, x.stride)
 
 
 def is_transposed(x: Tensor) -> bool:
     """Whether `x` is a contiguous tensor with its last two axes swapped, and nothing else."""
-    if len(x.shape) < 2 or is_contiguous(x):
-        return False
-    rows, columns = x.shape[-2:]
-    if (rows != 1 and x.stride[-2] != 1) or (columns != 1 and x.stride[-1] != rows):
-        return False
-    expected = rows * columns
-    for size, stride in zip(reversed(x.shape[:-2]), reversed(x.stride[:-2]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return len(x.shape) >= 2 and not is_contiguous(x) and _swapped(x.shape, x.stride)
 
 
 def count(shape: Iterable[int]) -> int:
