@@ -6,7 +6,8 @@ Starts one process a GPU. bfloat16, every call with other weights, in a graph, t
 rank, microseconds. Before a form is timed its sums must be right, the same bits on all ranks and in 20 runs; a form
 that is not is listed with the reason. ``torch_then_nccl`` is what torch takes one after the other; ``chosen`` is what
 the backend does. ``push_4`` is four parts whose sums are pushed, ``nccl_4`` by NCCL, ``two_shot_4_16`` by 16 programs
-of the two-shot kernel. ``sum_*`` is the sum alone, ``eager``: the chosen form without a graph, the host included.
+of the two-shot kernel. ``last_2x384``: two parts of 384 rows that are pushed, and the rest by two-shot when no product
+is left for it to disturb. ``sum_*`` is the sum alone, ``eager``: the chosen form without a graph, the host included.
 """
 
 from __future__ import annotations
@@ -120,6 +121,23 @@ class Layer:
                 if ours is not None and part <= programs << 17 and part >= 2 << 20:
                     name = f"two_shot_{count}_{programs}"
                     yield name, self.overlapped(self.parts(count), self.summed_by("two_shot", programs))
+
+        if ours is not None and ours.pushes and ours.two_shot_bytes:
+            for count, part, starts in self.unequal(min(16 << 20, ours.two_shot_bytes)):
+                yield f"last_{count}x{part}", self.overlapped(starts, self.pushed_but_last(count))
+
+    def unequal(self, most_bytes: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Some equal parts and a last one: their number, their rows, and where all begin and end."""
+        for count in (1, 2, 3, 4):
+            for part in range(256, self.rows, 128):
+                rest = self.rows - count * part
+                fits = max(part, rest) * self.n * 2 <= most_bytes
+                if fits and self.rows // 8 <= rest <= 2 * part and part <= 3 * rest:
+                    yield count, part, (*(part * i for i in range(count + 1)), self.rows)
+
+    def pushed_but_last(self, count: int) -> Callable[[torch.Tensor, int], None]:
+        push, two_shot = self.summed_by("push"), self.summed_by("two_shot", 128)
+        return lambda part, index: (push if index < count else two_shot)(part, index)
 
     def sums(self) -> Iterator[tuple[str, Call]]:
         """The sum alone, of whatever y holds."""
