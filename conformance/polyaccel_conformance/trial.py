@@ -219,7 +219,8 @@ class Trial:
 
     def _prepare(self, *, keep: bool) -> Prepared:
         # A plain call that is the first has everything to itself: nothing has waited for the device, and a buffer that
-        # keeps its address does not hold already what is still on its way there.
+        # keeps its address does not hold already what is still on its way there. The host keeps nobody waiting.
+        keep = keep or self.bench.torch_device.type == "cpu"
         shared = self._shared
         if shared is not None:
             return shared if shared.again is None else replace(shared, arguments={**shared.arguments, **shared.again()})

@@ -62,7 +62,7 @@ def axes_of_fact(axes: Axes, name: str, value: Value) -> dict[str, Choice] | Non
     if name == "facts.mixed_ranks":
         return {"dims.rank": 8, "structure.ranks": "mixed"}
     if name == "facts.slice_narrower_than_rank":
-        return {"dims.rank": 32, "structure.ranks": "equal", "structure.slices": "thin", "dims.n": 17}
+        return {"dims.rank": 32, "structure.ranks": "pair", "structure.slices": "thin", "dims.n": 17}
     if name == "facts.rows_without_adapter":
         return {"structure.segments": GAPS} if GAPS in axes.get("structure.segments", ()) else None
     return None

@@ -19,7 +19,7 @@ from polyaccel_conformance.problems.contraction import integer_columns, random_c
 from polyaccel_conformance.problems.weights import HostWeight
 from polyaccel_conformance.words import Floats, Source
 
-RANKS = ("equal", "mixed", "per_slice", "consecutive")
+RANKS = ("pair", "mixed", "per_slice", "equal", "consecutive")
 """Ranks of the adapters of a case, see :func:`module_ranks`."""
 
 HISTORIES = ("fresh", "reloaded", "dirty")
@@ -27,7 +27,7 @@ HISTORIES = ("fresh", "reloaded", "dirty")
 
 MOST_RANK = 512
 
-CONSECUTIVE = 64
+CONSECUTIVE = 8
 
 GAP = 3
 """Elements of nobody behind each matrix of a packed adapter."""
@@ -103,8 +103,17 @@ class HostAdapters:
 
     def digests(self) -> dict[str, str]:
         """Of every matrix that is written."""
+        known: dict[int, str] = {}
+
+        def digest(operand: Operand) -> str:
+            # What is cleared again is an adapter that another slot keeps.
+            found = known.get(id(operand))
+            if found is None:
+                found = known[id(operand)] = operand.digest()
+            return found
+
         return {
-            f"{when}{slot}.{i}.{name}": operand.digest()
+            f"{when}{slot}.{i}.{name}": digest(operand)
             for when, held in (("slot", self.adapters), ("cleared", self.discarded), ("before", self.before))
             for slot, adapter in held.items()
             for i, module in enumerate(adapter)
@@ -188,11 +197,11 @@ class AdaptedProblem(Problem):
 def module_ranks(pattern: str, rank: int, slices: int) -> tuple[tuple[int, ...], ...]:
     """Ranks by adapter and slice; 0 where an adapter does not touch a slice.
 
-    ``equal``: three adapters of one rank. ``mixed``: four, smaller and larger too. ``per_slice``: three whose slices
+    ``pair``: two adapters of one rank. ``equal``: three. ``mixed``: four, smaller and larger too. ``per_slice``: three whose slices
     differ, some untouched. ``consecutive``: :data:`CONSECUTIVE` of them, of ranks ``rank``, ``rank + 1`` and so on.
     """
-    if pattern == "equal":
-        return ((rank,) * slices,) * 3
+    if pattern in ("pair", "equal"):
+        return ((rank,) * slices,) * (2 if pattern == "pair" else 3)
     if pattern == "mixed":
         four = (rank, 1, min(2 * rank, MOST_RANK), max(rank // 3, 1))
         return tuple((each,) * slices for each in four)

@@ -83,7 +83,7 @@ def mend_adapters(axes: dict[str, Choice], *, width: str = "dims.n") -> dict[str
         axes["structure.mix"] = "one"
     if axes["data"] == "nonfinite" and axes["structure.ranks"] == "per_slice":
         # Whether NaN reaches a slice of its row that the adapter does not touch is not specified.
-        axes["structure.ranks"] = "equal"
+        axes["structure.ranks"] = "pair"
     rank, tokens = axes["dims.rank"], axes["dims.tokens"]
     assert isinstance(rank, int)
     assert isinstance(tokens, int)

@@ -85,7 +85,7 @@ def test_the_facts_of_a_lora_case_follow_from_its_ranks_and_widths() -> None:
     axes = {"dims.tokens": 4, "dims.k": 8, "dims.n": 9, "dims.rank": 5, "structure.ranks": "consecutive"}
     case = Case.of("sgmv", {**axes, "structure.slices": "thin", "structure.segments": "gaps"})
     found = facts(case)
-    assert found["facts.rank"] == tuple(range(5, 69))
+    assert found["facts.rank"] == tuple(range(5, 5 + CONSECUTIVE))
     assert found["facts.mixed_ranks"] is True
     assert found["facts.slice_narrower_than_rank"] is True
     assert found["facts.rows_without_adapter"] is True
