@@ -155,6 +155,7 @@ class Trial:
     _room: state.Room | None = None
     _posed: Posed | None = None
     _resolved: Resolved | None = None
+    _lent: bool = False
 
     @property
     def expected(self) -> Mapping[str, Expected | Exactly]:
@@ -207,8 +208,13 @@ class Trial:
     def close(self) -> None:
         """Release what the calls shared. The observations stay."""
         if self._shared is not None:
-            self._shared.release()
+            if not self._lent:
+                self._shared.release()
             self._shared = self._room = None
+
+    def beside(self, problem: Problem) -> Trial:
+        """A trial of a problem that differs in its operands alone: it uses what is placed for this one."""
+        return Trial(self.bench, problem, _shared=self._shared, _resolved=self._resolved, _lent=self._shared is not None)
 
     # -- pieces of a call, for checks that make calls of their own -----------------------------------------------------
 

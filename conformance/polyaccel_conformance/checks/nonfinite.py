@@ -59,7 +59,7 @@ class Rules(Check):
                 problem = planted(trial.problem, argument, value)
                 with np.errstate(all="ignore"):
                     wanted = problem.expected()
-                other = Trial(trial.bench, problem)
+                other = trial.beside(problem)
                 try:
                     observed = other.ask()
                 finally:

@@ -12,7 +12,7 @@ from polyaccel_conformance.levels.evidence import required
 from polyaccel_conformance.levels.facts import Axes, axes_of_fact
 from polyaccel_conformance.problem import ProblemSet
 
-SIZE = 17
+SIZE = 7
 """Of the dimensions that a cell does not ask for: no tile divides it, and a large neighbour keeps the case small."""
 
 

@@ -36,9 +36,10 @@ UNREAD = ("nan", "inf", "huge", "stale")
 """What lies where no query may read: NaN; infinity; huge values under keys of zero, whose scores are like the others';
 the same, but keys before a window's first one are as they were written."""
 
-# Queries x keys x heads, and elements of keys, of one case.
-WORK = 25_000
-ELEMENTS = 80_000
+# Queries x keys x heads, the same times head_dim, and elements of keys, of one case.
+WORK = 12_000
+PRODUCTS = 400_000
+ELEMENTS = 40_000
 LONGEST_CHUNK = 33
 
 
@@ -345,9 +346,11 @@ class PagedAttentionProblems(ProblemSet):
             size = sizes(axes, "sequences", "context", "kv_heads", "group")
             queries = min(size["context"], most)
             work = size["sequences"] * queries * size["context"] * size["kv_heads"] * size["group"]
-            if work > WORK and _reduce(axes, ("sequences", 1), ("group", 1), ("kv_heads", 1), ("context", 300)):
+            head_dim = sizes(axes, "head_dim")["head_dim"]
+            heavy = work > WORK or work * head_dim > PRODUCTS
+            if heavy and _reduce(axes, ("sequences", 1), ("group", 1), ("kv_heads", 1), ("context", 300)):
                 continue
-            elements = size["sequences"] * size["context"] * size["kv_heads"] * sizes(axes, "head_dim")["head_dim"]
+            elements = size["sequences"] * size["context"] * size["kv_heads"] * head_dim
             if elements <= ELEMENTS or not _reduce(axes, ("sequences", 2), ("kv_heads", 1)):
                 return axes
 
@@ -363,7 +366,7 @@ class DenseAttentionProblems(ProblemSet):
     def axes(self) -> Mapping[str, Sequence[Choice]]:
         return {
             "dtype": ("float32", "bfloat16", "float16"),
-            "dims.tokens": (17, 0, 1, 2, 16, 33, 64, 130),
+            "dims.tokens": (17, 0, 1, 2, 16, 33, 66),
             "dims.kv_heads": (1, 2, 3),
             "dims.group": (1, 2, 4),
             "dims.head_dim": (64, 80, 128, 256, 11, 33),
@@ -382,11 +385,20 @@ class DenseAttentionProblems(ProblemSet):
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {"dims.tokens": (0, 130), "dims.kv_heads": (1, 4), "dims.group": (1, 8), "dims.head_dim": (1, 256)}
 
+    def large(self) -> Sequence[Mapping[str, Choice]]:
+        """Beyond every tile of queries or keys."""
+        sizes: dict[str, Choice] = {"dims.tokens": 130, "dims.head_dim": 33}
+        return (
+            {**sizes, "dtype": "float32", "data": "normal"},
+            {**sizes, "dtype": "bfloat16", "data": EXACT, "attributes.starts": "several"},
+            {**sizes, "dtype": "float16", "data": "positive", "attributes.causal": False, "attributes.starts": "inside"},
+        )
+
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         if axes["data"] == EXACT:
             fit_selection(axes, "dims.tokens")
         if axes["attributes.starts"] == "each":
-            axes["dims.tokens"] = min(sizes(axes, "tokens")["tokens"], 7)
+            axes["dims.tokens"] = min(sizes(axes, "tokens")["tokens"], 4)
         while True:
             size = sizes(axes, "tokens", "kv_heads", "group")
             work = size["tokens"] ** 2 * size["kv_heads"] * size["group"]

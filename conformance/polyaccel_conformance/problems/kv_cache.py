@@ -49,7 +49,7 @@ class WriteKVCacheProblem(Problem):
             self.queries = [1] * tokens
         else:
             self.queries = [tokens - tokens // 2, tokens // 3, tokens // 2 - tokens // 3]
-        older = self.source.integers("older", (len(self.queries),), 0, 40).tolist()
+        older = self.source.integers("older", (len(self.queries),), 0, 20).tolist()
         self.contexts = [q + old for q, old in zip(self.queries, older, strict=True)]
         # The first sequence's last token lies in the very last slot of the cache.
         self.to_the_end = case.seed % 2 == 0 and bool(self.queries) and self.queries[0] > 0

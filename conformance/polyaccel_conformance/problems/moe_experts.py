@@ -408,15 +408,15 @@ class MoeExpertsProblems(ProblemSet):
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
         return {
-            "dims.tokens": (0, 48),
+            "dims.tokens": (0, 24),
             "dims.hidden": (1, 80),
             "dims.intermediate": (1, 80),
-            "dims.experts": (1, 9),
-            "dims.top_k": (1, 9),
+            "dims.experts": (1, 8),
+            "dims.top_k": (1, 8),
         }
 
     def large(self) -> Sequence[Mapping[str, Choice]]:
-        sizes: dict[str, Choice] = {"dims.tokens": 64, "dims.hidden": 128, "dims.intermediate": 96}
+        sizes: dict[str, Choice] = {"dims.tokens": 33, "dims.hidden": 65, "dims.intermediate": 48}
         more: dict[str, Choice] = {"dims.experts": 8, "dims.top_k": 2}
         return (sizes | more, sizes | more | {"data": "cancelling", "structure.histogram": "last"})
 

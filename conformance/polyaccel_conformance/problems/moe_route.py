@@ -170,7 +170,7 @@ class MoeRouteProblems(ProblemSet):
 
     def large(self) -> Sequence[Mapping[str, Choice]]:
         return tuple(
-            {"dims.tokens": 500, "dims.experts": 256, "dims.top_k": 8, "attributes.scoring": scoring}
+            {"dims.tokens": 130, "dims.experts": 256, "dims.top_k": 8, "attributes.scoring": scoring}
             for scoring in ("softmax_topk", "topk_softmax", "sigmoid")
         )
 

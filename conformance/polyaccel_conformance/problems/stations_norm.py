@@ -110,7 +110,7 @@ class RowParallelAddNormProblems(ProblemSet):
         }
 
     def ranges(self) -> Mapping[str, tuple[int, int]]:
-        return {"dims.tokens": (0, 70), "dims.k": (1, 150), "dims.n": (1, 150), "dims.rank": (1, 512)}
+        return {"dims.tokens": (0, 40), "dims.k": (1, 150), "dims.n": (1, 150), "dims.rank": (1, 512)}
 
     def large(self) -> Sequence[Mapping[str, Choice]]:
         return MANY_ROWS

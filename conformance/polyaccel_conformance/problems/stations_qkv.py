@@ -52,7 +52,7 @@ class QkvRopeCacheProblem(StationProblem):
                 self.operands[name] = Operand.rounded(weight, case.dtype)
         tokens = self.count
         self.queries = [1] * tokens if case.structure["decode"] else [tokens - tokens // 3, tokens // 3]
-        older = source.integers("older", (len(self.queries),), 0, 40).tolist()
+        older = source.integers("older", (len(self.queries),), 0, 20).tolist()
         self.contexts = [q + more for q, more in zip(self.queries, older, strict=True)]
         self.positions = source.integers("positions", (tokens,), 0, 30)
         self.unstored = np.flatnonzero(source.integers("unstored", (tokens,), 0, 4) == 0)

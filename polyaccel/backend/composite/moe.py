@@ -229,6 +229,7 @@ def _adapt(h: torch.Tensor, x: torch.Tensor, weight: Weight, local: torch.Tensor
         return h
     store, spec = adapter_store("moe_experts", step), weight.spec
     starts, total, touched = spec.starts, h.float(), False
+    nothing = total.new_zeros(())
     for segment in segments(step, "tokens"):
         rows: torch.Tensor | None = None
         for i in range(len(spec.slices)):
@@ -237,11 +238,12 @@ def _adapt(h: torch.Tensor, x: torch.Tensor, weight: Weight, local: torch.Tensor
                 if matrices is None:
                     continue
                 if rows is None:
-                    rows, chosen = segment.take(x).float(), segment.take(local).unsqueeze(-1)
+                    taken, chosen = segment.take(x), segment.take(local).unsqueeze(-1)
+                    rows = taken.float().flatten(0, 1)
                     mix = None if segment.mix is None else segment.mix.unsqueeze(-1)
-                delta = rows @ matrices.a.float().T @ matrices.b.float().T
+                delta = (rows @ matrices.a.float().T @ matrices.b.float().T).view(*taken.shape[:2], -1)
                 if mix is not None:
                     delta = delta * mix
-                segment.add(total[..., starts[i] : starts[i + 1]], torch.where(chosen == expert, delta, 0.0))
+                segment.add(total[..., starts[i] : starts[i + 1]], torch.where(chosen == expert, delta, nothing))
                 touched = True
     return total if touched else h
