@@ -13,7 +13,7 @@ from polyaccel.backend.ledger import COPY_PREFIX
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
-from polyaccel_conformance.compare import excess, pattern
+from polyaccel_conformance.compare import compare, excess, pattern
 from polyaccel_conformance.harness.controls import all_of, linear_problem, verdict
 from polyaccel_conformance.harness.layouts import CONTIGUOUS, promised
 from polyaccel_conformance.harness.memory import Poison
@@ -25,11 +25,15 @@ Function = Callable[..., Any]
 
 DENSE = Setting(poison=Poison.NAN, contiguous=True)
 
+MEASURED = 8
+"""In one case of so many the call with contiguous operands is made to be measured, where it cannot fail."""
+
 
 class Arguments(Check):
     """The result is that for contiguous operands: bit by bit on exact data, and on others within the bound.
 
-    Copies of an operand that only its layout costs are counted as ``copy.<operator>.<argument>``. A layout that the
+    The call with contiguous operands is made only where it can tell: a result that is right by itself is what that call
+    gives, or as good. Copies of an operand that only its layout costs are counted as ``copy.<operator>.<argument>``. A layout that the
     contract does not make implementations accept may also be refused, by a typed error that names the argument.
     """
 
@@ -44,11 +48,13 @@ class Arguments(Check):
         observed = trial.observe(POISONED)
         if observed.error is not None:
             return self._refusal(trial, observed.error)
+        if self._settled(trial, observed):
+            return None
         dense = trial.ask(DENSE)
         return self._values(trial, observed, dense) or self._copies(trial, observed, dense)
 
     def notes(self, trial: Trial) -> Sequence[str]:
-        if trial.observe(POISONED).error is not None:
+        if trial.observe(POISONED).error is not None or int(trial.problem.case.key, 16) % MEASURED:
             return ()
         observed, dense = trial.ask(POISONED), trial.ask(DENSE)
         differs = any(not np.array_equal(o.bits, dense.outputs[n].bits) for n, o in observed.outputs.items())
@@ -66,6 +72,24 @@ class Arguments(Check):
             cause="refusal names no argument",
             message=f"{' and '.join(strange)} may be refused in this layout, but the error says: {error}",
         )
+
+    def _settled(self, trial: Trial, observed: Observation) -> bool:
+        """Whether every element is right, of exact ones the sign of a zero included, and every copy is counted."""
+        for name, output in observed.outputs.items():
+            expected = trial.expected.get(name)
+            if isinstance(expected, Expected):
+                got = output.values.astype(np.float64)
+                signed = expected.exact and bool(np.signbit(got[got == 0]).any())
+                if compare(expected, output.values, output.dtype) is not None or signed:
+                    return False
+            elif expected is None or not isinstance(expected.values, np.ndarray):
+                return False
+            elif not np.array_equal(expected.values, output.values):
+                return False
+        if observed.activity is None or observed.planned is None or observed.planned.composites():
+            return True
+        copies = observed.activity.operand_copies.items()
+        return all(count <= _counted(observed, argument) for argument, count in copies)
 
     def _values(self, trial: Trial, observed: Observation, dense: Observation) -> Failure | None:
         for name, output in observed.outputs.items():
@@ -102,11 +126,7 @@ class Arguments(Check):
             return None
         for argument, count in observed.activity.operand_copies.items():
             extra = count - dense.activity.operand_copies.get(argument, 0)
-            counted = sum(
-                n
-                for kernel, n in observed.ledger.items()
-                if kernel.startswith(COPY_PREFIX) and kernel.rpartition(".")[2] == argument
-            )
+            counted = _counted(observed, argument)
             if extra > counted:
                 return Failure(
                     check=self.name,
@@ -132,6 +152,15 @@ class Arguments(Check):
             return wrong
 
         return all_of(*(verdict(bench, self, linear_problem(), wrap) for wrap in (flat, copies)))
+
+
+def _counted(observed: Observation, argument: str) -> int:
+    """Copies of an argument that the ledger shows."""
+    return sum(
+        count
+        for kernel, count in observed.ledger.items()
+        if kernel.startswith(COPY_PREFIX) and kernel.rpartition(".")[2] == argument
+    )
 
 
 LAYOUT_CHECKS: Mapping[str, Check] = {check.name: check for check in (Arguments(),)}

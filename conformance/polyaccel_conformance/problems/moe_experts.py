@@ -302,17 +302,18 @@ class MoeExpertsProblem(Problem):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def _draw_adapters(self, ranks: Mapping[int, int], held: int) -> dict[int, list[ExpertModule]]:
-        """By slot, a module for two of three (slice, expert) pairs, of the slot's rank or one less."""
+        """By slot, modules of the slot's rank or one less: for two of three (slice, expert) pairs, in the last slot one."""
         if not self.rank_rows:
             return {}
         found: dict[int, list[ExpertModule]] = {}
         for slot, rank in ranks.items():
             modules: list[ExpertModule] = []
+            taken = (1,) if slot == FILLED[-1] else (1, 2)
             for weight in (self.gate_up, self.down):
                 for index in range(len(weight.slices)):
                     a, b = self._matrices(weight, index, rank, slot, held)
                     for expert in range(held):
-                        if (slot + index + expert) % 3 and modules:
+                        if (slot + index + expert) % 3 in taken and modules:
                             own = max(rank - expert % 2, 1)
                             modules.append(_module(weight.site, index, expert, a[expert, :own], b[expert, :, :own]))
                         elif not modules:
@@ -421,10 +422,13 @@ class MoeExpertsProblems(ProblemSet):
         return (sizes | more, sizes | more | {"data": "cancelling", "structure.histogram": "last"})
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        """No more choices than experts."""
-        top_k, total = axes["dims.top_k"], axes["dims.experts"]
+        """No more choices than experts; adapters on many experts serve few tokens."""
+        top_k, total, tokens = axes["dims.top_k"], axes["dims.experts"], axes["dims.tokens"]
         assert isinstance(top_k, int)
         assert isinstance(total, int)
+        assert isinstance(tokens, int)
+        if total > 2 and tokens > 5:
+            axes = axes | {"structure.adapters": "none"}
         return axes | {"dims.top_k": min(top_k, total)}
 
     def problem(self, case: Case) -> Problem:

@@ -132,8 +132,9 @@ class QkvRopeCacheProblem(StationProblem):
         def collect(result: object, _: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
             if self.only_q:
                 return {"q": tensor_of(result)}
-            k, v = stored(bench, kv, self.layer, written)
-            own = stored(bench, kv, self.layer, watched)
+            both = stored(bench, kv, self.layer, np.concatenate([written, watched]))
+            k, v = (part[: len(written)] for part in both)
+            own = tuple(part[len(written) :] for part in both)
             other = stored(bench, kv, 1 - self.layer, written)
             unchanged = [canonical(part).reshape(-1) for part in (*own, *other)]
             return {"q": tensor_of(result), "k": k, "v": v, "rest of the cache": torch.cat(unchanged)}
@@ -256,7 +257,7 @@ class QkvRopeCacheProblems(ProblemSet):
         axes["dims.rotary_dim"] = rotary_dim - rotary_dim % 2
         if axes["structure.decode"]:
             # Every sequence has blocks of its own.
-            axes["dims.tokens"] = min(tokens, 7)
+            axes["dims.tokens"] = min(tokens, 4)
         if axes["data"] in EXACT_KINDS:
             axes["structure.q_norm_k_norm"] = False
             axes["structure.weight"] = "float"
