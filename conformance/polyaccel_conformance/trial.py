@@ -214,7 +214,9 @@ class Trial:
 
     def beside(self, problem: Problem) -> Trial:
         """A trial of a problem that differs in its operands alone: it uses what is placed for this one."""
-        return Trial(self.bench, problem, _shared=self._shared, _resolved=self._resolved, _lent=self._shared is not None)
+        return Trial(
+            self.bench, problem, _shared=self._shared, _resolved=self._resolved, _lent=self._shared is not None
+        )
 
     # -- pieces of a call, for checks that make calls of their own -----------------------------------------------------
 

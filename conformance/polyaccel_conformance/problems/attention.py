@@ -391,7 +391,13 @@ class DenseAttentionProblems(ProblemSet):
         return (
             {**sizes, "dtype": "float32", "data": "normal"},
             {**sizes, "dtype": "bfloat16", "data": EXACT, "attributes.starts": "several"},
-            {**sizes, "dtype": "float16", "data": "positive", "attributes.causal": False, "attributes.starts": "inside"},
+            {
+                **sizes,
+                "dtype": "float16",
+                "data": "positive",
+                "attributes.causal": False,
+                "attributes.starts": "inside",
+            },
         )
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:

@@ -302,7 +302,8 @@ class MoeExpertsProblem(Problem):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def _draw_adapters(self, ranks: Mapping[int, int], held: int) -> dict[int, list[ExpertModule]]:
-        """By slot, modules of the slot's rank or one less: for two of three (slice, expert) pairs, in the last slot one."""
+        """By slot, modules of the slot's rank or one less: for two of three (slice, expert) pairs, of the last slot for
+        one of three."""
         if not self.rank_rows:
             return {}
         found: dict[int, list[ExpertModule]] = {}

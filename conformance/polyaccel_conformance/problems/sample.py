@@ -447,7 +447,7 @@ class SampleProblems(ProblemSet):
     def axes(self) -> Mapping[str, Sequence[Choice]]:
         return {
             "dtype": ("float32", "bfloat16", "float16"),
-            "dims.rows": (1, 0, 2, 3, 5),
+            "dims.rows": (1, 0, 2, 3, 8),
             "dims.vocabulary": (17, 1, 2, 32, 33, 64, 257),
             "dims.spare": (0, 1, 5),
             "dims.top": (3, 1, 20),

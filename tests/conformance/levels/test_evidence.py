@@ -10,6 +10,7 @@ from polyaccel_conformance.levels.cell import Cell
 from polyaccel_conformance.levels.evidence import Machine, empty_cells, gather
 from polyaccel_conformance.levels.facts import facts
 from polyaccel_conformance.levels.grant import Asked, Tally
+from polyaccel_conformance.problems.adapters import CONSECUTIVE
 from polyaccel_conformance.results import CheckState
 
 ANY = Cell(operator="gelu", dtype="float32")

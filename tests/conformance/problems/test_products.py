@@ -242,7 +242,7 @@ def _arranged(ranks: tuple[tuple[int, ...], ...], slices: tuple[int, ...], k: in
 
 
 @given(
-    pattern=st.sampled_from(["equal", "mixed", "per_slice", "consecutive"]),
+    pattern=st.sampled_from(["pair", "equal", "mixed", "per_slice", "consecutive"]),
     rank=st.integers(1, 512),
     slices=st.integers(1, 3),
     seed=st.integers(0, 999),
