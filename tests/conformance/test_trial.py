@@ -41,15 +41,38 @@ def _problem(operator: str) -> Problem:
     return problems.problem(Case.of(operator, mended, 5))
 
 
+class _Queued(Bench):
+    """The host, taken for a device with a queue."""
+
+    torch_device = torch.device("cuda")
+
+
 @pytest.mark.parametrize("operator", ADAPTED)
-def test_the_first_plain_call_has_its_adapters_to_itself_and_later_ones_share_theirs(operator: str) -> None:
+@pytest.mark.parametrize(("bench", "stores"), [(Bench, 1), (_Queued, 2)], ids=["host", "device"])
+def test_the_first_plain_call_on_a_device_has_its_adapters_to_itself_and_later_ones_share_theirs(
+    bench: type[Bench], stores: int, operator: str
+) -> None:
     backend = _Counting()
-    trial = Trial(Bench(backend), _problem(operator))
+    trial = Trial(bench(backend), _problem(operator))
     trial.ask()
     assert backend.stores == 1
     for setting in (POISONED, LARGE, Setting(repeat=1)):
         trial.ask(setting)
-        assert backend.stores == 2
+        assert backend.stores == stores
+    trial.close()
+
+
+@pytest.mark.parametrize("operator", ADAPTED)
+def test_a_problem_with_another_operand_uses_what_was_placed_and_leaves_it(operator: str) -> None:
+    backend = _Counting()
+    trial = Trial(Bench(backend), _problem(operator))
+    first = trial.ask()
+    other = trial.beside(trial.problem.beside())
+    again = other.ask()
+    other.close()
+    assert backend.stores == 1
+    assert all(np.array_equal(output.bits, again.outputs[name].bits) for name, output in first.outputs.items())
+    assert trial.ask(POISONED).error is None
     trial.close()
 
 

@@ -198,7 +198,8 @@ def module_ranks(pattern: str, rank: int, slices: int) -> tuple[tuple[int, ...],
     """Ranks by adapter and slice; 0 where an adapter does not touch a slice.
 
     ``pair``: two adapters of one rank. ``equal``: three. ``mixed``: four, smaller and larger too. ``per_slice``: three
-    whose slices differ, some untouched. ``consecutive``: :data:`CONSECUTIVE` of them, of ranks ``rank``, ``rank + 1`` and so on.
+    whose slices differ, some untouched. ``consecutive``: :data:`CONSECUTIVE` of them, of ranks ``rank``, ``rank + 1``
+    and so on.
     """
     if pattern in ("pair", "equal"):
         return ((rank,) * slices,) * (2 if pattern == "pair" else 3)
