@@ -409,6 +409,8 @@ class DenseAttentionProblems(ProblemSet):
         while True:
             size = sizes(axes, "tokens", "kv_heads", "group")
             work = size["tokens"] ** 2 * size["kv_heads"] * size["group"]
+            if work * sizes(axes, "head_dim")["head_dim"] > PRODUCTS and _reduce(axes, ("head_dim", 64)):
+                continue
             if work <= WORK or not _reduce(axes, ("group", 1), ("kv_heads", 1)):
                 return axes
 

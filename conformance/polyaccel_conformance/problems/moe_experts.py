@@ -423,13 +423,16 @@ class MoeExpertsProblems(ProblemSet):
         return (sizes | more, sizes | more | {"data": "cancelling", "structure.histogram": "last"})
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
-        """No more choices than experts; adapters on many experts serve few tokens."""
+        """No more choices than experts; adapters on many experts serve few tokens, and quantised experts few choices of
+        many."""
         top_k, total, tokens = axes["dims.top_k"], axes["dims.experts"], axes["dims.tokens"]
         assert isinstance(top_k, int)
         assert isinstance(total, int)
         assert isinstance(tokens, int)
         if total > 2 and tokens > 5:
             axes = axes | {"structure.adapters": "none"}
+        if axes["structure.quantised"] and tokens > 5:
+            top_k = min(top_k, 2)
         return axes | {"dims.top_k": min(top_k, total)}
 
     def problem(self, case: Case) -> Problem:

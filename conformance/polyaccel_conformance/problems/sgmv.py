@@ -59,7 +59,7 @@ MANY_ROWS: tuple[Mapping[str, Choice], ...] = (
 RowSetName = Literal["tokens", "logits"]
 
 # Elements of one adapter beyond which the widths of a case are cut, so that no case takes long.
-ROOM = 1 << 13
+ROOM = 1 << 14
 
 
 def adapter_axes() -> dict[str, Sequence[Choice]]:
@@ -89,7 +89,7 @@ def mend_adapters(axes: dict[str, Choice], *, width: str = "dims.n") -> dict[str
     assert isinstance(tokens, int)
     if axes["structure.segments"] in ("each", "mixes") and axes.get("structure.ranks") != "consecutive":
         # Every row is a segment, or several.
-        axes["dims.tokens"] = min(tokens, 9)
+        axes["dims.tokens"] = min(tokens, 17)
     most = max(ROOM // max(rank, 1), 17)
     for name in ("dims.k", width):
         size = axes.get(name)

@@ -257,9 +257,6 @@ class QkvRopeCacheProblems(ProblemSet):
         axes["dims.rotary_dim"] = rotary_dim - rotary_dim % 2
         if axes["structure.decode"]:
             # Every sequence has blocks of its own.
-            axes["dims.tokens"] = min(tokens, 4)
-        elif axes["structure.segments"] not in ("none", "one", "last"):
-            # Many segments of the parts are for the parts' own cases.
             axes["dims.tokens"] = min(tokens, 7)
         if axes["data"] in EXACT_KINDS:
             axes["structure.q_norm_k_norm"] = False
