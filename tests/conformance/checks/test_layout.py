@@ -16,6 +16,7 @@ from polyaccel_conformance.harness.controls import linear_problem, wrong_bench
 from polyaccel_conformance.trial import Setting, Trial
 
 Function = Callable[..., Any]
+PLAIN = Setting()
 CHECK = LAYOUT_CHECKS["layout.arguments"]
 
 
@@ -35,7 +36,7 @@ class _Remembering(Trial):
         super().__init__(*arguments)
         self.made: list[Setting] = []
 
-    def ask(self, setting: Setting = Setting()) -> Any:
+    def ask(self, setting: Setting = PLAIN) -> Any:
         self.made.append(setting)
         return super().ask(setting)
 
