@@ -17,6 +17,7 @@ from polyaccel_conformance import SUITE_REVISION
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.casefile import CaseFile, spec_revision
 from polyaccel_conformance.check import CaseResult, Failure
+from polyaccel_conformance.checks.numerics import NUMERICS_CHECKS
 from polyaccel_conformance.checks.registry import CHECKS
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.grouping import Key, failure_groups, key_of
@@ -32,6 +33,7 @@ from polyaccel_conformance.selection import parse
 from polyaccel_conformance.shrink import cost, shrink
 from polyaccel_conformance.subject import Subject
 from polyaccel_conformance.tally import Tally
+from polyaccel_conformance.workers.measuring import SharedProbes
 from polyaccel_conformance.workers.pool import HANG, Answer, Job, Pool, WorkerLost
 from polyaccel_conformance.workers.process import ForkServer
 
@@ -100,6 +102,7 @@ class _Run:
     ranked: RankedCases | None = None
     given: tuple[Case, ...] = ()
     promises: tuple[Rule, ...] = ()
+    probes: SharedProbes = field(default_factory=SharedProbes)
 
     def run(self) -> RunResult:
         started = time.monotonic()
@@ -283,6 +286,9 @@ class _Run:
         log: ResultsLog,
         deadline: float | None,
     ) -> None:
+        if not NUMERICS_CHECKS.keys().isdisjoint(header.checks):
+            self.probes.measure(self.pool, (item.case for item in items))
+
         def jobs() -> Iterator[Job]:
             for item in items:
                 if self.stopped:
@@ -307,7 +313,7 @@ class _Run:
         log.flush()
 
     def _job(self, case: Case, checks: Sequence[str], profile: Profile, name: object) -> Job:
-        request = {"do": "case", "case": case.to_json(), "checks": list(checks)}
+        request = {"do": "case", "case": case.to_json(), "checks": list(checks), **self.probes.of(case)}
         heavy = self.sets[case.operator].weight >= HEAVY
         return Job(name=name, request=request, seconds=profile.timeout * (HEAVY_PATIENCE if heavy else 1))
 

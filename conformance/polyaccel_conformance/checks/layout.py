@@ -26,16 +26,17 @@ Function = Callable[..., Any]
 DENSE = Setting(poison=Poison.NAN, contiguous=True)
 
 MEASURED = 8
-"""In one case of so many the call with contiguous operands is made to be measured, where it cannot fail."""
+"""In one case of so many the call with contiguous operands is made to be measured, where it can hardly fail."""
 
 
 class Arguments(Check):
     """The result is that for contiguous operands: bit by bit on exact data, and on others within the bound.
 
     The call with contiguous operands is made only where it can tell: a result that is right by itself is what that call
-    gives, or as good. Copies of an operand that only its layout costs are counted as ``copy.<operator>.<argument>``. A
-    layout that the contract does not make implementations accept may also be refused, by a typed error that names the
-    argument.
+    gives, or as good. Copies of an operand that only its layout costs are counted as ``copy.<operator>.<argument>``.
+    Conversions to another dtype are hardly ever for the layout's sake: in one case of :data:`MEASURED` it is asked
+    whether they are. A layout that the contract does not make implementations accept may also be refused, by a typed
+    error that names the argument.
     """
 
     name = "layout.arguments"
@@ -55,7 +56,7 @@ class Arguments(Check):
         return self._values(trial, observed, dense) or self._copies(trial, observed, dense)
 
     def notes(self, trial: Trial) -> Sequence[str]:
-        if trial.observe(POISONED).error is not None or int(trial.problem.case.key, 16) % MEASURED:
+        if trial.observe(POISONED).error is not None or not _is_measured(trial.problem.case):
             return ()
         observed, dense = trial.ask(POISONED), trial.ask(DENSE)
         differs = any(not np.array_equal(o.bits, dense.outputs[n].bits) for n, o in observed.outputs.items())
@@ -86,8 +87,11 @@ class Arguments(Check):
                 return False
         if observed.activity is None or observed.planned is None or observed.planned.composites():
             return True
-        case, copies = trial.problem.case, observed.activity.operand_copies.items()
-        return all(n <= _counted(observed, name) for name, n in copies if case.layout(name) != CONTIGUOUS)
+        case, copies = trial.problem.case, dict(observed.activity.operand_copies)
+        if not _is_measured(case):
+            for name, count in observed.activity.conversions.items():
+                copies[name] -= count
+        return all(n <= _counted(observed, name) for name, n in copies.items() if case.layout(name) != CONTIGUOUS)
 
     def _values(self, trial: Trial, observed: Observation, dense: Observation) -> Failure | None:
         for name, output in observed.outputs.items():
@@ -150,6 +154,10 @@ class Arguments(Check):
             return wrong
 
         return all_of(*(verdict(bench, self, linear_problem(), wrap) for wrap in (flat, copies)))
+
+
+def _is_measured(case: Case) -> bool:
+    return not int(case.key, 16) % MEASURED
 
 
 def _equal(wanted: object, output: Output) -> bool:

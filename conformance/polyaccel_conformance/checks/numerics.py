@@ -19,6 +19,7 @@ from polyaccel_conformance.harness.layouts import CONTIGUOUS
 from polyaccel_conformance.harness.probes import Measured
 from polyaccel_conformance.probes.planted import LENGTH
 from polyaccel_conformance.probes.registry import PROBES, RANKED_PROBES
+from polyaccel_conformance.probes.shared import measured, probed
 from polyaccel_conformance.problem import Prepared, Problem
 from polyaccel_conformance.trial import Setting, Trial
 
@@ -34,7 +35,7 @@ class MeasuredNumerics(Check):
     restriction, which is named.
 
     Asked of cases on plain data with contiguous operands; ``linear`` is measured at the case's k, all others once for
-    each dtype, sums over ranks by all of them together.
+    each dtype (:mod:`probes.shared`), sums over ranks by all of them together.
     """
 
     name = "numerics.measured"
@@ -46,10 +47,7 @@ class MeasuredNumerics(Check):
             return False
         if case.ranks > 1:
             return case.operator in RANKED_PROBES and case.structure.get("scenario", "plain") == "plain"
-        if case.operator not in PROBES or case.alias != "none":
-            return False
-        here = case.stream == "default" and case.device == "current"
-        return here and (case.operator != "linear" or case.dim("k") >= SHORTEST)
+        return probed(case) and (case.operator != "linear" or case.dim("k") >= SHORTEST)
 
     def run(self, trial: Trial) -> Failure | None:
         declared = _declared(trial)
@@ -95,17 +93,12 @@ class MeasuredNumerics(Check):
         return tuple(f"numerics: {found}" for found in self._measure(trial))
 
     def _measure(self, trial: Trial) -> tuple[Measured, ...]:
-        case, memo = trial.problem.case, trial.bench.memo
+        case = trial.problem.case
         if case.ranks > 1:
             # Whether another rank remembers is not known here, and all of them must measure or none.
             return RANKED_PROBES[case.operator](trial.bench, case.dtype, LENGTH)
         k = case.dim("k") if case.operator == "linear" else LENGTH
-        key = f"numerics {case.operator} {case.dtype} {k}"
-        if key not in memo:
-            memo[key] = PROBES[case.operator](trial.bench, case.dtype, k)
-        found = memo[key]
-        assert isinstance(found, tuple)
-        return found
+        return measured(trial.bench, case.operator, case.dtype, k)
 
     def control(self, bench: Bench) -> Control:
         def few_input_bits(fn: Function) -> Function:
@@ -135,11 +128,11 @@ class MeasuredNumerics(Check):
         """Whether the operator's probe finds that small numbers beside large ones are lost. An operator that does not
         run here at all fails by itself wherever it is asked."""
         try:
-            measured = PROBES[operator](_Absorbing(bench, operator), "float32", LENGTH)
+            results = PROBES[operator](_Absorbing(bench, operator), "float32", LENGTH)
         except Exception:
             return "did not fail" if _runs(bench, operator) else "failed as it must"
         wanted = bits_of_dtype(torch.float32)
-        found = any(self._judged(one, wanted, wanted) is not None for one in measured)
+        found = any(self._judged(one, wanted, wanted) is not None for one in results)
         return "failed as it must" if found else "did not fail"
 
 

@@ -93,7 +93,7 @@ class Activity:
     Attributes:
         operators: compute operators by full name (``aten::mm.out`` as ``aten::mm``), with counts.
         overloads: the same by name and overload.
-        operand_copies: whole copies of an operand, by argument.
+        operand_copies: whole copies of an operand, by argument; ``conversions``: those to another dtype.
         operand_writes: the first operator that wrote to an operand's memory, by argument.
         reads: operators that made the host wait for a value, while the call ran.
         crossings: copies from one device to another, while the call ran: ``"aten::_to_copy cuda:0 -> cpu"``.
@@ -103,6 +103,7 @@ class Activity:
     operators: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     overloads: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     operand_copies: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    conversions: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     operand_writes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     reads: tuple[str, ...] = ()
     crossings: tuple[str, ...] = ()
@@ -122,6 +123,7 @@ class Watch(PlainDispatchMode):
         self._operators: dict[str, int] = {}
         self._overloads: dict[str, int] = {}
         self._operand_copies: dict[str, int] = {}
+        self._conversions: dict[str, int] = {}
         self._operand_writes: dict[str, str] = {}
         self._reads: list[str] = []
         self._crossings: list[str] = []
@@ -141,6 +143,7 @@ class Watch(PlainDispatchMode):
             operators=MappingProxyType(operators),
             overloads=MappingProxyType(dict(self._overloads)),
             operand_copies=MappingProxyType(dict(self._operand_copies)),
+            conversions=MappingProxyType(dict(self._conversions)),
             operand_writes=MappingProxyType(dict(self._operand_writes)),
             reads=tuple(self._reads),
             crossings=tuple(self._crossings),
@@ -188,6 +191,8 @@ class Watch(PlainDispatchMode):
         operand = self._operand(source)
         if operand is not None:
             self._operand_copies[operand] = self._operand_copies.get(operand, 0) + 1
+            if source.dtype != result.dtype:
+                self._conversions[operand] = self._conversions.get(operand, 0) + 1
 
     def _operand(self, tensor: object) -> str | None:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from polyaccel.backend import AdapterRows, DeviceState, Quantisation
+from polyaccel.backend import AdapterRows, DeviceState, Quantisation, Weight
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.formats import FORMATS, format_of
@@ -34,6 +35,9 @@ FILLED = (1, 3)
 EMPTY = 2
 
 
+Placed = tuple[Bench, Weight, Weight, DeviceState]
+
+
 class MoeExpertsProblem(Problem):
     """``sum_j weights[t, j] * down_e(act(gate_up_e(x[t])))`` over the experts that this rank holds.
 
@@ -42,6 +46,9 @@ class MoeExpertsProblem(Problem):
     exact in 16 bits. ``cancelling``: as before, and two columns with the same values are added to every sum with large
     factors of opposite sign, so that an accumulator with fewer bits loses what was selected.
     """
+
+    _placed: Placed | None = None
+    _lent: Placed | None = None
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -66,18 +73,7 @@ class MoeExpertsProblem(Problem):
 
     def prepare(self, bench: Bench) -> Prepared:
         case = self.case
-        gate_up, down = self.gate_up.place(bench), self.down.place(bench)
-        state = DeviceState()
-        if self.rank_rows:
-            store = place_adapters(
-                bench,
-                {GATE_UP: gate_up, DOWN: down},
-                self.adapters,
-                case.dtype,
-                slots=SLOTS,
-                rank_rows=self.rank_rows,
-            )
-            state = DeviceState(adapters=store)
+        gate_up, down, state = self._stored(bench)
         inputs = row_step(self.source, case.dim("tokens"), adapters=self.triples)
         codes = self.gate_up.codes
         return Prepared(
@@ -107,6 +103,30 @@ class MoeExpertsProblem(Problem):
             adapters=inputs.has_adapters,
             again=lambda: {"step": bench.begin_step(inputs, state)},
         )
+
+    def _stored(self, bench: Bench) -> tuple[Weight, Weight, DeviceState]:
+        """The experts and their adapters on the device: placed for this problem, or for the one it is a copy of."""
+        if self._lent is not None and self._lent[0] is bench:
+            return self._lent[1:]
+        gate_up, down = self.gate_up.place(bench), self.down.place(bench)
+        state = DeviceState()
+        if self.rank_rows:
+            store = place_adapters(
+                bench,
+                {GATE_UP: gate_up, DOWN: down},
+                self.adapters,
+                self.case.dtype,
+                slots=SLOTS,
+                rank_rows=self.rank_rows,
+            )
+            state = DeviceState(adapters=store)
+        self._placed = bench, gate_up, down, state
+        return self._placed[1:]
+
+    def beside(self) -> Self:
+        other = super().beside()
+        other._lent = self._placed
+        return other
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         out = format_of(self.case.dtype)

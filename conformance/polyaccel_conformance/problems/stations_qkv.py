@@ -121,7 +121,8 @@ class QkvRopeCacheProblem(StationProblem):
         free = rest_of(paging.blocks * paging.block_size, inputs.kv_slots)
         watched = free[:: max(len(free) // WATCHED, 1)][:WATCHED]
         state = DeviceState(adapters=store, kv=kv)
-        self._fill(bench, kv, watched, written)
+        if not self.only_q:
+            self._fill(bench, kv, watched, written)
         rope = RopeTable(
             cos=bench.upload(self.cos.torch()),
             sin=bench.upload(self.sin.torch()),

@@ -1,7 +1,8 @@
 """What a worker runs: it opens the backend, then answers one request after the other.
 
-Requests and answers are JSON. ``open`` comes first; ``case`` answers a :class:`CaseResult`, ``control`` what a check's
-control did, ``dump`` writes the arrays of a case. An answer has ``"error"`` where the suite itself could not go on.
+Requests and answers are JSON. ``open`` comes first; ``case`` answers a :class:`CaseResult`, ``measure`` what a probe
+finds, ``control`` what a check's control did, ``dump`` writes the arrays of a case. An answer has ``"error"`` where the
+suite itself could not go on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from polyaccel.backend.errors import BackendUnavailable
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, run_case
+from polyaccel_conformance.probes.shared import measure, remember
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.promises import mappings, rules, sources
 from polyaccel_conformance.results import encode
@@ -44,8 +46,13 @@ class Worker:
 
     def case(self, request: Mapping[str, Any]) -> dict[str, Any]:
         problem = self._problem(request["case"])
+        if "measured" in request:
+            remember(self.bench, problem.case, request["measured"])
         result = encode(run_case(self.bench, problem, checks_named(request["checks"])))
         return {"result": result, "retire": not self._healthy()}
+
+    def measure(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {"measured": measure(self.bench, request["operator"], request["dtype"]), "retire": not self._healthy()}
 
     def control(self, request: Mapping[str, Any]) -> dict[str, Any]:
         (check,) = checks_named([request["check"]])
@@ -95,6 +102,7 @@ def main(connection: Connection, subject: Mapping[str, str], device: int) -> Non
     worker = Worker(bench=bench)
     actions: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "case": worker.case,
+        "measure": worker.measure,
         "control": worker.control,
         "possible": worker.possible,
         "dump": worker.dump,
