@@ -137,8 +137,8 @@ class QkvRopeCacheProblem(StationProblem):
             k, v = (part[: len(written)] for part in both)
             own = tuple(part[len(written) :] for part in both)
             other = stored(bench, kv, 1 - self.layer, written)
-            unchanged = [canonical(part).reshape(-1) for part in (*own, *other)]
-            return {"q": tensor_of(result), "k": k, "v": v, "rest of the cache": torch.cat(unchanged)}
+            unchanged = canonical(torch.cat([part.reshape(-1) for part in (*own, *other)]))
+            return {"q": tensor_of(result), "k": k, "v": v, "rest of the cache": unchanged}
 
         erased = self._filling("other layer", len(written))
 

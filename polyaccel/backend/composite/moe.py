@@ -23,6 +23,8 @@ from polyaccel.backend.step import Step
 from polyaccel.backend.weight import Weight
 
 LARGEST_BLOCK = 256
+SMALL = 1 << 16
+"""Elements of all blocks' experts that are copied at once; larger ones are copied one after the other."""
 
 Dequantize = Callable[[Weight], torch.Tensor]
 
@@ -196,11 +198,12 @@ def _product(
     packed = x.index_select(0, rows.index_select(0, blocks.source)).to(dtype).view(blocks.count, blocks.size, spec.k)
     # One row more, for the pairs of other ranks.
     out = torch.zeros((blocks.count * blocks.size + 1, spec.n), dtype=dtype, device=x.device)
+    biases = None if bias is None else bias.index_select(0, blocks.expert).to(dtype)
+    matrices = take(blocks.expert).to(dtype) if blocks.count * spec.n * spec.k <= SMALL else None
     for i in range(blocks.count):
-        expert = blocks.expert[i : i + 1]
-        matrix = take(expert)[0].to(dtype)
-        own_bias = None if bias is None else bias.index_select(0, expert)[0].to(dtype)
+        matrix = take(blocks.expert[i : i + 1])[0].to(dtype) if matrices is None else matrices[i]
         own, matrix = whole_tiles(packed[i], matrix, axis=-1)
+        own_bias = None if biases is None else biases[i]
         out[i * blocks.size : (i + 1) * blocks.size] = torch.nn.functional.linear(own, matrix, own_bias)
     return out.index_select(0, blocks.place)
 
@@ -230,6 +233,7 @@ def _adapt(h: torch.Tensor, x: torch.Tensor, weight: Weight, local: torch.Tensor
     store, spec = adapter_store("moe_experts", step), weight.spec
     starts, total, touched = spec.starts, h.float(), False
     nothing = total.new_zeros(())
+    every = torch.arange(spec.experts or 0, dtype=local.dtype, device=local.device)
     for segment in segments(step, "tokens"):
         rows: torch.Tensor | None = None
         for i in range(len(spec.slices)):
@@ -238,12 +242,14 @@ def _adapt(h: torch.Tensor, x: torch.Tensor, weight: Weight, local: torch.Tensor
                 if matrices is None:
                     continue
                 if rows is None:
-                    taken, chosen = segment.take(x), segment.take(local).unsqueeze(-1)
+                    taken, chosen = segment.take(x), segment.take(local).unsqueeze(-1) == every
                     rows = taken.float().flatten(0, 1)
                     mix = None if segment.mix is None else segment.mix.unsqueeze(-1)
                 delta = (rows @ matrices.a.float().T @ matrices.b.float().T).view(*taken.shape[:2], -1)
                 if mix is not None:
                     delta = delta * mix
-                segment.add(total[..., starts[i] : starts[i + 1]], torch.where(chosen == expert, delta, nothing))
+                segment.add(
+                    total[..., starts[i] : starts[i + 1]], torch.where(chosen[..., expert : expert + 1], delta, nothing)
+                )
                 touched = True
     return total if touched else h

@@ -27,11 +27,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.
     ``eps`` is a float32 tensor without dimensions: torch converts a Python number anew in every call.
     """
     wide = x if x.dtype == torch.float32 else x.float()
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = torch.addcmul(eps, length, length, value=1.0 / max(1, x.shape[-1])).rsqrt_()
+    scale = _scale(wide, eps)
     if x.dtype == torch.float32:
         return torch.mul(wide, scale).mul_(weight)
     return wide.mul_(scale).mul_(weight.float()).to(x.dtype)
+
+
+def rms_norm_(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> None:
+    """:func:`rms_norm` in place, with the same bits; ``weight`` may have several rows, of x's last two dimensions."""
+    if x.dtype == torch.float32:
+        x.mul_(_scale(x, eps)).mul_(weight)
+    else:
+        wide = x.float()
+        x.copy_(wide.mul_(_scale(wide, eps)).mul_(weight.float()))
+
+
+def _scale(wide: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """``rsqrt(mean(x^2) + eps)`` of each row, ``[..., 1]``."""
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return torch.addcmul(eps, length, length, value=1.0 / max(1, wide.shape[-1])).rsqrt_()
 
 
 def add_rms_norm(

@@ -170,13 +170,15 @@ def rope_cache(y: torch.Tensor, heads: Heads, place: Place) -> torch.Tensor:
     kv, layer, rows = place
     x = y.view(y.shape[0], y.shape[1] // head_dim, head_dim)
     end = q_heads + kv.spec.kv_heads
-    if q_norm is not None:
-        q = x[:, :q_heads]
-        q.copy_(dense.rms_norm(q, q_norm, eps))
-    if k_norm is not None:
-        k = x[:, q_heads:end]
-        k.copy_(dense.rms_norm(k, k_norm, eps))
-    dense.rotate_(x[:, :end], cos, sin, style)
+    turned = x[:, :end]
+    if q_norm is not None and k_norm is not None:
+        weights = torch.cat((q_norm.expand(q_heads, -1), k_norm.expand(kv.spec.kv_heads, -1)))
+        dense.rms_norm_(turned, weights, eps)
+    elif q_norm is not None:
+        dense.rms_norm_(x[:, :q_heads], q_norm, eps)
+    elif k_norm is not None:
+        dense.rms_norm_(x[:, q_heads:end], k_norm, eps)
+    dense.rotate_(turned, cos, sin, style)
     stored = x[:, q_heads:]
     kv.store(layer, rows, stored if stored.dtype == kv.spec.dtype else stored.to(kv.spec.dtype))
     return x[:, :q_heads]
