@@ -73,10 +73,10 @@ class Bounded:
 
     def plus(self, name: str, extra: Floats, scale: Floats | None = None) -> Bounded:
         """The same value with a further contribution to the bound; ``scale`` where it is noise (:class:`Noise`)."""
-        extra = np.broadcast_to(extra, self.value.shape)
+        extra = _spread(extra, self.value)
         noise = self.noise
         if scale is not None:
-            scale = np.broadcast_to(scale, self.value.shape)
+            scale = _spread(scale, self.value)
             known = noise
             noise = Noise(extra, scale) if known is None else Noise(known.bound + extra, np.hypot(known.scale, scale))
         return Bounded(self.value, self.bound + extra, (*self.terms, (name, extra)), noise)
@@ -99,6 +99,11 @@ class Bounded:
 
     def __neg__(self) -> Bounded:
         return replace(self, value=-self.value)
+
+
+def _spread(x: Floats, like: Floats) -> Floats:
+    """``x`` in the shape of ``like``, which most are."""
+    return x if np.shape(x) == like.shape else np.broadcast_to(x, like.shape)
 
 
 def coarser(a: Bounded, b: Bounded) -> Bounded:

@@ -84,7 +84,7 @@ class Delta:
 
         ``h: [rows, rank]``, ``b: [n, rank]``, ``mix: [rows]``.
         """
-        where = (rows[:, None], np.arange(begin, begin + b.shape[0])[None, :])
+        where = _block(rows, begin, begin + b.shape[0])
         weights = mix[:, None]
         factor = b.T
         self._value[where] += weights * (h.value @ factor)
@@ -136,6 +136,16 @@ class Delta:
             joined = Noise(bound, scale) if known is None else Noise(known.bound + bound, np.hypot(known.scale, scale))
             result = Bounded(result.value, result.bound, result.terms, joined)
         return result
+
+
+Index = slice | npt.NDArray[np.int64]
+
+
+def _block(rows: Ints, begin: int, end: int) -> tuple[Index, Index]:
+    """Index of the columns ``begin:end`` of some rows: a view where they follow each other."""
+    if len(rows) and bool((np.diff(rows) == 1).all()):
+        return slice(int(rows[0]), int(rows[-1]) + 1), slice(begin, end)
+    return rows[:, None], np.arange(begin, end)[None, :]
 
 
 def sgmv(

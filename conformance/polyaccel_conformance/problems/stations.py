@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 
 from polyaccel.backend import STATIONS, AdapterRows, DeviceState, StepInput
 from polyaccel.backend.support import Static
@@ -65,6 +64,7 @@ class StationProblem(AdaptedProblem):
         super().__init__(case)
         self.count = case.dim("tokens")
         self.exact = case.data in EXACT_KINDS
+        self._products: list[tuple[tuple[Operand, Operand | None], AdapterRows, Bounded]] = []
         if case.attributes.get("row_set") == "logits":
             self.row_set = "logits"
         self.draw()
@@ -118,10 +118,20 @@ class StationProblem(AdaptedProblem):
             starts=self.weight.starts,
         )
 
-    def product(self, addend: npt.NDArray[np.float64] | None = None) -> Bounded:
-        """linear (plus ``addend``) and adapters, before the last rounding."""
+    def product(self, addend: str | None = None) -> Bounded:
+        """linear (plus the operand ``addend``) and adapters, before the last rounding.
+
+        Copies of the problem that differ in what comes after the product share it.
+        """
+        operands = (self.operands["x"], None if addend is None else self.operands[addend])
+        for known, rows, found in self._products:
+            if rows is self.rows and all(one is other for one, other in zip(known, operands, strict=True)):
+                return found
         with np.errstate(invalid="ignore", over="ignore"):
-            return column_linear(self.values("x"), self.projection(), self.format, self.order, addend)
+            more = None if addend is None else self.values(addend)
+            found = column_linear(self.values("x"), self.projection(), self.format, self.order, more)
+        self._products.append((operands, self.rows, found))
+        return found
 
     # -- placing -----------------------------------------------------------------------------------------------------
 

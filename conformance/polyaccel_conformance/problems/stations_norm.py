@@ -79,7 +79,7 @@ class RowParallelAddNormProblem(StationProblem):
             residual = self.values("residual")
             normed, total = add_norm(
                 self.product(),
-                self.product(residual),
+                self.product("residual"),
                 residual,
                 self.values("norm_weight"),
                 eps,
