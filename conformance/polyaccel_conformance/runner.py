@@ -17,7 +17,6 @@ from polyaccel_conformance import SUITE_REVISION
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.casefile import CaseFile, spec_revision
 from polyaccel_conformance.check import CaseResult, Failure
-from polyaccel_conformance.checks.numerics import NUMERICS_CHECKS
 from polyaccel_conformance.checks.registry import CHECKS
 from polyaccel_conformance.errors import UsageError
 from polyaccel_conformance.grouping import Key, failure_groups, key_of
@@ -286,8 +285,7 @@ class _Run:
         log: ResultsLog,
         deadline: float | None,
     ) -> None:
-        if not NUMERICS_CHECKS.keys().isdisjoint(header.checks):
-            self.probes.measure(self.pool, (item.case for item in items))
+        self.probes.measure(self.pool, (item.case for item in items), header.checks)
 
         def jobs() -> Iterator[Job]:
             for item in items:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyaccel.backend import AdapterStore, Device, Weight
+from polyaccel.backend import AdapterStore, Device, Weight, WeightSpec
 from polyaccel.backend.cpu.backend import CpuBackend
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
@@ -92,6 +92,26 @@ def test_a_row_alone_reads_the_adapters_that_were_placed_for_its_batch(operator:
     Trial(Bench(backend), late).ask()
     assert backend.stores == 3, "there was nothing to share, or it was another bench's"
     assert together.error is None
+
+
+def test_a_token_alone_is_computed_by_the_experts_that_were_placed_for_its_batch() -> None:
+    placed: list[str] = []
+
+    class Backend(CpuBackend):
+        def allocate_weight(self, spec: WeightSpec, device: Device) -> Weight:
+            placed.append(spec.site)
+            return super().allocate_weight(spec, device)
+
+    bench, problem = Bench(Backend()), _problem("moe_experts")
+    Trial(bench, problem).ask()
+    first = list(placed)
+    assert len(first) == 2
+    alone = problem.alone(problem.apart[-1])
+    assert alone is not None
+    assert Trial(bench, alone).ask().error is None
+    assert placed == first, "they were placed again"
+    Trial(Bench(bench.backend), alone).ask()
+    assert placed == first + first, "they are another bench's"
 
 
 def test_what_the_plan_is_asked_is_known_without_placing_anything_again() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from polyaccel_conformance.case import Case
+from polyaccel_conformance.checks.numerics import NUMERICS_CHECKS
 from polyaccel_conformance.probes.shared import Shared, shared_probe
 from polyaccel_conformance.workers.pool import Job, Pool
 
@@ -20,8 +21,10 @@ class SharedProbes:
 
     _known: dict[Shared, Any] = field(default_factory=dict)
 
-    def measure(self, pool: Pool, cases: Iterable[Case]) -> None:
-        """All that these cases share and that is not known yet."""
+    def measure(self, pool: Pool, cases: Iterable[Case], checks: Collection[str]) -> None:
+        """All that these cases share and that is not known yet, if a check asks for it."""
+        if NUMERICS_CHECKS.keys().isdisjoint(checks):
+            return
         asked = dict.fromkeys(shared_probe(case) for case in cases)
         new = [shared for shared in asked if shared is not None and shared not in self._known]
         self._known |= dict.fromkeys(new)

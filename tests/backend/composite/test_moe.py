@@ -302,6 +302,22 @@ def test_quantised_experts_compute_as_their_dequantised_form() -> None:
     check_experts(run(x, weights, ids, routing, step), x, weights, ids, routing, [0, 1, 2])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_give_the_same_bits_whether_they_are_copied_at_once_or_one_by_one(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Draw(9)
+    weights = {
+        "gate_up": quantised("gate_up", [16, 16], 24, 4, draw, bias),
+        "down": quantised("down", [24], 16, 4, draw, bias),
+    }
+    ids = torch.tensor([[i % 4, (i + 1) % 4] for i in range(9)], dtype=torch.int32)
+    operands = (draw.tensor(9, 24), weights, ids, draw.tensor(9, 2).abs(), step_of(step_input([(9, 9)])))
+    at_once = run(*operands)
+    monkeypatch.setattr(moe, "SMALL", 0)
+    assert torch.equal(run(*operands), at_once)
+
+
 def test_many_tokens_on_one_expert_fill_several_blocks() -> None:
     draw = Draw(6)
     weights = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from polyaccel.backend import stations
 from polyaccel.backend.adapter_store import SlotRange
 from polyaccel.backend.communicator import SingleRank
+from polyaccel.backend.cpu import dense
 from polyaccel.backend.kv_cache import KVSpec
 from polyaccel.backend.rope import RopeTable
 from polyaccel.backend.step import DeviceState
@@ -189,6 +190,22 @@ def test_qkv_rope_cache(
     elif dtype == torch.float32:
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
     assert got.shape == (rows, q_heads, head_dim)
+
+
+@given(
+    rows=st.integers(0, 5), heads=st.integers(1, 4), head_dim=st.integers(1, 40), dtype=DTYPE, seed=st.integers(0, 99)
+)
+def test_a_norm_in_place_gives_the_bits_of_one_that_is_not(
+    rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
+) -> None:
+    draw = Draw(seed)
+    wide = draw.tensor(rows, heads + 2, head_dim, dtype=dtype)
+    weights, eps = draw.tensor(heads, head_dim, dtype=dtype), torch.tensor(1e-5)
+    apart = [dense.rms_norm(wide[:, i], weights[i], eps) for i in range(heads)]
+    beyond = wide[:, heads:].clone()
+    dense.rms_norm_(wide[:, :heads], weights, eps)
+    assert all(torch.equal(wide[:, i], one) for i, one in enumerate(apart))
+    assert torch.equal(wide[:, heads:], beyond)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

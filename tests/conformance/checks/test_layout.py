@@ -11,6 +11,7 @@ import torch
 from polyaccel.backend.cpu.backend import CpuBackend
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.check import Failure
+from polyaccel_conformance.checks import layout
 from polyaccel_conformance.checks.layout import DENSE, LAYOUT_CHECKS
 from polyaccel_conformance.harness.controls import linear_problem, wrong_bench
 from polyaccel_conformance.trial import Setting, Trial
@@ -57,6 +58,14 @@ def _copied(fn: Function) -> Function:
     return lambda x, weight: fn(x.clone(memory_format=torch.contiguous_format), weight)
 
 
+def _converted(fn: Function) -> Function:
+    return lambda x, weight: fn(x.double().float(), weight)
+
+
+def _converted_where_strange(fn: Function) -> Function:
+    return lambda x, weight: fn(x if x.is_contiguous() else x.double().float(), weight)
+
+
 @pytest.mark.parametrize("data", ["integers", "normal"])
 def test_a_right_result_that_cost_no_copy_is_compared_with_no_other(data: str) -> None:
     assert _asked(data, _as_it_is) == (None, False)
@@ -77,3 +86,19 @@ def test_what_is_wrong_in_every_layout_is_not_the_layouts(data: str) -> None:
 
 def test_a_copy_that_every_layout_costs_is_not_the_layouts() -> None:
     assert _asked("integers", _copied) == (None, True)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_conversion_is_compared_with_that_of_other_layouts_in_one_case_of_some(
+    measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "_is_measured", lambda case: measured)
+    assert _asked("integers", _converted) == (None, measured)
+
+
+def test_a_conversion_that_only_a_strange_layout_costs_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_is_measured", lambda case: True)
+    found, dense = _asked("integers", _converted_where_strange)
+    assert dense
+    assert found is not None
+    assert found.cause == "copies 'x' uncounted"

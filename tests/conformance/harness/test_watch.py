@@ -52,6 +52,13 @@ def test_copies_of_an_operand_are_counted_by_its_name() -> None:
         lambda x: (x.t().contiguous(), x[:1].clone(), torch.empty(3, 4).copy_(x), torch.ones(2).clone())
     )
     assert dict(activity.operand_copies) == {"x": 3}
+    assert dict(activity.conversions) == {}
+
+
+def test_copies_to_another_dtype_are_told_from_those_to_another_layout() -> None:
+    activity = _watched(lambda x: (x.double(), x.t().contiguous(), torch.empty(3, 4, dtype=torch.half).copy_(x)))
+    assert dict(activity.operand_copies) == {"x": 3}
+    assert dict(activity.conversions) == {"x": 2}
 
 
 @pytest.mark.parametrize("call", [lambda x: x.mul_(2), lambda x: x[1:].zero_(), lambda x: torch.add(x, 1, out=x)])
