@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .descriptor import ROOM, Decoder
+from .registry import LATER
 
 Key = tuple[Any, ...]
 
@@ -67,10 +68,12 @@ class Arguments:
     """Of one function, by the words of its signature.
 
     Attributes:
-        comparable: whether ``key`` holds all that a rule can read of a call but the device's memory.
+        comparable: whether ``key``, with ``lists``, holds all that a rule can read of a call but the device's memory.
     """
 
-    def __init__(self, words: Sequence[str], readers: Sequence[str | None], decoder: Decoder) -> None:
+    def __init__(
+        self, words: Sequence[str], readers: Sequence[str | None], decoder: Decoder, lists_apart: bool = False
+    ) -> None:
         self._count = len(words)
         # A null pointer is None whatever it points to; a data type is a number, of which 0 is one.
         self._readers = [
@@ -80,7 +83,9 @@ class Arguments:
         ]
         self._codes = [i for i, word in enumerate(readers) if word == "dtype"]
         self._dtype = decoder.dtype
-        self._bytes = [(i, _BYTES[word]) for i, word in enumerate(words) if word in _BYTES]
+        self._lists = [i for i, word in enumerate(words) if word == "ints"] if lists_apart else []
+        self._ints = decoder.ints
+        self._bytes = [(i, _BYTES[word]) for i, word in enumerate(words) if word in _BYTES and i not in self._lists]
         self.comparable = not _OPAQUE & set(words)
 
     def decoded(self, raw: Sequence[Any]) -> tuple[Any, ...]:
@@ -94,12 +99,33 @@ class Arguments:
         return tuple(found)
 
     def key(self, raw: Sequence[Any]) -> Key:
-        """Equal for two calls only if every descriptor, list and number in them is, addresses included."""
+        """Equal for two calls only if every descriptor, list and number in them is, addresses included.
+
+        Of lists taken apart it says only which there are.
+        """
         found = list(raw[: self._count])
+        for i in self._lists:
+            if found[i] is not None:
+                found[i] = LATER
         for i, read in self._bytes:
             if found[i] is not None:
                 found[i] = read(found[i])
         return tuple(found)
+
+    def lists(self, raw: Sequence[Any]) -> tuple[tuple[int, ...] | None, ...]:
+        """The values of the lists taken apart, from C's arguments."""
+        return tuple([self._ints(raw[i]) for i in self._lists])
+
+    def with_lists(self, decoded: Sequence[Any], lists: Sequence[Any]) -> tuple[Any, ...]:
+        """A decoded call with other lists."""
+        found = list(decoded)
+        for i, one in zip(self._lists, lists, strict=True):
+            found[i] = one
+        return tuple(found)
+
+    def without_lists(self, decoded: Sequence[Any]) -> tuple[Any, ...]:
+        """A decoded call as the first part of its rule gets it."""
+        return self.with_lists(decoded, [None if decoded[i] is None else LATER for i in self._lists])
 
 
 def _text(value: bytes) -> str:

@@ -33,7 +33,18 @@ class Launch:
     compute: Compute
 
 
-Function = Callable[..., Compute | Launch]
+class Later:
+    """Stands for a host list in the first part of a check that is made in two: there is nothing in it to read."""
+
+    def __repr__(self) -> str:
+        return "a list that is read later"
+
+
+LATER = Later()
+ByLists = Callable[..., Compute]
+"""The second part: gets the call's host lists (None for a null pointer), checks what reads them, returns what runs."""
+
+Function = Callable[..., Compute | Launch | ByLists]
 
 _KINDS: dict[str, tuple[Any, str | None]] = {
     "tensor": (ctypes.c_void_p, "tensor"),
@@ -75,6 +86,8 @@ class Rule:
         wants_simulator: whether the function takes the keyword ``simulator``.
         pure: whether the function's answer follows from its arguments alone, so that a call equal to one that it has
             accepted need not be checked again.
+        lists_apart: whether the function gets ``LATER`` for each word ``ints`` that is no null pointer, and returns a
+            ``ByLists``. Of a call that differs from an accepted one in these lists alone only they are checked.
     """
 
     name: str
@@ -86,6 +99,7 @@ class Rule:
     library: str = "opapi"
     wants_simulator: bool = False
     pure: bool = False
+    lists_apart: bool = False
     also: tuple[Rule, ...] = field(default=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .arguments import Arguments, Key
 from .build import LIBRARIES
-from .descriptor import AclTensor, Decoder
+from .descriptor import Decoder
 from .errors import Refused, Status
+from .first_phase import FirstPhase, illegal_address, placed
 from .ledger import Call, Ledger
 from .registry import Compute, Launch, Rule
 from .settings import Settings
-
-_ACCEPTED = 1024
-"""Accepted calls that are known again, for each function."""
 
 
 class Simulator:
@@ -99,45 +97,30 @@ class Simulator:
     # --- aclnn ------------------------------------------------------------------------------------------------------
 
     def _first_phase(self, rule: Rule) -> int | None:
-        function, name, count = rule.function, rule.name, len(rule.signature)
-        arguments = Arguments(rule.signature, rule.readers, self.decoder)
+        name, count = rule.name, len(rule.signature)
         extra = {"simulator": self} if rule.wants_simulator else {}
-        # A loop repeats its calls: to read and check them again costs more than most operators do.
-        accepted: dict[Key, tuple[tuple[Any, ...], Compute, int]] = {}
-        repeats = rule.pure and arguments.comparable and not rule.asks_size
+        phase = FirstPhase(rule, self.decoder, functools.partial(rule.function, **extra) if extra else rule.function)
 
         def first_phase(*raw: Any) -> int:
+            call = Call(name, ())
             try:
-                key = arguments.key(raw) if repeats else None
-                if key is not None and (found := accepted.get(key)) is not None:
-                    decoded, compute, device = found
-                    _answer(raw, count, self._keep_work(Call(name, decoded, device), compute) << 1)
-                    return 0
-                decoded = arguments.decoded(raw)
-            except Exception as problem:
-                return self._broken(name, problem)
-            try:
-                result = function(*decoded, **extra)
+                result = phase(raw, call)
             except Refused as refusal:
-                self.ledger.add(Call(name, decoded, refused=refusal.code))
+                call.refused = refusal.code
+                self.ledger.add(call)
                 return self._refuse(name, refusal)
             except Exception as problem:
                 return self._broken(name, problem)
-            if rule.asks_size:
-                _answer(raw, count, 0)
-                return 0
-            call = Call(name, decoded)
+            executor = 0
             if isinstance(result, Launch):
-                token = self._keep_work(call, _placed(call, result.compute))
+                token = self._keep_work(call, result.compute)
                 self._checks[token] = result.check
-                _answer(raw, count, token << 1 | 1)
-                return 0
-            compute = _placed(call, result)
-            if key is not None:
-                if len(accepted) >= _ACCEPTED:
-                    accepted.clear()
-                accepted[key] = decoded, compute, call.device
-            _answer(raw, count, self._keep_work(call, compute) << 1)
+                executor = token << 1 | 1
+            elif not rule.asks_size:
+                executor = self._keep_work(call, result) << 1
+            # The last two arguments: the size of the workspace, none, and what phase 2 gets.
+            ctypes.c_uint64.from_address(raw[count]).value = 0
+            ctypes.c_uint64.from_address(raw[count + 1]).value = executor
             return 0
 
         callback = ctypes.CFUNCTYPE(ctypes.c_int, *rule.c_types, ctypes.c_void_p, ctypes.c_void_p)(first_phase)
@@ -191,7 +174,7 @@ class Simulator:
         Returns:
             0, or the runtime's error code, with its text set.
         """
-        token = self._keep_work(call, _placed(call, compute))
+        token = self._keep_work(call, placed(call, compute))
         code = int(self._acl.cannsim_enqueue(stream, token))
         if code:
             self._forgotten(token)
@@ -243,7 +226,7 @@ class Simulator:
             # Tensors without elements touch no memory.
             touched = [tensor for tensor in call.tensors if tensor.numel]
             if touched:
-                compute = _illegal_address(call.name, touched[0], device)
+                compute = illegal_address(call.name, touched[0], device)
             call.device = device
         torch._C._set_grad_enabled(False)
         try:
@@ -277,34 +260,3 @@ class Simulator:
         text = f"cannsim: the rule of {name} failed: {type(problem).__name__}: {problem}"
         self._acl.cannsim_set_error(text.encode())
         return int(code)
-
-
-def _answer(raw: Sequence[Any], count: int, executor: int) -> None:
-    """Fills phase 1's last two arguments: the size of its workspace, none, and what phase 2 gets."""
-    ctypes.c_uint64.from_address(raw[count]).value = 0
-    ctypes.c_uint64.from_address(raw[count + 1]).value = executor
-
-
-def _placed(call: Call, compute: Compute) -> Compute:
-    """Finds the call's card: with tensors of two, the closure that fails instead."""
-    for one in call.tensors:
-        if call.device < 0:
-            call.device = one.device
-        elif one.device != call.device and one.numel:
-            return _illegal_address(call.name, one, call.device)
-    return compute
-
-
-def _illegal_address(name: str, tensor: AclTensor, device: int) -> Compute:
-    where = {-1: "pinned host memory", -2: "memory that no card owns, or past the end of an allocation"}
-    place = where.get(tensor.device, f"memory of device {tensor.device}")
-
-    def compute() -> None:
-        raise Refused(
-            Status.DEVICE_FAULT,
-            f"The DDR address of the MTE instruction is out of range: {name} on device {device} reads {tensor!r} at "
-            f"{tensor.address:#x}, which is {place}",
-            "EZ9999",
-        )
-
-    return compute

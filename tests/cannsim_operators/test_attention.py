@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyaccel_cannsim.operators import attention_math
+from polyaccel_cannsim.operators import attention_decode
 from polyaccel_cannsim.operators.environment import CHIP_310P, CHIP_A3
 from polyaccel_cannsim.operators.operator import Launch
 from polyaccel_cannsim.operators.refusal import INNER, INVALID, TILING, NotSimulated, Refusal
@@ -199,7 +199,7 @@ def test_decode_reads_the_keys_of_the_block_table_whatever_the_sparse_mode(
     ]
     given_query, out = query.reshape(shape), torch.empty(shape, dtype=torch.float16)
     lse = torch.empty(batch, heads, 1, 1) if name == FUSED else None
-    with patch.object(attention_math, "_PADDED", padded):
+    with patch.object(attention_decode, "_PADDED", padded):
         if name == FUSED:
             options: dict[str, Any] = {"heads": heads, "key_heads": key_heads, "layout": layout, "sparse": 3}
             options |= {"table": table, "actual_keys": tuple(lengths), "block_size": 16, "lse": lse, "scale": 0.25}

@@ -11,15 +11,16 @@ log-sum-exp. Refused by name as not simulated: quantisation, MLA ropes, shared p
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from .attention_math import DEFAULT, UNBOUNDED, Problem, compute
-from .attention_rules import Limits, plan, refuse_given
+from .attention_rules import Limits, lengths_of, plan, refuse_given
 from .descriptor import Tensor, require, require_dtype
 from .environment import CHIP_310P, CHIP_910B, CHIP_A3, Environment
-from .operator import Compute, aclnn
+from .operator import LATER, ByLists, Compute, aclnn
 from .refusal import NotSimulated, invalid, null
 
 FUSED = "Ascend/op-plugin docs/zh/custom_APIs/torch_npu/torch_npu-npu_fused_infer_attention_score.md"
@@ -88,24 +89,25 @@ def _problem(
         heads=heads,
         key_heads=key_heads,
         width=0,
+        batch=0,
+        span=0,
+        extent=0,
         scale=scale,
         sparse_mode=DEFAULT,
         before=UNBOUNDED,
         after=UNBOUNDED,
-        query_lengths=(),
-        key_lengths=(),
     )
 
 
-def _fused(function: str, ropes: int, environment: Environment, arguments: tuple[Any, ...]) -> Compute:
+def _fused(function: str, ropes: int, environment: Environment, arguments: tuple[Any, ...]) -> ByLists:
     """aclnnFusedInferAttentionScoreV2 (`ropes` 0) and V3 (3 more tensors), arguments in C's order."""
     tensors, rest = arguments[: 24 + ropes], arguments[24 + ropes :]
-    query, keys, values, shift, mask, actual, actual_keys = tensors[:7]
+    query, keys, values, shift, mask = tensors[:5]
     table, optional = tensors[7 + _TABLE], tensors[7:]
     if shift is not None or optional.count(None) + (table is not None) < len(optional):
         given = {name: one for name, one in zip(_OPTIONAL, optional, strict=False) if one is not None}
         given.pop("blockTable", None)
-        if given.get("actualSharedPrefixLen") == ():
+        if given.get("actualSharedPrefixLen") is LATER:
             del given["actualSharedPrefixLen"]
         refuse_given(function, pseShift=shift, **given)
     heads, scale, before, after, layout, key_heads, sparse, precise, block_size, antiquant, want_lse, _, _, out, lse = (
@@ -123,12 +125,21 @@ def _fused(function: str, ropes: int, environment: Environment, arguments: tuple
     problem = _problem(query, key, value, out, mask, heads, scale, layout, key_heads)
     problem.lse, problem.block_table, problem.block_size = lse if want_lse else None, table, block_size
     problem.sparse_mode, problem.before, problem.after = sparse, before, after
-    planned = plan(function, environment, problem, actual, actual_keys, _FUSED_LIMITS)
-    if planned.layout != "TND" and max(planned.query_lengths, default=0) == 1 and precise not in (0, 1):
-        raise invalid(f"innerPrecise must be 0 or 1 when Q_S is 1, but is {precise}.")
+    planned = plan(function, environment, problem, _FUSED_LIMITS)
     if planned.lse is not None:
         require_dtype("softmaxLse", planned.lse, (torch.float32,))
-    return lambda: compute(planned)
+
+    def by_lists(
+        actual: tuple[int, ...] | None, actual_keys: tuple[int, ...] | None, prefix: tuple[int, ...] | None
+    ) -> Compute:
+        if prefix:
+            raise NotSimulated(function, "actualSharedPrefixLen")
+        rows, own = lengths_of(planned, actual, actual_keys, _FUSED_LIMITS)
+        if precise not in (0, 1) and planned.layout != "TND" and max(rows, default=0) == 1:
+            raise invalid(f"innerPrecise must be 0 or 1 when Q_S is 1, but is {precise}.")
+        return functools.partial(compute, planned, rows, own)
+
+    return by_lists
 
 
 _FUSED_HEAD = "tensor 2*tensors 2*tensor 2*ints 7*tensor tensor 2*tensor 4*tensor 2*tensor ints"
@@ -142,8 +153,9 @@ _FUSED_TAIL = "int64 double 2*int64 string 4*int64 int64 bool 2*int64 2*tensor"
     document=FUSED,
     since="8.0.RC2",
     max_workspace=True,
+    lists_apart=True,
 )
-def fused_infer_attention_score_v2(environment: Environment, *arguments: Any) -> Compute:
+def fused_infer_attention_score_v2(environment: Environment, *arguments: Any) -> ByLists:
     """Attention of queries [B, S, N, D] (or another layout) on dense or paged keys and values."""
     return _fused("aclnnFusedInferAttentionScoreV2", 0, environment, arguments)
 
@@ -155,8 +167,9 @@ def fused_infer_attention_score_v2(environment: Environment, *arguments: Any) ->
     document=FUSED,
     since="8.1.RC1",
     max_workspace=True,
+    lists_apart=True,
 )
-def fused_infer_attention_score_v3(environment: Environment, *arguments: Any) -> Compute:
+def fused_infer_attention_score_v3(environment: Environment, *arguments: Any) -> ByLists:
     """V2 with the ropes of MLA, which are not simulated."""
     return _fused("aclnnFusedInferAttentionScoreV3", 3, environment, arguments)
 
@@ -166,11 +179,12 @@ def fused_infer_attention_score_v3(environment: Environment, *arguments: Any) ->
     "tensor 2*tensors 2*tensor ints 9*tensor int64 double string 3*int64 tensor",
     serves="npu_incre_flash_attention",
     document=INCRE,
+    lists_apart=True,
 )
-def incre_flash_attention_v4(environment: Environment, *arguments: Any) -> Compute:
+def incre_flash_attention_v4(environment: Environment, *arguments: Any) -> ByLists:
     """One query token a sequence: [B, 1, H], [B, 1, N, D] or [B, N, 1, D]; `actual` are the keys' lengths."""
     function = "aclnnIncreFlashAttentionV4"
-    query, keys, values, shift, mask, actual = arguments[:6]
+    query, keys, values, shift, mask = arguments[:5]
     table = arguments[13]
     given = (*arguments[6:13], arguments[14])
     heads, scale, layout, key_heads, block_size, precise, out = arguments[15:]
@@ -186,8 +200,9 @@ def incre_flash_attention_v4(environment: Environment, *arguments: Any) -> Compu
     key, value = _one_list(function, "key", keys), _one_list(function, "value", values)
     problem = _problem(query, key, value, out, mask, heads, scale, layout, key_heads)
     problem.block_table, problem.block_size = table, block_size
-    planned = plan(function, environment, problem, None, actual, _INCRE_LIMITS[environment.chip])
-    return lambda: compute(planned)
+    limits = _INCRE_LIMITS[environment.chip]
+    planned = plan(function, environment, problem, limits)
+    return lambda actual: functools.partial(compute, planned, *lengths_of(planned, None, actual, limits))
 
 
 @aclnn(
@@ -195,20 +210,20 @@ def incre_flash_attention_v4(environment: Environment, *arguments: Any) -> Compu
     "5*tensor 2*ints 5*tensor int64 double 2*int64 string 3*int64 tensor",
     serves="npu_prompt_flash_attention",
     document=PROMPT,
+    lists_apart=True,
 )
-def prompt_flash_attention_v3(environment: Environment, *arguments: Any) -> Compute:
+def prompt_flash_attention_v3(environment: Environment, *arguments: Any) -> ByLists:
     """Whole prompts on keys that are laid out like the query; no block table."""
     function = "aclnnPromptFlashAttentionV3"
-    query, key, value, shift, mask, actual, actual_keys, *rest = arguments
+    query, key, value, shift, mask, _, _, *rest = arguments
     given, (heads, scale, before, after, layout, key_heads, sparse, precise, out) = rest[:5], rest[5:]
     refuse_given(function, pseShift=shift, **{f"quantisation tensor {i}": one for i, one in enumerate(given)})
     require(query=query, key=key, value=value, attentionOut=out)
     if precise not in (0, 1, 2, 3):
         raise invalid(f"innerPrecise must be 0 to 3, but is {precise}.")
-    if environment.chip == CHIP_310P:
+    old = environment.chip == CHIP_310P
+    if old:
         # Prompt, notes on Atlas inference cards: no lengths, default band, sparse mode 0 only.
-        if actual or actual_keys:
-            raise invalid("actualSeqLengths and actualSeqLengthsKv are not supported on this chip.")
         if sparse != DEFAULT or before != UNBOUNDED or after not in (0, UNBOUNDED):
             raise invalid(
                 f"sparseMode {sparse}, preTokens {before}, nextTokens {after} are not supported on this chip."
@@ -217,8 +232,15 @@ def prompt_flash_attention_v3(environment: Environment, *arguments: Any) -> Comp
     _check_layout(function, layout, _LAYOUTS)
     problem = _problem(query, key, value, out, mask, heads, scale, layout, key_heads)
     problem.sparse_mode, problem.before, problem.after = sparse, before, after
-    planned = plan(function, environment, problem, actual, actual_keys, _PROMPT_LIMITS[environment.chip])
-    return lambda: compute(planned)
+    limits = _PROMPT_LIMITS[environment.chip]
+    planned = plan(function, environment, problem, limits)
+
+    def by_lists(actual: tuple[int, ...] | None, actual_keys: tuple[int, ...] | None) -> Compute:
+        if old and (actual or actual_keys):
+            raise invalid("actualSeqLengths and actualSeqLengthsKv are not supported on this chip.")
+        return functools.partial(compute, planned, *lengths_of(planned, actual, actual_keys, limits))
+
+    return by_lists
 
 
 OPERATORS = (

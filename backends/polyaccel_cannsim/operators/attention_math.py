@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from .attention_decode import Decode, named_blocks
 from .descriptor import Tensor
 from .refusal import inner
 
 UNBOUNDED = 2147483647  # the documents' "INT_MAX" for pre_tokens and next_tokens
 COMPRESSED = 2048  # the side of the mask that stands for a causal one of any size
-
-_PADDED = 2  # how many times their keys sequences may be padded to, to be computed at once
 
 DEFAULT, ALL_MASK, LEFT_UP, RIGHT_DOWN, BAND = range(5)
 """sparse_mode (FusedInfer, sparseMode): mask and band; mask; causal from the left; causal from the right; band."""
@@ -22,10 +19,10 @@ DEFAULT, ALL_MASK, LEFT_UP, RIGHT_DOWN, BAND = range(5)
 
 @dataclass(slots=True)
 class Problem:
-    """One attention call, checked, and not changed after that.
+    """One attention call but for its lists of lengths, checked, and not changed after that.
 
-    Layouts: "BSH", "BSND", "BNSD", "BNSD_BSND", "TND". `query_lengths`, `key_lengths`: per sequence, not cumulative.
-    `block_table` is None for keys that are laid out like the query.
+    Layouts: "BSH", "BSND", "BNSD", "BNSD_BSND", "TND". `block_table` is None for keys that are laid out like the query.
+    `batch` is 0 in TND; `span`: rows of the query's S or T; `extent`: keys that a sequence has room for, T in TND.
     """
 
     layout: str
@@ -40,12 +37,14 @@ class Problem:
     heads: int
     key_heads: int
     width: int
+    batch: int
+    span: int
+    extent: int
     scale: float
     sparse_mode: int
     before: int
     after: int
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
+    decode: Decode | None = None
 
 
 def _batched(x: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
@@ -57,20 +56,6 @@ def _batched(x: torch.Tensor, layout: str, heads: int) -> torch.Tensor:
 
 def _cut(x: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
     return list(torch.ops.aten.split_with_sizes(x[: sum(lengths)], list(lengths)))
-
-
-def _blocks(problem: Problem, limit: int) -> list[list[int]]:
-    """The blocks of each sequence, as many as its length needs."""
-    assert problem.block_table is not None
-    size = problem.block_size
-    rows = problem.block_table.view().tolist()
-    found = [row[: -(-length // size)] for row, length in zip(rows, problem.key_lengths, strict=True)]
-    named = [block for blocks in found for block in blocks]
-    if named and (min(named) < 0 or max(named) >= limit):
-        # FusedInfer, page attention: "block ids are not checked, the caller guarantees them": a card reads wild memory.
-        wild = next(blocks for blocks in found if blocks and (min(blocks) < 0 or max(blocks) >= limit))
-        raise inner(f"blockTable names blocks {wild}, but the cache has {limit}.")
-    return found
 
 
 def _gathered(whole: torch.Tensor, blocks: torch.Tensor, heads: int) -> torch.Tensor:
@@ -118,26 +103,31 @@ def _hidden(problem: Problem, index: int, queries: int, keys: int, dense: torch.
     return hidden
 
 
-def compute(problem: Problem) -> None:
+def compute(problem: Problem, rows: tuple[int, ...], lengths: tuple[int, ...]) -> None:
     """Write `out` (and `lse`): softmax(scale q k^T) v in float32, rounded once.
 
-    Rows past a sequence's length are not written. A row with every key masked gives zeros (the documents' "row
-    invalid" correction).
+    rows, lengths: each sequence's queries and keys, not cumulative. Rows past a sequence's queries are not written. A
+    row with every key masked gives zeros (the documents' "row invalid" correction).
     """
     tnd = problem.layout == "TND"
+    if problem.block_table is not None and problem.mask is None and problem.span == 1 and lengths and not tnd:
+        decode = problem.decode
+        if decode is None:
+            decode = problem.decode = Decode(
+                *(problem.query, problem.key, problem.value, problem.out, problem.lse, problem.block_table),
+                *(problem.block_size, problem.key_heads, problem.width, problem.scale),
+            )
+        if decode(lengths):
+            return
     layout = "BNSD" if problem.layout == "BNSD_BSND" else problem.layout
     out_layout = "BSND" if problem.layout == "BNSD_BSND" else layout
     query, out, key, value = (one.view() for one in (problem.query, problem.out, problem.key, problem.value))
     lse = problem.lse.view() if problem.lse is not None else None
-    blocks = _blocks(problem, key.shape[0]) if problem.block_table is not None else None
-    if blocks is not None and not tnd and _alike(problem, blocks):
-        # Nothing made in here outlives it, and inference mode spares each operator of torch a third of its way.
-        with torch._C._InferenceMode(True):
-            # With one query a sequence all layouts are one.
-            out.copy_(_decoded(problem, query, key, value, blocks, lse).view(out.shape))
-        return
-    queries = _cut(query, problem.query_lengths) if tnd else list(_batched(query, layout, problem.heads))
-    outs = _cut(out, problem.query_lengths) if tnd else list(_batched(out, out_layout, problem.heads))
+    blocks = None
+    if problem.block_table is not None:
+        blocks = named_blocks(problem.block_table.view().tolist(), lengths, problem.block_size, key.shape[0])
+    queries = _cut(query, rows) if tnd else list(_batched(query, layout, problem.heads))
+    outs = _cut(out, rows) if tnd else list(_batched(out, out_layout, problem.heads))
     dense: torch.Tensor | None = None
     if problem.mask is not None:
         if problem.sparse_mode in (LEFT_UP, RIGHT_DOWN, BAND):
@@ -148,83 +138,22 @@ def compute(problem: Problem) -> None:
     values: list[torch.Tensor] = []
     if blocks is None:
         for found, whole in ((keys, key), (values, value)):
-            found += _cut(whole, problem.key_lengths) if tnd else _batched(whole, layout, problem.key_heads)
+            found += _cut(whole, lengths) if tnd else _batched(whole, layout, problem.key_heads)
     first = 0
-    for i, (rows, length) in enumerate(zip(problem.query_lengths, problem.key_lengths, strict=True)):
+    for i, (count, length) in enumerate(zip(rows, lengths, strict=True)):
         if blocks is not None:
             own = torch.tensor(blocks[i], dtype=torch.int64)
             k, v = (_gathered(whole, own, problem.key_heads)[:length] for whole in (key, value))
         else:
             k, v = keys[i][:length], values[i][:length]
-        if rows:
-            result, logsum = _one(problem, i, queries[i][:rows], k, v, dense)
-            outs[i][:rows].copy_(result)
+        if count:
+            result, logsum = _one(problem, i, queries[i][:count], k, v, dense)
+            outs[i][:count].copy_(result)
             if lse is not None and tnd:
-                lse[first : first + rows, :, 0].copy_(logsum.T)
+                lse[first : first + count, :, 0].copy_(logsum.T)
             elif lse is not None:
-                lse[i, :, :rows, 0].copy_(logsum)
-        first += rows
-
-
-def _alike(problem: Problem, blocks: list[list[int]]) -> bool:
-    """Whether all sequences are one query that sees all its keys, of lengths so near that they may as well be one."""
-    if problem.mask is not None or not blocks or set(problem.query_lengths) != {1} or not min(problem.key_lengths):
-        return False
-    counts = [len(own) for own in blocks]
-    return max(counts) * len(counts) <= _PADDED * sum(counts)
-
-
-def _padded(problem: Problem, blocks: list[list[int]], longest: int) -> torch.Tensor:
-    """Every sequence's blocks, `longest` of them each: the first again for those that are missing."""
-    assert problem.block_table is not None
-    if longest * len(blocks) == sum(map(len, blocks)):
-        table = problem.block_table.view()
-        return (table if table.shape[1] == longest else table.narrow(1, 0, longest)).reshape(-1)
-    return torch.tensor([block for own in blocks for block in (*own, *own[:1] * (longest - len(own)))])
-
-
-def _decoded(
-    problem: Problem,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    blocks: list[list[int]],
-    lse: torch.Tensor | None,
-) -> torch.Tensor:
-    """All sequences at once, with as few operators of torch as it takes: each costs more than its arithmetic here.
-
-    query: a contiguous [B, 1, N, D] or the like; returns [B * KVN, N / KVN, D] and writes the log-sum-exp to `lse`
-    [B, N, 1, 1] if there is one.
-    """
-    longest, count, heads = max(map(len, blocks)), len(blocks), problem.key_heads
-    lengths, most, width = problem.key_lengths, max(problem.key_lengths), problem.width
-    picked = _padded(problem, blocks, longest)
-
-    def by_head(whole: torch.Tensor) -> torch.Tensor:
-        """[count * heads, most, D] in float32 from a cache's blocks."""
-        if longest == 1:
-            whole = whole.narrow(-2, 0, most)
-        found = whole.index_select(0, picked)
-        if heads > 1 and whole.ndim == 3:
-            found = found.view(count, -1, heads, width).transpose(1, 2).contiguous()
-        elif heads > 1 and longest > 1:
-            found = found.view(count, longest, heads, -1, width).transpose(1, 2).contiguous()
-        wide = found.float().view(count * heads, -1, width)
-        return wide.narrow(1, 0, most) if longest > 1 else wide
-
-    wide_q, wide_k, wide_v = query.float().view(count * heads, -1, width), by_head(key), by_head(value)
-    scores = torch.bmm(wide_q, wide_k.transpose(1, 2)).mul_(problem.scale)
-    if min(lengths) < most:
-        hidden = torch.from_numpy(np.arange(most) >= np.repeat(lengths, heads)[:, None])
-        scores.masked_fill_(hidden.unsqueeze(1), float("-inf"))
-    if lse is not None:
-        lse.copy_(torch.logsumexp(scores, -1).view(lse.shape))
-    weights = torch.softmax(scores, -1)
-    result = torch.bmm(weights, wide_v)
-    if min(lengths) < most and not math.isfinite(result.sum().item()):
-        # What lies past a length may be anything, and weighs nothing unless zero times it is NaN.
-        result = torch.bmm(weights, wide_v.masked_fill(hidden.unsqueeze(2), 0.0))
-    return result
+                lse[i, :, :count, 0].copy_(logsum)
+        first += count
 
 
 def _one(

@@ -136,10 +136,8 @@ def _check_cache(layout: str, key: Tensor, block_size: int, key_heads: int, widt
 
 
 def _check_table(table: Tensor, key: Tensor, block_size: int, lengths: tuple[int, ...]) -> None:
-    require_dtype("blockTable", table, (torch.int32,))
-    require_contiguous(blockTable=table)
     needed = [-(-length // block_size) for length in lengths]
-    if len(table.shape) != 2 or table.shape[0] != len(lengths) or table.shape[1] < max(needed, default=0):
+    if table.shape[0] != len(lengths) or table.shape[1] < max(needed, default=0):
         raise tiling(
             f"blockTable must be [{len(lengths)}, {max(needed, default=0)} or more], but has shape {list(table.shape)}."
         )
@@ -172,7 +170,7 @@ def _cumulative(name: str, given: tuple[int, ...] | None, total: int) -> tuple[i
     return tuple(end - start for start, end in zip(starts, given, strict=True))
 
 
-def _check_mask(problem: Problem, queries: int, keys: int, given: int) -> None:
+def _check_mask(problem: Problem) -> None:
     """FusedInfer, sparse_mode."""
     mask, mode = problem.mask, problem.sparse_mode
     if not DEFAULT <= mode <= BAND:
@@ -186,21 +184,18 @@ def _check_mask(problem: Problem, queries: int, keys: int, given: int) -> None:
             raise invalid(f"attenMask must be [{COMPRESSED}, {COMPRESSED}] for sparseMode {mode}: {list(mask.shape)}.")
     elif problem.layout == "TND":
         raise invalid("layout TND supports sparseMode 0 only without attenMask.")
-    elif (
+
+
+def _check_cover(mask: Tensor, queries: int, keys: int, given: int) -> None:
+    """FusedInfer, sparse_mode 0 and 1: one mask, or one a sequence."""
+    if (
         mask.shape[-2] < queries or mask.shape[-1] < keys or any(size not in (1, given) for size in mask.shape[:-2])
     ) or (len(mask.shape) == 4 and mask.shape[1] != 1):
         raise invalid(f"attenMask {list(mask.shape)} must cover [{queries}, {keys}] for each of {given} sequences.")
 
 
-def plan(
-    function: str,
-    environment: Environment,
-    problem: Problem,
-    actual: tuple[int, ...] | None,
-    actual_keys: tuple[int, ...] | None,
-    limits: Limits,
-) -> Problem:
-    """The checks that all operators share; fills in the problem's lengths, heads and width, and returns it."""
+def plan(function: str, environment: Environment, problem: Problem, limits: Limits) -> Problem:
+    """What all operators demand whatever the lengths; fills in the rest of the problem, and returns it."""
     layout, table = problem.layout, problem.block_table
     _check_operands(function, environment, problem.query, problem.key, problem.value, problem.mask, problem.out)
     key_heads = _check_heads(problem.heads, problem.key_heads)
@@ -214,46 +209,59 @@ def plan(
     tnd = layout == "TND"
     if tnd and width not in _WIDTHS_TND:
         raise tiling(f"D must be 128 or 192 in layout TND, but is {width}.")
-    if tnd:
-        rows = _cumulative("actualSeqLengths", actual, span)
-        batch = len(rows)
-        longest = max(rows, default=0)
-    else:
-        longest = span
-        # FusedInfer, decode: actual_seq_lengths has no effect at Q_S = 1.
-        rows = _lengths("actualSeqLengths", None if span == 1 else actual, batch, span)
     if batch > limits.batch:
         raise tiling(f"the batch must not exceed {limits.batch}, but is {batch}.")
     if table is not None:
-        if not actual_keys:
-            raise tiling("actualSeqLengthsKv must be given with a blockTable.")
-        _check_cache(layout, problem.key, problem.block_size, key_heads, width, longest > 1)
+        _check_cache(layout, problem.key, problem.block_size, key_heads, width, span > 1)
         require_rank("blockTable", table, 2, 2)
-        keys = _lengths("actualSeqLengthsKv", actual_keys, batch, table.shape[1] * problem.block_size)
-        _check_table(table, problem.key, problem.block_size, keys)
-    elif tnd:
-        keys = _cumulative("actualSeqLengthsKv", actual_keys, problem.key.shape[0])
-        if len(keys) != batch:
-            raise invalid(f"actualSeqLengths and actualSeqLengthsKv name {batch} and {len(keys)} sequences.")
-        _dense_keys(layout, problem.key, batch, key_heads, width)
+        require_dtype("blockTable", table, (torch.int32,))
+        require_contiguous(blockTable=table)
+        problem.extent = table.shape[1] * problem.block_size
     else:
-        extent = _dense_keys(layout, problem.key, batch, key_heads, width)
-        keys = _lengths("actualSeqLengthsKv", actual_keys, batch, extent)
-    if max(keys, default=0) > limits.keys:
-        raise tiling(f"KV_S must not exceed {limits.keys}, but is {max(keys)}.")
-    problem.key_heads, problem.width = key_heads, width
-    problem.query_lengths, problem.key_lengths = rows, keys
+        problem.extent = _dense_keys(layout, problem.key, batch, key_heads, width)
+    problem.key_heads, problem.width, problem.batch, problem.span = key_heads, width, batch, span
     if not tnd and span == 1:
         # FusedInfer: at Q_S = 1 sparse_mode, pre_tokens and next_tokens have no effect; inner_precise is 0 or 1.
         problem.sparse_mode, problem.before, problem.after = DEFAULT, UNBOUNDED, UNBOUNDED
-    columns = max(keys, default=0)
-    if table is not None and problem.sparse_mode < 2:
-        columns = max(-(-length // problem.block_size) for length in keys) * problem.block_size if keys else 0
     if problem.sparse_mode == DEFAULT and problem.mask is None:
         problem.before = problem.after = UNBOUNDED
-    _check_mask(problem, longest, columns, batch)
+    _check_mask(problem)
     shape = problem.query.shape
     if layout == "BNSD_BSND":
         shape = (shape[0], shape[2], shape[1], shape[3])
     require_shape("attentionOut", problem.out, shape)
     return problem
+
+
+def lengths_of(
+    problem: Problem, actual: tuple[int, ...] | None, actual_keys: tuple[int, ...] | None, limits: Limits
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The queries and the keys of each sequence of a planned problem, with all that documents demand of the lists."""
+    table, span, batch = problem.block_table, problem.span, problem.batch
+    tnd = problem.layout == "TND"
+    if tnd:
+        rows = _cumulative("actualSeqLengths", actual, span)
+        batch = len(rows)
+        if batch > limits.batch:
+            raise tiling(f"the batch must not exceed {limits.batch}, but is {batch}.")
+    else:
+        # FusedInfer, decode: actual_seq_lengths has no effect at Q_S = 1.
+        rows = _lengths("actualSeqLengths", None if span == 1 else actual, batch, span)
+    if table is not None:
+        if not actual_keys:
+            raise tiling("actualSeqLengthsKv must be given with a blockTable.")
+        keys = _lengths("actualSeqLengthsKv", actual_keys, batch, problem.extent)
+        _check_table(table, problem.key, problem.block_size, keys)
+    elif tnd:
+        keys = _cumulative("actualSeqLengthsKv", actual_keys, problem.extent)
+        if len(keys) != batch:
+            raise invalid(f"actualSeqLengths and actualSeqLengthsKv name {batch} and {len(keys)} sequences.")
+    else:
+        keys = _lengths("actualSeqLengthsKv", actual_keys, batch, problem.extent)
+    most = max(keys, default=0)
+    if most > limits.keys:
+        raise tiling(f"KV_S must not exceed {limits.keys}, but is {most}.")
+    if problem.mask is not None and problem.sparse_mode < 2:
+        columns = most if table is None else -(-most // problem.block_size) * problem.block_size
+        _check_cover(problem.mask, span, columns, batch)
+    return rows, keys
