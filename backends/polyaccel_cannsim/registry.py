@@ -34,7 +34,10 @@ class Launch:
 
 
 class Later:
-    """Stands for a host list in the first part of a check that is made in two: there is nothing in it to read."""
+    """Stands for a host list in the first part of a check that is made in two: to read it is a defect of the rule."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("this list is given to the check's second part")
 
     def __repr__(self) -> str:
         return "a list that is read later"

@@ -18,7 +18,7 @@ from polyaccel_cannsim.errors import RuleError
 from polyaccel_cannsim.operators import OPERATORS
 from polyaccel_cannsim.operators.environment import Environment
 from polyaccel_cannsim.operators.operator import Compute, Operator
-from polyaccel_cannsim.registry import Rule, parse
+from polyaccel_cannsim.registry import LATER, Rule, parse
 from polyaccel_cannsim.simulator import Simulator
 
 TENSOR, INTS = 0x7E501, 0x7E503
@@ -37,9 +37,9 @@ def ints(values: tuple[int, ...]) -> Any:
     return ctypes.create_string_buffer(struct.pack(f"{2 + len(values)}q", INTS, len(values), *values) + bytes(8 * ROOM))
 
 
-def arguments(words: str) -> Arguments:
+def arguments(words: str, lists_apart: bool = False) -> Arguments:
     rule = Rule("aclnnX", parse("aclnnX", words), print, "a document", cast(Any, None))
-    return Arguments(rule.signature, rule.readers, Decoder())
+    return Arguments(rule.signature, rule.readers, Decoder(), lists_apart)
 
 
 @st.composite
@@ -67,6 +67,36 @@ def test_keys_are_equal_only_for_equal_descriptors_and_lists(
     keys = [read.key([ctypes.addressof(part) for part in pair]) for pair in held]
     for call, key in zip(calls, keys, strict=True):
         assert (key == keys[0]) == (call == calls[0])
+
+
+@given(st.lists(st.none() | st.lists(st.integers(0, 2), max_size=30), min_size=4, max_size=4), st.integers(0, 1))
+def test_lists_taken_apart_are_in_the_key_only_as_missing_or_given(
+    given_lists: list[list[int] | None], other: int
+) -> None:
+    read = arguments("ints int64 ints", lists_apart=True)
+    one, two = given_lists[:2], given_lists[2:]
+    held = [None if values is None else ints(tuple(values)) for values in (*one, *two)]
+    handles = [None if part is None else ctypes.addressof(part) for part in held]
+    calls = [[handles[0], 0, handles[1]], [handles[2], other, handles[3]]]
+    missing = [[values is None for values in pair] for pair in (one, two)]
+    assert (read.key(calls[0]) == read.key(calls[1])) == (missing[0] == missing[1] and not other)
+    for call, pair in zip(calls, (one, two), strict=True):
+        lists = tuple(None if values is None else tuple(values) for values in pair)
+        assert read.lists(call) == lists
+        assert read.decoded(call) == (lists[0], call[1], lists[1])
+        first = read.without_lists(read.decoded(call))
+        assert first == (None if lists[0] is None else LATER, call[1], None if lists[1] is None else LATER)
+        assert read.with_lists(first, lists) == read.decoded(call)
+
+
+@pytest.mark.parametrize("reads", [bool, list, max, len, lambda one: one[0]])
+def test_a_rule_cannot_read_a_list_before_its_second_part(reads: Any) -> None:
+    def check(environment: Environment, lengths: Any) -> Any:
+        return lambda found: reads(lengths)
+
+    row = Operator("aclnnX", "ints", check, "nothing", "a document", lists_apart=True)
+    with pytest.raises(TypeError):
+        row(cast(Any, None), (1, 2))
 
 
 def test_a_key_tells_the_zeros_apart_and_a_missing_tensor_from_one() -> None:
@@ -136,3 +166,64 @@ def test_a_refused_call_is_refused_again_and_an_accepted_one_like_it_does_not_he
         else:
             with pytest.raises(RuntimeError, match="aclnnRmsNorm failed"):
                 norm(x, gamma, 1e-5)
+
+
+class Steps:
+    """Decode steps of three sequences: an average over as many values as the sequence is long."""
+
+    def __init__(self) -> None:
+        rows = torch.arange(256.0).half().view(2, 128, 1).expand(2, 128, 32)
+        self.query = torch.zeros(3, 1, 2, 32).half().npu()  # type: ignore[attr-defined]
+        self.cache = torch.cat((rows, rows[:1])).contiguous().npu()  # type: ignore[attr-defined]
+        self.table = torch.tensor([[0], [1], [2]], dtype=torch.int32).npu()  # type: ignore[attr-defined]
+        self.out = torch.empty_like(self.query)
+        self.sums = torch.empty(1).npu()  # type: ignore[attr-defined]
+
+    def __call__(self, lengths: list[int]) -> torch.Tensor:
+        torch.ops.npu.npu_fused_infer_attention_score.out(
+            *(self.query, self.cache, self.cache),
+            actual_seq_lengths_kv=lengths,
+            block_table=self.table,
+            num_heads=2,
+            num_key_value_heads=1,
+            input_layout="BSND",
+            block_size=128,
+            out=[self.out, self.sums],
+        )
+        return self.out.cpu()[:, 0, 0, 0].float()
+
+    def expected(self, lengths: list[int]) -> torch.Tensor:
+        return torch.tensor([(n - 1) / 2 + (128 if i == 1 else 0) for i, n in enumerate(lengths)]).half().float()
+
+
+def test_of_a_step_with_new_lengths_only_they_are_read_and_each_step_computes_with_its_own(
+    cannsim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    decoded = Arguments.decoded
+    step = Steps()
+    step([1, 1, 1])
+    cannsim.ledger.reset()
+    monkeypatch.setattr(Arguments, "decoded", lambda self, raw: (read.append(0), decoded(self, raw))[1])
+    lengths = [[5, 100, 31], [6, 101, 32], [6, 101, 32], [128, 1, 33], [5, 100, 31]]
+    for one in lengths:
+        torch.testing.assert_close(step(one), step.expected(one), rtol=1e-3, atol=0)
+    calls = [call for call in cannsim.ledger if call.name == "aclnnFusedInferAttentionScoreV3"]
+    assert [call.arguments[6] for call in calls] == [tuple(one) for one in lengths]
+    assert not read
+
+
+@pytest.mark.parametrize("bad", [[5, 129, 3], [5, -1, 3], [5, 5], []])
+def test_a_step_whose_lengths_are_newly_illegal_is_refused_although_all_else_is_known(
+    cannsim: Simulator, bad: list[int]
+) -> None:
+    step = Steps()
+    step([5, 100, 31])
+    cannsim.ledger.reset()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="aclnnFusedInferAttentionScoreV3 failed"):
+            step(bad)
+        torch.testing.assert_close(step([6, 101, 32]), step.expected([6, 101, 32]), rtol=1e-3, atol=0)
+    calls = [call for call in cannsim.ledger if call.name == "aclnnFusedInferAttentionScoreV3"]
+    assert [bool(call.refused) for call in calls] == [True, False, True, False]
+    assert [call.arguments[6] for call in calls if call.refused] == [tuple(bad)] * 2

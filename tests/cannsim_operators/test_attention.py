@@ -183,17 +183,21 @@ def test_paged_attention_of_chunks_matches_float64(
     layout=st.sampled_from(["BSH", "BSND", "BNSD"]),
     name=st.sampled_from([FUSED, INCRE]),
     padded=st.sampled_from([0, 2, 99]),
+    stale=st.booleans(),
 )
 def test_decode_reads_the_keys_of_the_block_table_whatever_the_sparse_mode(
-    seed: int, lengths: list[int], layout: str, name: str, padded: int
+    seed: int, lengths: list[int], layout: str, name: str, padded: int, stale: bool
 ) -> None:
-    """One sequence after the other, those of like lengths at once, or all at once."""
+    """One sequence after the other, those of like lengths at once, or all at once; past a length the table may name
+    no block or another's."""
     heads, key_heads, width, batch = 4, 2, 32, len(lengths)
     keys = [draw(seed + i, n, key_heads, width, dtype=torch.float16) for i, n in enumerate(lengths)]
     values = [draw(seed + 9 + i, n, key_heads, width, dtype=torch.float16) for i, n in enumerate(lengths)]
     query = draw(seed + 30, batch, heads, width, dtype=torch.float16)
     key, table = paged(keys, 16, False, seed)
     value, _ = paged(values, 16, False, seed)
+    if stale:
+        table[table < 0] = key.shape[0] - 1
     shape = {"BSH": (batch, 1, heads * width), "BSND": (batch, 1, heads, width), "BNSD": (batch, heads, 1, width)}[
         layout
     ]
@@ -393,6 +397,34 @@ def test_a_block_that_the_cache_lacks_is_caught_on_the_device() -> None:
     with pytest.raises(Refusal, match="blockTable names blocks") as caught:
         compute()
     assert caught.value.code == INNER
+
+
+@pytest.mark.parametrize("block", [-1, 4])
+def test_a_decode_step_that_needs_a_block_that_the_cache_lacks_is_caught_on_the_device(block: int) -> None:
+    query = torch.ones(2, 1, 256, dtype=torch.float16)
+    table = torch.tensor([[0, block], [2, 3]], dtype=torch.int32)
+    step = {"query": query, "out": query.clone(), "mask": None, "sparse": 0, "actual": None, "table": table}
+    check(FUSED, *base(**step, actual_keys=(128, 130)))()
+    compute = check(FUSED, *base(**step, actual_keys=(129, 130)))
+    with pytest.raises(Refusal, match=rf"blockTable names blocks \[0, {block}\]"):
+        compute()
+
+
+@pytest.mark.parametrize("layout", ["BSH", "BSND"])
+def test_sequences_of_one_token_in_a_longer_query_are_no_decode_step(layout: str) -> None:
+    """All were computed at once, as if each had only its first token, and rows past the length were written."""
+    shape = (2, 3, 256) if layout == "BSH" else (2, 3, 4, 64)
+    query = draw(1, 2, 3, 256, dtype=torch.float16)
+    key, value = (draw(seed, 4, 128, 128, dtype=torch.float16) for seed in (2, 3))
+    out = torch.full(shape, 7.0, dtype=torch.float16)
+    options: dict[str, Any] = {"mask": None, "sparse": 0, "actual": (1, 1), "actual_keys": (130, 2), "layout": layout}
+    run(FUSED, *base(query=query.view(shape), key=key, value=value, out=out, scale=0.125, **options))
+    whole = out.view(2, 3, 4, 64)
+    assert bool((whole[:, 1:] == 7).all())
+    for i, (blocks, n) in enumerate((((0, 1), 130), ((2, 3), 2))):
+        k, v = (exact(x[list(blocks)].reshape(256, 2, 64)[:n]) for x in (key, value))
+        wanted, size = reference(exact(query.view(2, 3, 4, 64)[i, :1]), k, v, 0.125, np.ones((1, n)))
+        close(whole[i, :1], wanted, size * 8, terms=n + 64)
 
 
 def test_what_is_not_simulated_says_so_by_name() -> None:
