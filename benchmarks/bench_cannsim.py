@@ -4,8 +4,9 @@
 
 An operator's time is that of a batch of calls and the wait for them, divided by the calls: from Python through
 torch_npu, its task queue and the simulated CANN to the result in memory. The calls of a batch are alike, as those of a
-loop are, and the simulator knows them again; where a row says "new", it does not. ``cpu_us``: the processor time of
-all threads, which a busy machine does not lengthen as it does the wall's. Needs ``polyaccel[npu-sim]``, on one thread.
+loop are, and the simulator knows them again; where a row says what is new, all but that. ``cpu_us``: the processor time
+of all threads, which a busy machine does not lengthen as it does the wall's. Needs ``polyaccel[npu-sim]``, on one
+thread.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def operators() -> dict[str, Callable[[], object]]:
     steps = itertools.count()
 
     def next_step() -> object:
-        """Lengths that no call had before, so that nothing of an earlier call is of use."""
+        """Lengths that no call had before, as at each step of a model that decodes."""
         step = next(steps)
         lengths = [40, *(33 + step // 8**place % 8 for place in range(7))]
         return ops.npu_fused_infer_attention_score(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ Key = tuple[Any, ...]
 _HEAD = 64
 _TENSOR = ctypes.c_char * (_HEAD + 8 * ROOM)
 _ARRAY = ctypes.c_char * (16 + 8 * ROOM)
+_WORD = ctypes.c_int64
 _OPAQUE = frozenset({"pointer", "stream"})
 """Words whose target nobody knows: two calls with one address may still differ."""
 
@@ -32,9 +32,8 @@ def _array(handle: int) -> bytes:
 
 
 def _members(handle: int, member: Callable[[int], bytes]) -> tuple[bytes, ...]:
-    raw = _array(handle)
-    count = int.from_bytes(raw[8:16], "little")
-    return tuple(member(one) if one else b"" for one in struct.unpack_from(f"{count}q", raw, 16))
+    count = _WORD.from_address(handle + 8).value
+    return tuple([member(one) if one else b"" for one in (_WORD * count).from_address(handle + 16)])
 
 
 def _tensors(handle: int) -> tuple[bytes, ...]:

@@ -53,6 +53,8 @@ class Decode:
         # With one query a sequence all layouts are one.
         self._query = query.view().view(self._count * key_heads, -1, width)
         self._key, self._value, self._out = key.view(), value.view(), out.view()
+        if key_heads == 1:  # and heads first or rows first is one
+            self._key, self._value = (x.view(x.shape[0], block_size, width) for x in (self._key, self._value))
         self._lse = None if lse is None else lse.view()
         self._blocks = self._key.shape[0]
         # With an axis of its own it widens the query that it multiplies.
@@ -65,10 +67,12 @@ class Decode:
             return False
         # Nothing made in here outlives it, and inference mode spares each operator of torch a third of its way.
         with torch._C._InferenceMode(True):
-            picked = self._picked(lengths, -(-most // self._size))
+            longest = -(-most // self._size)
+            picked = self._picked(lengths, longest)
             if picked is None:
                 return False
-            key, value = self._by_head(self._key, picked, most), self._by_head(self._value, picked, most)
+            key = self._by_head(self._key, picked, most, longest == 1)
+            value = self._by_head(self._value, picked, most, longest == 1)
             scores = torch.bmm(self._query.mul(self._scale), key.transpose(1, 2))
             hidden = None
             if least < most:
@@ -100,18 +104,15 @@ class Decode:
         found = named_blocks(table.tolist(), lengths, self._size, self._blocks)
         return torch.tensor([block for own in found for block in (*own, *own[:1] * (longest - len(own)))])
 
-    def _by_head(self, whole: torch.Tensor, picked: torch.Tensor, most: int) -> torch.Tensor:
-        """[B * KVN, most, D] in float32 from a cache's blocks."""
+    def _by_head(self, whole: torch.Tensor, picked: torch.Tensor, most: int, one: bool) -> torch.Tensor:
+        """[B * KVN, most, D] in float32 from a cache's blocks, of which each sequence has `one` or more."""
         heads, count, width = self._heads, self._count, self._width
-        one = picked.shape[0] == count
-        if one:
-            whole = whole.narrow(-2, 0, most)
-        found = whole.index_select(0, picked)
+        found = (whole.narrow(-2, 0, most) if one else whole).index_select(0, picked)
         if heads > 1 and whole.ndim == 3:
             found = found.view(count, -1, heads, width).transpose(1, 2).contiguous()
         elif heads > 1 and not one:
-            found = found.view(count, -1, heads, whole.shape[-2], width).transpose(1, 2).contiguous()
+            found = found.view(count, -1, heads, self._size, width).transpose(1, 2).contiguous()
         wide = found.float()
-        if wide.ndim != 3 or wide.shape[0] != count * heads:
+        if heads > 1 or not one:
             wide = wide.view(count * heads, -1, width)
         return wide if one else wide.narrow(1, 0, most)
