@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,37 +13,52 @@ from tests.npu.answers import Answers, ask, assert_same
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 NAMES = (None, "pirate", "json")
+Said = Mapping[str | None, Answers]
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_path: Path) -> Mapping[str | None, Answers]:
+def expected(smollm2_path: Path) -> Said:
     found = ask(smollm2_path, "cpu", "float32", adapters=NAMES)
     assert "Paris" in found[None].texts[0]
     return found
 
 
+@pytest.fixture(scope="module")
+def said(smollm2_path: Path) -> Callable[[str, int], Said]:
+    """By dtype and ranks, call by call; asked once."""
+
+    @functools.cache
+    def said(dtype: str, ranks: int) -> Said:
+        executor = "inline" if ranks == 1 else "auto"
+        return ask(smollm2_path, "npu", dtype, ranks=ranks, adapters=NAMES, executor=executor)
+
+    return said
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_one_card_answers_with_the_cpu_backends_tokens(
-    smollm2_path: Path, expected: Mapping[str | None, Answers], dtype: str
+    said: Callable[[str, int], Said], expected: Said, dtype: str
 ) -> None:
-    found = ask(smollm2_path, "npu", dtype, adapters=NAMES, executor="inline")
+    found = said(dtype, 1)
     for name in NAMES:
         assert_same(found[name], expected[name], f"{dtype}, adapter {name}")
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_several_cards_answer_with_the_cpu_backends_tokens(
-    smollm2_path: Path, expected: Mapping[str | None, Answers], ranks: int
+    said: Callable[[str, int], Said], expected: Said, ranks: int
 ) -> None:
-    found = ask(smollm2_path, "npu", "float16", ranks=ranks, adapters=NAMES)
+    found = said("float16", ranks)
     for name in NAMES:
         assert_same(found[name], expected[name], f"{ranks} cards, adapter {name}")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_replayed_steps_answer_as_those_that_run_call_by_call(smollm2_path: Path, ranks: int) -> None:
+def test_replayed_steps_answer_as_those_that_run_call_by_call(
+    smollm2_path: Path, said: Callable[[str, int], Said], ranks: int
+) -> None:
     names = (None, "pirate", "json", "pirate")
-    eager = ask(smollm2_path, "npu", "float16", ranks=ranks, adapters=NAMES)
+    eager = said("float16", ranks)
     captures: list[tuple[int, int]] = []
     found = ask(smollm2_path, "npu", "float16", ranks=ranks, adapters=names, graphs=True, captures=captures)
     for name in NAMES:
@@ -55,5 +71,5 @@ def test_replayed_steps_answer_as_those_that_run_call_by_call(smollm2_path: Path
     assert all(later > before for before, later in pairwise(replays)), replays
 
 
-def test_adapters_change_the_answer(expected: Mapping[str | None, Answers]) -> None:
+def test_adapters_change_the_answer(expected: Said) -> None:
     assert len({answers.ids for answers in expected.values()}) == len(NAMES)
