@@ -51,7 +51,7 @@ def peer_tables() -> str:
         ours = of("polyaccel", "none")
         cells = [f"{batch}", f"{ours['ms']:.2f} ({ours['of_floor']:.0%})", f"{of('cublas', 'none')['ms']:.2f}"]
         for mix in ("one" if batch == 1 else "all rows one", "each row its own"):
-            cells += [_added(of(side, mix)) if batch > 1 or mix == "one" else "" for side in ("polyaccel", "vllm")]
+            cells += [_added(of(side, mix)) for side in ("polyaccel", "vllm")]
         steps.append(cells)
     prefill = [row for row in rows if row["what"] == "prefill"]
     layers = []
@@ -81,8 +81,7 @@ def engine_tables() -> str:
         plain = of("none")
         cells = [f"{batch}", f"{loaded}", f"{plain['tokens_per_s']:,.0f}", f"{plain['ms_per_step']:.2f}"]
         for mix in ("one" if batch == 1 else "all rows one", "each row its own"):
-            row = of(mix)
-            cells.append(f"{row['added_ms']:.2f} ({row['added']:.0%})" if row else "")
+            cells.append(_added(of(mix)))
         steps.append([*cells, f"{plain['host_gap']:.1%}"])
     starts = [
         [
@@ -138,7 +137,11 @@ def _finder(rows: Sequence[Row], *keys: str) -> Callable[..., Row]:
 
 
 def _added(row: Row) -> str:
-    return f"{row['added_ms']:.2f} ({row['added']})"
+    """Empty for a mix that was not measured."""
+    if not row:
+        return ""
+    share = row["added"] if isinstance(row["added"], str) else f"{row['added']:.0%}"
+    return f"{row['added_ms']:.2f} ({share})"
 
 
 def _table(head: str, cells: Sequence[Sequence[str]]) -> str:

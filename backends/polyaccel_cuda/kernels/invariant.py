@@ -2,8 +2,8 @@
 
 Every element is one sum over k, in order, in tiles for tensor cores; neither how k is cut nor which tile is used
 depends on the rows. cuBLAS chooses both by their number: these are for ``batch_invariant``, and for a bias where cuBLAS
-would round before it adds it. That few rows and many have the same bits
-was measured on an H100, where both kinds of tile add 16 products at a time (docs/cuda.md).
+would round before it adds it. That few rows and many have the same bits was measured on an H100, where both kinds of
+tile add 16 products at a time (docs/cuda.md).
 """
 
 from __future__ import annotations
