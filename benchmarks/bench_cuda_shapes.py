@@ -8,7 +8,8 @@ loaded; context 512. ``70B/4`` is one rank's share of Llama-2-70B cut four ways,
 with the smallest rank. What is compared with what, checked against float64 before, and timed in turns, is that of
 ``bench_cuda_peers.py``'s decode: ``polyaccel`` are the backend's stations, ``cublas`` the same step with its products
 by cuBLAS, ``vllm`` that with vLLM's kernels for adapters (``FOLDER``: see ``vllm_lora.py``). ``floor_ms`` is the bytes
-that the step must read at the bandwidth measured in the same run, ``of_floor`` how much of the step that explains.
+that the step must read at the bandwidth measured in the same run, ``of_floor`` how much of the step that explains. Each
+shape has a results file of its own, written when it is done.
 """
 
 from __future__ import annotations
@@ -67,12 +68,13 @@ def main() -> None:
     arguments = parser.parse_args()
     speed, lora = bandwidth(), load(arguments.vllm)
     print(f"{device_name()}  {speed / 1e12:.2f} TB/s", flush=True)
-    rows: list[dict[str, object]] = [{"kernels": VLLM, "version": lora.version if lora else "not installed"}]
+    peer: dict[str, object] = {"kernels": VLLM, "version": lora.version if lora else "not installed"}
     for name in arguments.shapes:
-        rows += rows_of(name, lora, speed, arguments)
+        rows = [peer, *rows_of(name, lora, speed, arguments)]
+        file = f"cuda_shapes_{name.replace('/', '_')}"
+        save(file, rows, enabled=not arguments.no_save, device=device_name())
         gc.collect()
         torch.cuda.empty_cache()
-    save("cuda_shapes", rows, enabled=not arguments.no_save, device=device_name())
 
 
 if __name__ == "__main__":

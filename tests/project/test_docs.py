@@ -19,7 +19,7 @@ from polyaccel_conformance.cli.main import COMMANDS as SUITE_COMMANDS
 from polyaccel_conformance.cli.main import build_parser as build_suite_parser
 from polyaccel_conformance.report.support import support
 from tests.certify.stages import LARGEST
-from tests.project.figures import engine_tables, invariance_table, peer_tables, speed_tables
+from tests.project.figures import engine_tables, invariance_table, peer_tables, shape_table, speed_tables
 from tests.project.metadata import project
 from tests.project.pages import level_tables, module_list, operator_tables, parameter_tables
 from tests.project.source import ROOT, code_blocks, compare_with_stored
@@ -45,9 +45,10 @@ COMMANDS = [line for line in SHELL if line.startswith("polyaccel ")]
         ("../README.md", "GPU speed", peer_tables),
         ("cuda.md", "decode", engine_tables),
         ("cuda.md", "peers", peer_tables),
+        ("cuda.md", "shapes", shape_table),
         ("cuda.md", "cost", invariance_table),
     ],
-    ids=["architecture", "contract", "levels", "parameters", "speed", "gpu-speed", "decode", "peers", "cost"],
+    ids=["architecture", "contract", "levels", "parameters", "speed", "gpu-speed", "decode", "peers", "shapes", "cost"],
 )
 def test_a_generated_list_agrees_with_the_code(page: str, subject: str, render: Callable[[], str]) -> None:
     path = ROOT / "docs" / page
