@@ -17,10 +17,10 @@ from polyaccel_cuda.arena import Arena, Field
 from polyaccel_cuda.kernels.few import gathers
 from polyaccel_cuda.kernels.gather import Triples
 from polyaccel_cuda.kernels.prefill import QUERY_TILE
-from polyaccel_cuda.kernels.rows import Units, splits
+from polyaccel_cuda.kernels.rows import Units, streams
 from polyaccel_cuda.units import INVARIANT_ROWS, ROW_SETS, UNIT_ROWS, RankRows, rows_of, triples_of, units_of
 
-TABLES = ("count", "members", "first", "place", "rank", "mix", "more")
+TABLES = ("seats", "members", "first", "place", "rank", "mix", "more")
 _I32, _I64, _F32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
 
 
@@ -142,7 +142,7 @@ class CudaStep(Step):
                 b=store.b[site],
                 rows=self._host.unit,
                 most=most,
-                split=not eager and not self.batch_invariant and splits(most, self.rank_rows),
+                streamed=not eager and not self.batch_invariant and streams(most, self.rank_rows),
                 largest=max(1, int(arrays[f"{row_set}.rank"].max(initial=0))) if eager else 0,
                 batch_invariant=self.batch_invariant,
                 mixed=not eager or int(arrays[f"{row_set}.more"][-1]) > most,
@@ -285,8 +285,7 @@ def _fields(rows: int, listed: int, triples: int, tables: int, tiles: int, unit:
     fields += [Field("uniforms", _F32, rows), Field("listed", _I32, listed)]
     fields += [Field(name, _I32, tiles) for name in ("tile_sequences", "tile_begins")]
     for row_set in ROW_SETS:
-        fields += [Field(f"{row_set}.count", _I32, 2)]
-        fields += [Field(f"{row_set}.{name}", _I32, rows + 1) for name in ("more", "row_starts")]
+        fields += [Field(f"{row_set}.{name}", _I32, rows + 1) for name in ("seats", "more", "row_starts")]
     for row_set in ROW_SETS:
         # Each row a unit, at worst.
         fields += [Field(f"{row_set}.members", _I32, rows * unit), Field(f"{row_set}.mix", _F32, triples * unit)]

@@ -79,8 +79,8 @@ class RankRows:
 def units_of(
     inputs: StepInput, row_set: RowSet, where: RankRows, sizes: Mapping[TokenClass, int] = UNIT_ROWS
 ) -> Mapping[str, Ints]:
-    """The tables of :class:`polyaccel_cuda.kernels.rows.Units` for a row set; units in order of their slots, those of
-    one row after all others. ``sizes``: rows of a unit."""
+    """The tables of :class:`polyaccel_cuda.kernels.rows.Units` for a row set; units in order of their slots.
+    ``sizes``: rows of a unit."""
     given, rows, size = inputs.rows(row_set), rows_of(inputs, row_set), sizes[inputs.token_class]
     if not len(given):
         return _without_adapters(rows, inputs.token_class, size)
@@ -135,8 +135,6 @@ def _units(
     most = rows if token_class is TokenClass.DECODE else total
     members = np.full((most, size), -1, dtype=np.int32)
     members[unit, seat] = order
-    alone = members[:total, 1] < 0
-    members[:total] = members[np.argsort(alone, kind="stable")]
     own = slots[members[:, 0]]
     own[total:] = -1
     # The first slot of a unit's rows is its own segment; the i-th further one is the same column of the tables by row.
@@ -150,7 +148,7 @@ def _units(
     member = members[owner]
     mix = np.where((member >= 0) & named[:, None], weights[member, column[:, None]], 0).astype(np.float32)
     return {
-        "count": np.array([total, total - int(alone.sum())], dtype=np.int32),
+        "seats": np.concatenate(([total], unit * size + seat)).astype(np.int32),
         "members": members,
         **{name: np.where(named, table[slot], 0) for name, table in where.items()},
         "mix": mix,

@@ -40,10 +40,10 @@ class Absent:
         return 0
 
 
-def units(b: torch.Tensor, rows: int, most: int, split: bool) -> Units:
+def units(b: torch.Tensor, rows: int, most: int, streamed: bool) -> Units:
     numbers = torch.zeros(4096, dtype=torch.int32)
-    tables = dict.fromkeys(("count", "members", "first", "place", "rank", "more"), numbers)
-    return Units(b=b, rows=rows, most=most, split=split, mix=torch.zeros(4096), **tables)
+    tables = dict.fromkeys(("seats", "members", "first", "place", "rank", "more"), numbers)
+    return Units(b=b, rows=rows, most=most, streamed=streamed, mix=torch.zeros(4096), **tables)
 
 
 def calls(dtype: torch.dtype) -> Iterator[str]:
@@ -60,12 +60,12 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
             for k, bias in ((256, empty(96)), (100, None)):
                 few.few_rows(empty(tokens, k), empty(128, k), 96, bias, listed, 8 if listed is not None else 0, 3)
     yield "few_rows"
-    for rows, most, split in ((16, 1, False), (16, 64, True), (16, 4096, False), (64, 3, False)):
+    for rows, most, streamed in ((16, 1, False), (16, 64, True), (16, 4096, False), (64, 3, False)):
         h = empty(128, 96)
         for residual in (None, empty(128, 96)):
-            expand.expand(empty(128, 96), h, (0, 64, 96), units(empty(32, 96), rows, most, split), residual)
-        activation.silu_and_mul(empty(128, 96), 48, h, units(empty(32, 96), rows, most, split))
-        gather.embedding(empty(50, 96), ids, 0, empty(50, 32), units(empty(32, 96), rows, most, split))
+            expand.expand(empty(128, 96), h, (0, 64, 96), units(empty(32, 96), rows, most, streamed), residual)
+        activation.silu_and_mul(empty(128, 96), 48, h, units(empty(32, 96), rows, most, streamed))
+        gather.embedding(empty(50, 96), ids, 0, empty(50, 32), units(empty(32, 96), rows, most, streamed))
         for turns, norms in ((64, None), (48, empty(64))):
             turned = RopeTable(cos=table.cos, sin=table.sin, rotary_dim=turns)
             cache = (empty(4, 2, 16, 64), empty(4, 2, 16, 64))
@@ -78,7 +78,7 @@ def calls(dtype: torch.dtype) -> Iterator[str]:
                 ids,
                 ids,
                 empty(128, 96),
-                units(empty(32, 512), rows, most, split),
+                units(empty(32, 512), rows, most, streamed),
             )
             rope.rope_cache(empty(128, 512), (4, 2, 64), turned, (norms, norms, 1e-5), cache, ids, ids)
     sole, cache = units(empty(32, 512), 16, 1, False), (empty(4, 2, 16, 64), empty(4, 2, 16, 64))

@@ -32,15 +32,15 @@ def calls(tokens: int) -> None:
     ids, numbers = empty(128, kind=torch.int64), empty(4096, kind=torch.int32)
     few.few_rows(empty(tokens, 256), empty(128, 256), 96, None, numbers, 8, 3)
     norm.rms_norm(empty(tokens, 96), empty(96), 1e-5, empty(tokens, 96))
-    adapters = units(empty(32, 96), 16, tokens, tokens > 1)
     activation.silu_and_mul(empty(tokens, 96), 48)
-    activation.silu_and_mul(empty(tokens, 96), 48, empty(tokens, 96), adapters)
-    expand.expand(empty(tokens, 96), empty(tokens, 96), (0, 96), adapters, empty(tokens, 96))
     table = RopeTable(cos=torch.zeros(8, 32), sin=torch.zeros(8, 32), rotary_dim=64)
     cache, norms = (empty(16, 2, 16, 64), empty(16, 2, 16, 64)), (None, None, 1e-5)
     rope.rope_cache(empty(tokens, 512), (4, 2, 64), table, norms, cache, ids, ids)
-    turned = units(empty(32, 512), 16, tokens, tokens > 1)
-    rope.rope_cache(empty(tokens, 512), (4, 2, 64), table, norms, cache, ids, ids, empty(tokens, 96), turned)
+    for streamed in (False, True):
+        adapters, turned = units(empty(32, 96), 16, tokens, streamed), units(empty(32, 512), 16, tokens, streamed)
+        activation.silu_and_mul(empty(tokens, 96), 48, empty(tokens, 96), adapters)
+        expand.expand(empty(tokens, 96), empty(tokens, 96), (0, 96), adapters, empty(tokens, 96))
+        rope.rope_cache(empty(tokens, 512), (4, 2, 64), table, norms, cache, ids, ids, empty(tokens, 96), turned)
     q, out = empty(tokens, 4, 64), empty(tokens, 4, 64)
     decode.decode(q, cache, numbers, numbers[:8], numbers[:8], 0.1, None, 4, out)
     peers, rounds, stop = (1 << 20, 2 << 20), empty(256, kind=torch.int64), empty(1, kind=torch.int32)
@@ -58,7 +58,6 @@ def main() -> None:
             "kernel": self.__name__,
             "tokens": tokens,
             "asked": kwargs["EARLY"],
-            "adapted": kwargs.get("ADAPTED", True),
             "early": bool(kernel.metadata.launch_pdl),
             "warps": kernel.metadata.num_warps,
             "shared_reads": kernel.asm["ptx"].count("ld.shared"),

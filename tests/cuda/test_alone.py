@@ -1,10 +1,9 @@
-"""Rows alone in their unit: kernels of their own give what the tiles give."""
+"""Rows with programs of their own, shared adapters or not: these kernels give what the tiles give."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,12 +33,12 @@ def tables(draw: Any) -> tuple[dict[str, torch.Tensor], int, int]:
 def both(made: dict[str, torch.Tensor], tokens: int, b: torch.Tensor, run: Callable[[Any], torch.Tensor]) -> None:
     from polyaccel_cuda.kernels.rows import Units
 
-    tiles, streamed = (run(Units(b=b, rows=16, most=tokens, split=split, **made)) for split in (False, True))
+    tiles, streamed = (run(Units(b=b, rows=16, most=tokens, streamed=own, **made)) for own in (False, True))
     torch.testing.assert_close(streamed, tiles, rtol=1e-5, atol=1e-4)
 
 
 @given(tables(), st.integers(0, 2**20), st.sampled_from([5, 48, 300]))
-def test_the_activation_of_rows_alone_is_that_of_rows_in_a_tile(
+def test_the_activation_of_a_row_by_itself_is_that_of_rows_in_a_tile(
     made: tuple[dict[str, torch.Tensor], int, int], seed: int, n: int
 ) -> None:
     from polyaccel_cuda.kernels import activation
@@ -51,7 +50,7 @@ def test_the_activation_of_rows_alone_is_that_of_rows_in_a_tile(
 
 
 @given(tables(), st.integers(0, 2**20), st.booleans(), st.sampled_from([(0, 40), (0, 300, 301), (0, 16, 16, 50)]))
-def test_the_expand_of_rows_alone_is_that_of_rows_in_a_tile(
+def test_the_expand_of_a_row_by_itself_is_that_of_rows_in_a_tile(
     made: tuple[dict[str, torch.Tensor], int, int], seed: int, residual: bool, starts: tuple[int, ...]
 ) -> None:
     from polyaccel_cuda.kernels import expand
@@ -61,5 +60,4 @@ def test_the_expand_of_rows_alone_is_that_of_rows_in_a_tile(
     y = torch.randn(tokens, n + (len(starts) - 1) * rank_rows, generator=draw)
     b = torch.randn(rank_rows, n, generator=draw)
     added = torch.randn(tokens, n, generator=draw) if residual else None
-    with mock.patch.object(expand, "SPLIT_EXPAND_ROWS", 1):
-        both(found, tokens, b, lambda units: expand.expand(y, y[:, n:], starts, units, added))
+    both(found, tokens, b, lambda units: expand.expand(y, y[:, n:], starts, units, added))

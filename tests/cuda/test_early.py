@@ -15,10 +15,6 @@ import pytest
 from tests.support.plugins import ROOT
 
 Lines = Sequence[Mapping[str, Any]]
-SILU = {"lone_silu_and_mul_kernel", "adapted_silu_and_mul_kernel"}
-OTHERS = {"lone_expand_kernel", "expand_kernel", "lone_rope_cache_kernel", "rope_cache_kernel"}
-# By rows: where rows alone have a kernel of their own, the two of a pair follow one another at once.
-SPLIT = {8: SILU, 32: SILU | OTHERS}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +66,5 @@ def test_a_successor_may_start_only_after_the_wait_and_where_that_was_measured_t
         assert lets == ([order.index("griddepcontrol.wait") + 1] if line["asked"] == 1 else []), line["kernel"]
         if line["early"]:
             product = line["kernel"] in ("one_row_kernel", "few_rows_kernel", "one_shot_all_reduce_kernel")
-            split = line["adapted"] and line["kernel"] in SPLIT.get(line["tokens"], ())
-            at_once = product or line["tokens"] == 1 or split
+            at_once = product or line["tokens"] == 1 or line["kernel"].startswith("lone_")
             assert (line["asked"] == 1) is at_once, line["kernel"]

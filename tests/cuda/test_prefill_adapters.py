@@ -56,7 +56,7 @@ class Drawn:
         most = len(self.tables["more"]) - 1
         largest = max(1, int(self.tables["rank"].max()))
         mixed = int(self.tables["more"][-1]) > most
-        return Units(b=b, rows=64, most=most, split=False, largest=largest, mixed=mixed, **self.tables)
+        return Units(b=b, rows=64, most=most, streamed=False, largest=largest, mixed=mixed, **self.tables)
 
     def random(self, *shape: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(self.seed + sum(shape))

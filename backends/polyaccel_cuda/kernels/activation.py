@@ -15,7 +15,6 @@ from polyaccel_cuda.kernels.delta import (
     last_unit,
     read_unit,
     segment,
-    served,
     silu,
     tile_rows,
     two_streamed,
@@ -25,7 +24,7 @@ from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, som
 from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 128, 4
-# For rows alone in their unit. Measured, see docs/cuda.md.
+# Where each row has programs of its own. Measured, see docs/cuda.md.
 LONE = (64, 1)
 # For a row that is the only one.
 SOLE = (128, 1)
@@ -53,7 +52,7 @@ def adapted_silu_and_mul_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -61,7 +60,6 @@ def adapted_silu_and_mul_kernel(
     mix,
     more,
     LOOP: tl.constexpr,
-    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -70,7 +68,7 @@ def adapted_silu_and_mul_kernel(
     follow(EARLY)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
-    start, live = tl.program_id(0), served(count, SPLIT)
+    start, live = tl.program_id(0), tl.load(seats)
     for unit in range(start, last_unit(start, live, LOOP), tl.num_programs(0)):
         member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
         if unit < live:
@@ -103,7 +101,7 @@ def lone_silu_and_mul_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -119,32 +117,31 @@ def lone_silu_and_mul_kernel(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < n
     right, both = n + columns, 2 * n
-    there, row, low, left, high, weight, begin, end_more = lone_unit(
-        tl.program_id(1), count, members, first, place, rank, mix, more, ROWS, SOLE
+    row, seat, low, left, high, weight, begin, end_more = lone_unit(
+        tl.program_id(1), seats, members, first, place, rank, mix, more, ROWS, SOLE
     )
     if SOLE:
-        b1 = some_of_b(0, low, high, b, both, columns, inside & there, BLOCK_R)
-        b2 = some_of_b(0, low, high, b, both, right, inside & there, BLOCK_R)
+        b1 = some_of_b(0, low, high, b, both, columns, inside, BLOCK_R)
+        b2 = some_of_b(0, low, high, b, both, right, inside, BLOCK_R)
     follow(EARLY)
-    if there:
-        gate = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(x + row * x_stride + right, mask=inside, other=0.0).to(tl.float32)
-        hp = h + row * h_stride
-        if SOLE:
-            gate += lone_delta(b1, low, left, high, weight, hp, 2, b, both, columns, inside, BLOCK_R)
-            up += lone_delta(b2, low, left, high, weight, hp + 1, 2, b, both, right, inside, BLOCK_R)
-        else:
-            delta1, delta2 = two_streamed(low, left, high, hp, hp + 1, 2, b, both, columns, right, inside)
-            gate += tl.where(weight != 0.0, weight * delta1, 0.0)
-            up += tl.where(weight != 0.0, weight * delta2, 0.0)
-        for extra in range(begin, end_more):
-            low, left, high, weight = lone_segment(extra, first, place, rank, mix, ROWS)
-            b1 = some_of_b(0, low, high, b, both, columns, inside, BLOCK_R)
-            b2 = some_of_b(0, low, high, b, both, right, inside, BLOCK_R)
-            gate += lone_delta(b1, low, left, high, weight, hp, 2, b, both, columns, inside, BLOCK_R)
-            up += lone_delta(b2, low, left, high, weight, hp + 1, 2, b, both, right, inside, BLOCK_R)
-        y = silu(gate, out.dtype.element_ty) * up
-        tl.store(out + row * n + columns, y.to(out.dtype.element_ty), mask=inside)
+    gate = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * x_stride + right, mask=inside, other=0.0).to(tl.float32)
+    hp = h + row * h_stride
+    if SOLE:
+        gate += lone_delta(b1, low, left, high, weight, hp, 2, b, both, columns, inside, BLOCK_R)
+        up += lone_delta(b2, low, left, high, weight, hp + 1, 2, b, both, right, inside, BLOCK_R)
+    else:
+        delta1, delta2 = two_streamed(low, left, high, hp, hp + 1, 2, b, both, columns, right, inside)
+        gate += tl.where(weight != 0.0, weight * delta1, 0.0)
+        up += tl.where(weight != 0.0, weight * delta2, 0.0)
+    for extra in range(begin, end_more):
+        low, left, high, weight = lone_segment(extra, seat, first, place, rank, mix, ROWS)
+        b1 = some_of_b(0, low, high, b, both, columns, inside, BLOCK_R)
+        b2 = some_of_b(0, low, high, b, both, right, inside, BLOCK_R)
+        gate += lone_delta(b1, low, left, high, weight, hp, 2, b, both, columns, inside, BLOCK_R)
+        up += lone_delta(b2, low, left, high, weight, hp + 1, 2, b, both, right, inside, BLOCK_R)
+    y = silu(gate, out.dtype.element_ty) * up
+    tl.store(out + row * n + columns, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -156,7 +153,7 @@ def tiled_silu_and_mul_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -239,24 +236,25 @@ def silu_and_mul(x: torch.Tensor, n: int, h: torch.Tensor | None = None, units: 
         _tiled(x, out, n, h, units, tiling.ACTIVATION)
         return out
     sole = tokens == 1
-    split = sole or units.split
+    streamed = sole or units.streamed
     operands = (x, out, x.stride(0), n, *pointers(h, units))
-    forms: dict[str, int | bool] = {"ROWS": units.rows, "BLOCK_R": RANK_BLOCK, **early(split or lets_at_once(tokens))}
-    if split:
-        # Before the others: it may begin while the product before ends.
+    forms: dict[str, int | bool] = {
+        "ROWS": units.rows,
+        "BLOCK_R": RANK_BLOCK,
+        **early(streamed or lets_at_once(tokens)),
+    }
+    if streamed:
         most, warps = SOLE if sole else LONE
         block = min(most, max(16, triton.next_power_of_2(n)))
         # A row's programs one after the other: they read the same rows of B.
         lone_silu_and_mul_kernel[(triton.cdiv(n, block), units.most)](
             *operands, SOLE=sole, BLOCK=block, num_warps=warps, **forms
         )
-    if not sole:
+    else:
         block = min(BLOCK, max(16, triton.next_power_of_2(n)))
         blocks = triton.cdiv(n, block)
-        lanes, loop = units.lanes(blocks, split)
-        adapted_silu_and_mul_kernel[(lanes, blocks)](
-            *operands, LOOP=loop, SPLIT=split, BLOCK=block, num_warps=WARPS, **forms
-        )
+        lanes, loop = units.lanes(blocks)
+        adapted_silu_and_mul_kernel[(lanes, blocks)](*operands, LOOP=loop, BLOCK=block, num_warps=WARPS, **forms)
     return out
 
 

@@ -16,14 +16,6 @@ AHEAD = tl.constexpr(16)
 
 
 @triton.jit
-def served(count, SPLIT: tl.constexpr):
-    """The end of the units that a kernel of tiles serves; see :class:`rows.Units`."""
-    if SPLIT:
-        return tl.load(count + 1)
-    return tl.load(count)
-
-
-@triton.jit
 def last_unit(start, live, LOOP: tl.constexpr):
     """Where a program's units end: after its first one, of the ``live`` there are, unless it takes several."""
     if LOOP:

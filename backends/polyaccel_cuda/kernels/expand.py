@@ -16,16 +16,15 @@ from polyaccel_cuda.kernels.delta import (
     last_unit,
     read_unit,
     segment,
-    served,
     streamed,
     tile_rows,
 )
 from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
-from polyaccel_cuda.kernels.rows import SPLIT_EXPAND_ROWS, Units, pointers
+from polyaccel_cuda.kernels.rows import Units, pointers
 
 BLOCK, WARPS = 64, 4
-# For rows alone in their unit. Measured, see docs/cuda.md.
+# Where each row has programs of its own. Measured, see docs/cuda.md.
 LONE = (512, 4)
 # For a row that is the only one.
 SOLE = (64, 1)
@@ -49,7 +48,7 @@ def expand_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -57,7 +56,6 @@ def expand_kernel(
     mix,
     more,
     LOOP: tl.constexpr,
-    SPLIT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,7 +65,7 @@ def expand_kernel(
     follow(EARLY)
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
-    start, live = tl.program_id(0), served(count, SPLIT)
+    start, live = tl.program_id(0), tl.load(seats)
     for unit in range(start, last_unit(start, live, LOOP), tl.num_programs(0)):
         member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, place, rank, mix, more, ROWS)
         if unit < live:
@@ -102,7 +100,7 @@ def lone_expand_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -118,27 +116,26 @@ def lone_expand_kernel(
 ):
     columns = low_column + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < high_column
-    there, row, low, left, high, weight, begin, end_more = lone_unit(
-        tl.program_id(0), count, members, first, place, rank, mix, more, ROWS, SOLE
+    row, seat, low, left, high, weight, begin, end_more = lone_unit(
+        tl.program_id(0), seats, members, first, place, rank, mix, more, ROWS, SOLE
     )
     if SOLE:
-        br = some_of_b(0, low, high, b, n, columns, inside & there, BLOCK_R)
+        br = some_of_b(0, low, high, b, n, columns, inside, BLOCK_R)
     follow(EARLY)
-    if there:
-        acc = tl.load(y + row * y_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            acc += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        hp = h + row * h_stride + part
-        if SOLE:
-            acc += lone_delta(br, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
-        else:
-            delta = streamed(low, left, high, hp, slices, b, n, columns, inside)
-            acc += tl.where(weight != 0.0, weight * delta, 0.0)
-        for extra in range(begin, end_more):
-            low, left, high, weight = lone_segment(extra, first, place, rank, mix, ROWS)
-            br = some_of_b(0, low, high, b, n, columns, inside, BLOCK_R)
-            acc += lone_delta(br, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
-        tl.store(out + row * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside)
+    acc = tl.load(y + row * y_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    hp = h + row * h_stride + part
+    if SOLE:
+        acc += lone_delta(br, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
+    else:
+        delta = streamed(low, left, high, hp, slices, b, n, columns, inside)
+        acc += tl.where(weight != 0.0, weight * delta, 0.0)
+    for extra in range(begin, end_more):
+        low, left, high, weight = lone_segment(extra, seat, first, place, rank, mix, ROWS)
+        br = some_of_b(0, low, high, b, n, columns, inside, BLOCK_R)
+        acc += lone_delta(br, low, left, high, weight, hp, slices, b, n, columns, inside, BLOCK_R)
+    tl.store(out + row * out_stride + columns, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -156,7 +153,7 @@ def tiled_expand_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -266,7 +263,7 @@ def expand(
         _tiled(y, h, starts, units, residual, out, tiling.EXPAND)
         return out
     sole = tokens == 1 and not units.batch_invariant
-    split = sole or (units.split and units.most >= SPLIT_EXPAND_ROWS)
+    streamed = sole or units.streamed
     for i in range(slices):
         width = starts[i + 1] - starts[i]
         if not width:
@@ -289,17 +286,17 @@ def expand(
             "HAS_RESIDUAL": residual is not None,
             "ROWS": units.rows,
             "BLOCK_R": RANK_BLOCK,
-            **early(split or lets_at_once(tokens)),
+            **early(streamed or lets_at_once(tokens)),
         }
-        if split:
+        if streamed:
             most, warps = SOLE if sole else LONE
             block = min(most, max(16, triton.next_power_of_2(width)))
             lone_expand_kernel[(units.most, triton.cdiv(width, block))](
                 *operands, SOLE=sole, BLOCK=block, num_warps=warps, **forms
             )
-        if not sole:
+        else:
             block = min(BLOCK, max(16, triton.next_power_of_2(width)))
             blocks = triton.cdiv(width, block)
-            lanes, loop = units.lanes(blocks, split)
-            expand_kernel[(lanes, blocks)](*operands, LOOP=loop, SPLIT=split, BLOCK=block, num_warps=WARPS, **forms)
+            lanes, loop = units.lanes(blocks)
+            expand_kernel[(lanes, blocks)](*operands, LOOP=loop, BLOCK=block, num_warps=WARPS, **forms)
     return out

@@ -33,7 +33,7 @@ def adapted_embedding_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -47,7 +47,7 @@ def adapted_embedding_kernel(
 ):
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
-    live = tl.load(count)
+    live = tl.load(seats)
     for unit in range(tl.program_id(0), last_unit(tl.program_id(0), live, LOOP), tl.num_programs(0)):
         # A table's rank rows are where the store has them, whatever a product left out.
         member, low, left, high, weight, begin, end_more = read_unit(unit, members, first, first, rank, mix, more, ROWS)

@@ -1,4 +1,4 @@
-"""Rows alone in their unit: what adapters add to one row, streamed. Parts of kernels that serve such rows only.
+"""What adapters add to one row, streamed: parts of kernels in which each program serves a row, shared adapters or not.
 
 The step's tables and the adapters' B were there before the step began. So these kernels read them before they wait for
 their predecessor (:mod:`polyaccel_cuda.kernels.early`): what is left to wait for are the row and its rank rows.
@@ -11,26 +11,24 @@ import triton.language as tl
 
 
 @triton.jit
-def lone_unit(at, count, members, first, place, rank, mix, more, ROWS: tl.constexpr, SOLE: tl.constexpr):
-    """Whether there is an ``at``-th such unit; its row, :func:`lone_segment`, and where its other segments begin and
-    end. See :class:`rows.Units`. ``SOLE``: the step has one row, so that nothing has to be read to know which."""
+def lone_unit(at, seats, members, first, place, rank, mix, more, ROWS: tl.constexpr, SOLE: tl.constexpr):
+    """The ``at``-th row in order of the units; its seat in its unit, :func:`lone_segment`, and where the unit's other
+    segments begin and end. See :class:`rows.Units`. ``SOLE``: the step has one row: nothing has to be read to know."""
     if SOLE:
-        unit, there, row = 0, True, at.to(tl.int64) * 0
+        unit, seat, row = 0, 0, at.to(tl.int64) * 0
     else:
-        several, live = tl.load(count + 1), tl.load(count)
-        unit = several + at
-        there = unit < live
-        unit = tl.minimum(unit, live - 1)
-        row = tl.load(members + unit * ROWS).to(tl.int64)
-    low, left, high, weight = lone_segment(unit, first, place, rank, mix, ROWS)
-    return there, row, low, left, high, weight, tl.load(more + unit), tl.load(more + unit + 1)
+        place_of = tl.load(seats + 1 + at)
+        unit, seat = place_of // ROWS, place_of % ROWS
+        row = tl.load(members + place_of).to(tl.int64)
+    low, left, high, weight = lone_segment(unit, seat, first, place, rank, mix, ROWS)
+    return row, seat, low, left, high, weight, tl.load(more + unit), tl.load(more + unit + 1)
 
 
 @triton.jit
-def lone_segment(i, first, place, rank, mix, ROWS: tl.constexpr):
-    """Where segment i begins in B and in h, its rank, and the weight of its first row."""
+def lone_segment(i, seat, first, place, rank, mix, ROWS: tl.constexpr):
+    """Where segment i begins in B and in h, its rank, and the weight of the row in this seat."""
     low, left = tl.load(first + i).to(tl.int64), tl.load(place + i).to(tl.int64)
-    return low, left, tl.load(rank + i), tl.load(mix + i * ROWS)
+    return low, left, tl.load(rank + i), tl.load(mix + i * ROWS + seat)
 
 
 @triton.jit

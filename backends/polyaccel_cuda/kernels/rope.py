@@ -15,16 +15,13 @@ from polyaccel_cuda.kernels.delta import (
     read_lone,
     read_unit,
     segment,
-    served,
 )
 from polyaccel_cuda.kernels.early import early, follow, lets_at_once
 from polyaccel_cuda.kernels.lone import lone_delta, lone_segment, lone_unit, some_of_b
-from polyaccel_cuda.kernels.rows import SPLIT_ROPE_ROWS, Pointers, Units, pointers
+from polyaccel_cuda.kernels.rows import Pointers, Units, pointers
 
 WARPS = 4
-# Where many rows are alone in their unit: they are streamed, and more programs have room.
-SPLIT_WARPS = 2
-# Where they have a kernel of their own, and for a row that is the only one.
+# Where each row has programs of its own, and for a row that is the only one.
 LONE_WARPS = 1
 
 
@@ -216,7 +213,7 @@ def rope_cache_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -224,7 +221,6 @@ def rope_cache_kernel(
     mix,
     more,
     LOOP: tl.constexpr,
-    SPLIT: tl.constexpr,
     ADAPTED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     Q_NORM: tl.constexpr,
@@ -239,14 +235,14 @@ def rope_cache_kernel(
     follow(EARLY)
     head = tl.program_id(1)
     if ADAPTED:
-        live = served(count, SPLIT)
+        live = tl.load(seats)
         for unit in range(tl.program_id(0), last_unit(tl.program_id(0), live, LOOP), tl.num_programs(0)):
             lead, alone, second = read_lone(unit, members, mix, ROWS)
             member, low, left, high, weight, begin, end_more = read_unit(
                 unit, members, first, place, rank, mix, more, ROWS
             )
             if unit < live:
-                if (second < 0) & (not SPLIT):
+                if second < 0:
                     _rope_rows(
                         y, q_out, keys, values, kv_slots, positions, cos, sin, q_norm, k_norm, y_stride, n,
                         q_heads, kv_heads, head_dim, half, block_size, eps, h, h_stride, b, unit,
@@ -294,7 +290,7 @@ def lone_rope_cache_kernel(
     h,
     h_stride,
     b,
-    count,
+    seats,
     members,
     first,
     place,
@@ -327,41 +323,40 @@ def lone_rope_cache_kernel(
     pairs = turned[:, None] & (both >= 0)[None, :]
     rest = 2 * half + tl.arange(0, BLOCK_REST)
     over = rest < head_dim
-    there, row, low, left, high, weight, begin, end_more = lone_unit(
-        tl.program_id(0), count, members, first, place, rank, mix, more, ROWS, SOLE
+    row, seat, low, left, high, weight, begin, end_more = lone_unit(
+        tl.program_id(0), seats, members, first, place, rank, mix, more, ROWS, SOLE
     )
-    br = some_of_b(0, low, high, b, n, base + columns, pairs & there, BLOCK_R)
+    br = some_of_b(0, low, high, b, n, base + columns, pairs, BLOCK_R)
     if HAS_REST:
-        b3 = some_of_b(0, low, high, b, n, base + rest, over & there, BLOCK_R)
+        b3 = some_of_b(0, low, high, b, n, base + rest, over, BLOCK_R)
     position = tl.load(positions + row)
     rows = row + tl.zeros([1], tl.int64)
     slot = tl.load(kv_slots + rows)
     c = tl.load(cos + position * half + i, mask=turned, other=1.0)[None, :]
     s = tl.load(sin + position * half + i, mask=turned, other=0.0)[None, :]
     follow(EARLY)
-    if there:
-        here = y + row * y_stride + base
-        x1 = tl.load(here + one, mask=turned, other=0.0).to(tl.float32)
-        x2 = tl.load(here + two, mask=turned, other=0.0).to(tl.float32)
-        hp = h + row * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
-        delta = lone_delta(br, low, left, high, weight, hp, 3, b, n, base + columns, pairs, BLOCK_R)
-        x3 = x1
+    here = y + row * y_stride + base
+    x1 = tl.load(here + one, mask=turned, other=0.0).to(tl.float32)
+    x2 = tl.load(here + two, mask=turned, other=0.0).to(tl.float32)
+    hp = h + row * h_stride + tl.where(is_q, 0, tl.where(is_v, 2, 1))
+    delta = lone_delta(br, low, left, high, weight, hp, 3, b, n, base + columns, pairs, BLOCK_R)
+    x3 = x1
+    if HAS_REST:
+        x3 = tl.load(here + rest, mask=over, other=0.0).to(tl.float32)
+        x3 += lone_delta(b3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
+    for extra in range(begin, end_more):
+        low, left, high, weight = lone_segment(extra, seat, first, place, rank, mix, ROWS)
+        br = some_of_b(0, low, high, b, n, base + columns, pairs, BLOCK_R)
+        delta += lone_delta(br, low, left, high, weight, hp, 3, b, n, base + columns, pairs, BLOCK_R)
         if HAS_REST:
-            x3 = tl.load(here + rest, mask=over, other=0.0).to(tl.float32)
+            b3 = some_of_b(0, low, high, b, n, base + rest, over, BLOCK_R)
             x3 += lone_delta(b3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
-        for extra in range(begin, end_more):
-            low, left, high, weight = lone_segment(extra, first, place, rank, mix, ROWS)
-            br = some_of_b(0, low, high, b, n, base + columns, pairs, BLOCK_R)
-            delta += lone_delta(br, low, left, high, weight, hp, 3, b, n, base + columns, pairs, BLOCK_R)
-            if HAS_REST:
-                b3 = some_of_b(0, low, high, b, n, base + rest, over, BLOCK_R)
-                x3 += lone_delta(b3, low, left, high, weight, hp, 3, b, n, base + rest, over, BLOCK_R)
-        delta1, delta2 = tl.split(delta)
-        _turn_and_store(
-            (x1 + delta1)[None, :], (x2 + delta2)[None, :], x3[None, :], c, s, rows, rows >= 0, slot,
-            one, two, rest, turned, over, head, is_q, is_v, q_out, keys, values, q_norm, k_norm,
-            q_heads, kv_heads, head_dim, block_size, eps, Q_NORM, K_NORM, HAS_REST,
-        )  # fmt: skip
+    delta1, delta2 = tl.split(delta)
+    _turn_and_store(
+        (x1 + delta1)[None, :], (x2 + delta2)[None, :], x3[None, :], c, s, rows, rows >= 0, slot,
+        one, two, rest, turned, over, head, is_q, is_v, q_out, keys, values, q_norm, k_norm,
+        q_heads, kv_heads, head_dim, block_size, eps, Q_NORM, K_NORM, HAS_REST,
+    )  # fmt: skip
 
 
 def rope_cache(
@@ -389,7 +384,7 @@ def rope_cache(
     q_norm, k_norm, eps = norms
     programs = q_heads + 2 * kv_heads
     sole = tokens == 1
-    split = units is not None and not units.largest and (sole or (units.split and units.most >= SPLIT_ROPE_ROWS))
+    streamed = units is not None and not units.largest and (sole or units.streamed)
     operands = (
         y,
         out,
@@ -415,7 +410,7 @@ def rope_cache(
         "K_NORM": k_norm is not None,
         "HAS_REST": head_dim > 2 * half,
         "BLOCK_R": RANK_BLOCK,
-        **early(split or lets_at_once(tokens)),
+        **early(streamed or lets_at_once(tokens)),
     }
 
     def blocks(least: int) -> dict[str, int]:
@@ -425,19 +420,18 @@ def rope_cache(
     if h is None or units is None:
         adapted: Pointers = (y, 0, *(y,) * 8)
         rope_cache_kernel[(tokens, programs)](
-            *operands, *adapted, LOOP=False, SPLIT=False, ADAPTED=False, ROWS=1, num_warps=2, **blocks(2), **forms
+            *operands, *adapted, LOOP=False, ADAPTED=False, ROWS=1, num_warps=2, **blocks(2), **forms
         )
         return out
     forms["ROWS"] = units.rows
     adapted = pointers(h, units)
-    if split:
+    if streamed:
         lone_rope_cache_kernel[(units.most, programs)](
             *operands, *adapted, SOLE=sole, num_warps=LONE_WARPS, **blocks(2), **forms
         )
-    if not (split and sole):
-        lanes, loop = units.lanes(programs, split)
-        warps = SPLIT_WARPS if units.split and not split else WARPS
+    else:
+        lanes, loop = units.lanes(programs)
         rope_cache_kernel[(lanes, programs)](
-            *operands, *adapted, LOOP=loop, SPLIT=split, ADAPTED=True, num_warps=warps, **blocks(16), **forms
+            *operands, *adapted, LOOP=loop, ADAPTED=True, num_warps=WARPS, **blocks(16), **forms
         )
     return out

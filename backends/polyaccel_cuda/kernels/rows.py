@@ -8,18 +8,15 @@ import torch
 
 # Enough programs that every multiprocessor of a large chip has several; beyond, each takes unit after unit.
 PROGRAMS = 2048
-SPLIT_PROGRAMS = 528
 
-# Measured: below this many rank rows a row, or with fewer rows, one more launch costs more than it saves.
-SPLIT_ROWS, SPLIT_RANK_ROWS = 8, 8
-# The expand's bytes are fewer: it takes more rows to pay.
-SPLIT_EXPAND_ROWS = 32
-SPLIT_ROPE_ROWS = 32
+STREAM_ROWS, STREAM_RANK_ROWS = 16, 8
+"""Up to so many rows, or from so many rank rows a row on, streaming is faster than tiles. See docs/cuda.md."""
 
 
-def splits(rows: int, rank_rows: int) -> bool:
-    """Whether units of one row are left to kernels of their own, where ``rank_rows`` may be named in all."""
-    return rows >= SPLIT_ROWS and rank_rows >= SPLIT_RANK_ROWS * rows
+def streams(rows: int, rank_rows: int) -> bool:
+    """Whether each row reads B for itself, where ``rank_rows`` may be named in all. What rows share, the cache has for
+    all but the first of them."""
+    return rows <= STREAM_ROWS or rank_rows >= STREAM_RANK_ROWS * rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,8 +29,8 @@ class Units:
         b: ``[rank rows, n]`` of one site, dense, slices side by side.
         rows: rows of a unit.
         most: units that a launch serves. What is beyond those that there are has no members.
-        count: ``[2]`` int32, how many units there are, and how many of them have several rows; those come first.
-        split: the others are left to kernels that stream B for one row each, launched beside.
+        streamed: rows are left to kernels that stream B for one row each.
+        seats: ``[1 + rows]`` int32, how many units there are; then, unit after unit, where in ``members`` each row is.
         members: ``[most, rows]`` int32, -1 beyond a unit's own.
         first, place, rank: ``[segments]`` int32, the slot's first rank row in B and in what the product left, and how
             many there are; 0 of a unit without adapters.
@@ -48,8 +45,8 @@ class Units:
     b: torch.Tensor
     rows: int
     most: int
-    split: bool
-    count: torch.Tensor
+    streamed: bool
+    seats: torch.Tensor
     members: torch.Tensor
     first: torch.Tensor
     place: torch.Tensor
@@ -60,12 +57,9 @@ class Units:
     mixed: bool = True
     batch_invariant: bool = False
 
-    def lanes(self, programs: int, split: bool = False) -> tuple[int, bool]:
-        """Programs that share the units, where each unit takes ``programs``; and whether any takes several.
-
-        ``split``: rows alone are another launch's, so that often no unit is left for this one.
-        """
-        lanes = max(1, min(self.most, -(-(SPLIT_PROGRAMS if split else PROGRAMS) // programs)))
+    def lanes(self, programs: int) -> tuple[int, bool]:
+        """Programs that share the units, where each unit takes ``programs``; and whether any takes several."""
+        lanes = max(1, min(self.most, -(-PROGRAMS // programs)))
         return lanes, lanes < self.most
 
 
@@ -74,5 +68,5 @@ Pointers = tuple[torch.Tensor | int, ...]
 
 def pointers(h: torch.Tensor, units: Units) -> Pointers:
     """``h``, its row stride and the tables, as kernels take them."""
-    tables = (units.count, units.members, units.first, units.place, units.rank, units.mix, units.more)
+    tables = (units.seats, units.members, units.first, units.place, units.rank, units.mix, units.more)
     return h, h.stride(0), units.b, *tables
