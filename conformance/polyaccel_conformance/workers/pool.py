@@ -56,17 +56,22 @@ class Answer:
 
 @dataclass(slots=True)
 class _Worker:
+    """``opening``: it has not said yet that its backend is open. ``deadline``: of that, or of its job's answer."""
+
     process: Process
     connection: Connection
     log: Path
+    deadline: float
+    opening: bool = True
     job: Job | None = None
-    deadline: float = 0.0
 
 
 class Pool:
     """``count`` workers on one subject.
 
-    The first worker is forked; if its backend is not ``fork_safe``, that one and all others are started afresh.
+    The first worker is forked; if its backend is not ``fork_safe``, that one and all others are started afresh. Where a
+    device takes seconds to open, it must not take them once a worker: the others open side by side, while those that
+    are open answer.
 
     Args:
         device: index among the backend's devices.
@@ -99,12 +104,12 @@ class Pool:
             UsageError: the backend or table cannot be opened, with the reason.
         """
         if not self._workers:
-            worker, self.facts = self._open()
-            if not self.facts["fork_safe"]:
-                self._end(worker)
+            worker = self._begin()
+            self.facts = self._opened(worker)
+            if not self.facts["fork_safe"] and self._starter is self.server:
+                self._remove(worker)
                 self._starter = Spawn()
-                worker, self.facts = self._open()
-            self._workers.append(worker)
+                self.facts = self._opened(self._begin())
         return self.facts
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Answer]:
@@ -125,12 +130,10 @@ class Pool:
                 else:
                     waiting.append(job)
             self._hand_out(waiting)
-            busy = [worker for worker in self._workers if worker.job is not None]
-            if not busy:
-                if exhausted and not waiting:
-                    return
-                continue
-            yield from self._listen(busy)
+            self._begin_for(waiting)
+            if not waiting and all(worker.job is None for worker in self._workers):
+                return
+            yield from self._listen()
 
     def ask(self, job: Job) -> Answer:
         """One job alone."""
@@ -139,6 +142,10 @@ class Pool:
 
     def close(self) -> None:
         """End all workers. Idempotent."""
+        for worker in self._workers:
+            if worker.opening:
+                # It would not hear before it is open that nobody wants it any more.
+                worker.process.kill()
         for worker in self._workers:
             self._end(worker)
         self._workers = []
@@ -149,25 +156,26 @@ class Pool:
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def _hand_out(self, waiting: deque[Job]) -> None:
-        while waiting:
-            worker = next((w for w in self._workers if w.job is None), None)
-            if worker is None:
-                if len(self._workers) >= self._count:
-                    return
-                worker = self._reopen()
+        for worker in self._workers:
+            if not waiting:
+                return
+            if worker.opening or worker.job is not None:
+                continue
             job = waiting.popleft()
             worker.job, worker.deadline = job, time.monotonic() + job.seconds
             with suppress(OSError):
                 # A worker that died meanwhile shows when it is listened to.
                 worker.connection.send_bytes(json.dumps(job.request).encode())
 
-    def _listen(self, busy: list[_Worker]) -> Iterator[Answer]:
-        now = time.monotonic()
-        patience = max(min(worker.deadline for worker in busy) - now, 0.0)
-        ready = wait([worker.connection for worker in busy], patience)
-        for worker in busy:
+    def _listen(self) -> Iterator[Answer]:
+        """Wait for the next that answers, opens or does neither in time."""
+        heard = [worker for worker in self._workers if worker.opening or worker.job is not None]
+        patience = max(min(worker.deadline for worker in heard) - time.monotonic(), 0.0)
+        ready = wait([worker.connection for worker in heard], patience)
+        for worker in heard:
             job = worker.job
-            assert job is not None
+            if job is None:
+                continue
             if worker.connection in ready:
                 try:
                     reply = json.loads(worker.connection.recv_bytes())
@@ -177,55 +185,80 @@ class Pool:
                 else:
                     worker.job = None
                     if reply.get("retire"):
-                        self._end(worker)
-                        self._workers.remove(worker)
+                        self._remove(worker)
                     else:
                         self._in_a_row = 0
                     yield Answer(job=job, reply=reply)
             elif time.monotonic() >= worker.deadline:
                 worker.process.kill()
                 yield self._lost(worker, job, HANG)
+        # Last, since one that does not open ends the run: no answer that has come is lost with it.
+        for worker in heard:
+            if worker.opening and (worker.connection in ready or time.monotonic() >= worker.deadline):
+                try:
+                    self._opened(worker)
+                except UsageError as error:
+                    raise WorkerLost(str(error)) from error
 
     def _lost(self, worker: _Worker, job: Job, how: str) -> Answer:
-        self._end(worker)
-        self._workers.remove(worker)
+        self._remove(worker)
         return Answer(job=job, reply={}, died=how, log=_tail(worker.log))
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
-    def _reopen(self) -> _Worker:
-        if self._started > self._count:
-            self._in_a_row += 1
-        if self._in_a_row > MAX_IN_A_ROW:
-            raise WorkerLost(f"{self._in_a_row} workers in a row did not survive a case")
-        try:
-            worker, _ = self._open()
-        except UsageError as error:
-            raise WorkerLost(str(error)) from error
-        self._workers.append(worker)
-        return worker
+    def _begin_for(self, waiting: deque[Job]) -> None:
+        """Begin as many workers as jobs wait for one, up to the count; none is waited for."""
+        coming = sum(worker.opening for worker in self._workers)
+        for _ in range(min(len(waiting) - coming, self._count - len(self._workers))):
+            if self._started > self._count:
+                self._in_a_row += 1
+            if self._in_a_row > MAX_IN_A_ROW:
+                raise WorkerLost(f"{self._in_a_row} workers in a row did not survive a case")
+            self._begin()
 
-    def _open(self) -> tuple[_Worker, Mapping[str, Any]]:
+    def _begin(self) -> _Worker:
         self._started += 1
         log = self._folder / f"worker-{self._started}.log"
         arguments = {"subject": self._subject.to_json(), "device": self._device}
         process, connection = self._starter.start(TARGET, arguments, str(log))
-        worker = _Worker(process=process, connection=connection, log=log)
-        if not connection.poll(OPEN_SECONDS):
-            process.kill()
-            self._end(worker)
-            raise UsageError(f"{self._subject.label} did not open within {OPEN_SECONDS:g} s")
+        deadline = time.monotonic() + OPEN_SECONDS
+        worker = _Worker(process=process, connection=connection, log=log, deadline=deadline)
+        self._workers.append(worker)
+        return worker
+
+    def _opened(self, worker: _Worker) -> Mapping[str, Any]:
+        """What a worker says of its backend once it is open, which is waited for.
+
+        Raises:
+            UsageError: it is not, with the reason; the worker is gone.
+        """
         try:
-            answer: Mapping[str, Any] = json.loads(connection.recv_bytes())
+            facts = self._facts_of(worker)
+        except UsageError:
+            self._remove(worker)
+            raise
+        worker.opening = False
+        return facts
+
+    def _facts_of(self, worker: _Worker) -> Mapping[str, Any]:
+        label = self._subject.label
+        if not worker.connection.poll(max(worker.deadline - time.monotonic(), 0.0)):
+            worker.process.kill()
+            raise UsageError(f"{label} did not open within {OPEN_SECONDS:g} s")
+        try:
+            answer: Mapping[str, Any] = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
-            code = process.wait(5.0)
-            raise UsageError(f"{self._subject.label} ended its process: {_ending(code)}; {_tail(log)}") from None
+            code = worker.process.wait(5.0)
+            raise UsageError(f"{label} ended its process: {_ending(code)}; {_tail(worker.log)}") from None
         if "error" in answer:
-            self._end(worker)
             error = answer["error"]
-            raise UsageError(f"{self._subject.label} cannot be opened: {error['type']}: {error['message']}")
+            raise UsageError(f"{label} cannot be opened: {error['type']}: {error['message']}")
         facts: Mapping[str, Any] = answer["facts"]
-        return worker, facts
+        return facts
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        self._end(worker)
 
     def _end(self, worker: _Worker) -> None:
         worker.connection.close()
