@@ -14,8 +14,8 @@ from polyaccel_conformance.bench import SITE, Bench
 from polyaccel_conformance.formats import to_torch
 from polyaccel_conformance.operand import Operand
 from polyaccel_conformance.oracle.lora import Adapter, Module
-from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.problems.contraction import integer_columns, random_columns
+from polyaccel_conformance.problems.placed import PlacedProblem
 from polyaccel_conformance.problems.weights import HostWeight
 from polyaccel_conformance.words import Floats, Source
 
@@ -167,30 +167,20 @@ class HostAdapters:
         return replace(self, adapters=apply(self.adapters), discarded=apply(self.discarded), before=apply(self.before))
 
 
-class AdaptedProblem(Problem):
-    """A problem whose calls read a weight with its adapters, and nothing else that is kept from step to step.
-
-    What was placed for it serves the copies that are called beside it as well: no call may change it.
-    """
+class AdaptedProblem(PlacedProblem[tuple[Weight, AdapterStore]]):
+    """A problem whose calls read a weight with its adapters, and nothing else that is kept from step to step."""
 
     weight: HostWeight
     adapters: HostAdapters
-    _placed: tuple[Bench, Weight, AdapterStore] | None = None
-    _lent: tuple[Bench, Weight, AdapterStore] | None = None
 
-    def stored(self, bench: Bench) -> tuple[Weight, AdapterStore]:
-        """The weight and its adapters on the device."""
-        if self._lent is not None and self._lent[0] is bench:
-            return self._lent[1:]
+    def place(self, bench: Bench) -> tuple[Weight, AdapterStore]:
         weight = self.weight.place(bench, rank_rows=self.adapters.rank_rows)
-        self._placed = bench, weight, self.adapters.place(bench, weight)
-        return self._placed[1:]
+        return weight, self.adapters.place(bench, weight)
 
     def beside(self) -> Self:
         other = super().beside()
         # It may have other rows.
         vars(other).pop("inputs", None)
-        other._lent = self._placed
         return other
 
 

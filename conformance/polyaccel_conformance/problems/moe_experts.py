@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from polyaccel_conformance.oracle.moe import ExpertDelta, experts
 from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.apart import token, triples
 from polyaccel_conformance.problems.expert_weights import Codes, ExpertModule, ExpertWeight, place_adapters
+from polyaccel_conformance.problems.placed import PlacedProblem
 from polyaccel_conformance.problems.steps import SEGMENTS, adapter_rows, row_step
 from polyaccel_conformance.problems.weights import tensor_of
 
@@ -35,10 +35,7 @@ FILLED = (1, 3)
 EMPTY = 2
 
 
-Placed = tuple[Bench, Weight, Weight, DeviceState]
-
-
-class MoeExpertsProblem(Problem):
+class MoeExpertsProblem(PlacedProblem[tuple[Weight, Weight, DeviceState]]):
     """``sum_j weights[t, j] * down_e(act(gate_up_e(x[t])))`` over the experts that this rank holds.
 
     ``integers``: one column of x decides each gate (-1, 0 or 1 times 128, where silu is zero or its argument), another
@@ -46,9 +43,6 @@ class MoeExpertsProblem(Problem):
     exact in 16 bits. ``cancelling``: as before, and two columns with the same values are added to every sum with large
     factors of opposite sign, so that an accumulator with fewer bits loses what was selected.
     """
-
-    _placed: Placed | None = None
-    _lent: Placed | None = None
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -73,7 +67,7 @@ class MoeExpertsProblem(Problem):
 
     def prepare(self, bench: Bench) -> Prepared:
         case = self.case
-        gate_up, down, state = self._stored(bench)
+        gate_up, down, state = self.stored(bench)
         inputs = row_step(self.source, case.dim("tokens"), adapters=self.triples)
         codes = self.gate_up.codes
         return Prepared(
@@ -104,10 +98,7 @@ class MoeExpertsProblem(Problem):
             again=lambda: {"step": bench.begin_step(inputs, state)},
         )
 
-    def _stored(self, bench: Bench) -> tuple[Weight, Weight, DeviceState]:
-        """The experts and their adapters on the device: placed for this problem, or for the one it is a copy of."""
-        if self._lent is not None and self._lent[0] is bench:
-            return self._lent[1:]
+    def place(self, bench: Bench) -> tuple[Weight, Weight, DeviceState]:
         gate_up, down = self.gate_up.place(bench), self.down.place(bench)
         state = DeviceState()
         if self.rank_rows:
@@ -120,13 +111,7 @@ class MoeExpertsProblem(Problem):
                 rank_rows=self.rank_rows,
             )
             state = DeviceState(adapters=store)
-        self._placed = bench, gate_up, down, state
-        return self._placed[1:]
-
-    def beside(self) -> Self:
-        other = super().beside()
-        other._lent = self._placed
-        return other
+        return gate_up, down, state
 
     def expected(self) -> Mapping[str, Expected | Exactly]:
         out = format_of(self.case.dtype)
