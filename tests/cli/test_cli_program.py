@@ -1,4 +1,4 @@
-"""The command as a program of its own: ``python -m polyaccel.cli.main``."""
+"""The command as a program of its own: ``python -m polyaccel.cli.main`` and ``python -m polyaccel``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.cli.console import ENGINE
 from tests.support.tiny_model import TinyModel
 
 ROOT = Path(__file__).resolve().parents[2]
+MODULES = ("polyaccel", "polyaccel.cli.main")
 
 
 def program(
@@ -24,10 +25,11 @@ def program(
     stdin: bytes = b"",
     stdout: int | IO[bytes] = subprocess.PIPE,
     variables: Mapping[str, str] | None = None,
+    module: str = "polyaccel.cli.main",
 ) -> subprocess.CompletedProcess[bytes]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        [sys.executable, "-m", "polyaccel.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         input=stdin,
         stdout=stdout,
         stderr=subprocess.PIPE,
@@ -83,3 +85,28 @@ def test_an_answer_that_the_output_cannot_hold_exits_with_1_and_one_line(tiny: T
 def test_the_program_names_its_version() -> None:
     done = program("--version")
     assert (done.returncode, done.stdout.decode()) == (0, f"polyaccel {polyaccel.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), (), ("nonsense",), ("bench", "model", "--repeats", "0"), ("conformance", "--help")],
+    ids=" ".join,
+)
+def test_the_package_run_as_a_program_is_the_command(arguments: tuple[str, ...]) -> None:
+    package, command = (program(*arguments, module=module) for module in MODULES)
+    assert (package.returncode, package.stdout, package.stderr) == (
+        command.returncode,
+        command.stdout,
+        command.stderr,
+    )
+    assert package.stdout or package.stderr
+    assert b"__main__" not in package.stdout + package.stderr
+
+
+def test_the_package_run_as_a_program_calls_itself_polyaccel_and_exits_as_the_command_does(tmp_path: Path) -> None:
+    usage = program(module="polyaccel")
+    assert usage.returncode == 2
+    assert usage.stderr.startswith(b"usage: polyaccel ")
+    failed = program("generate", tmp_path / "nowhere", "hi", module="polyaccel")
+    assert (failed.returncode, failed.stdout) == (1, b"")
+    assert failed.stderr.startswith(b"polyaccel: ModelNotFound: ")

@@ -24,6 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("backend", "lora.target", "parallel.cut", "weights.checkpoint"),
     "engine": ("backend", "lora", "models", "observe", "parallel", "quant", "weights"),
     "cli": ("", "backend", "engine", "observe"),
+    "__main__": ("cli.main",),
 }
 LAZY = ("gguf", "jinja2", "stevedore", "tokenizers", "torch_npu", "transformers", "triton")
 PARAMETERS = [pytest.param(module, id=module.name) for module in modules()]
