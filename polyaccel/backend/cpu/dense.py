@@ -21,25 +21,22 @@ def embedding(table: torch.Tensor, spec: WeightSpec, step: Step, vocabulary_star
     return embedding_in_full(table, spec, step, vocabulary_start)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x: [..., hidden]``; a new tensor.
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x: [..., hidden]``, in ``out``: a new tensor
+    by default, and it may be x. ``weight`` may have several rows, of x's last two dimensions.
 
     ``eps`` is a float32 tensor without dimensions: torch converts a Python number anew in every call.
     """
-    wide = x if x.dtype == torch.float32 else x.float()
-    scale = _scale(wide, eps)
     if x.dtype == torch.float32:
-        return torch.mul(wide, scale).mul_(weight)
-    return wide.mul_(scale).mul_(weight.float()).to(x.dtype)
+        return torch.mul(x, _scale(x, eps), out=out).mul_(weight)
+    wide = x.float()
+    wide.mul_(_scale(wide, eps)).mul_(weight.float())
+    return wide.to(x.dtype) if out is None else out.copy_(wide)
 
 
 def rms_norm_(x: torch.Tensor, weight: torch.Tensor, eps: torch.Tensor) -> None:
-    """:func:`rms_norm` in place, with the same bits; ``weight`` may have several rows, of x's last two dimensions."""
-    if x.dtype == torch.float32:
-        x.mul_(_scale(x, eps)).mul_(weight)
-    else:
-        wide = x.float()
-        x.copy_(wide.mul_(_scale(wide, eps)).mul_(weight.float()))
+    """:func:`rms_norm` in place."""
+    rms_norm(x, weight, eps, out=x)
 
 
 def _scale(wide: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
