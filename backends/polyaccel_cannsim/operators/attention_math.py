@@ -19,7 +19,8 @@ DEFAULT, ALL_MASK, LEFT_UP, RIGHT_DOWN, BAND = range(5)
 
 @dataclass(slots=True)
 class Problem:
-    """One attention call but for its lists of lengths, checked, and not changed after that.
+    """One attention call but for its lists of lengths, checked. After that only `decode` changes, once: the
+    first decode step makes it, and those that differ in their lengths alone find it.
 
     Layouts: "BSH", "BSND", "BNSD", "BNSD_BSND", "TND". `block_table` is None for keys that are laid out like the query.
     `batch` is 0 in TND; `span`: rows of the query's S or T; `extent`: keys that a sequence has room for, T in TND.
