@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,6 +27,8 @@ PRELOAD = (
 """The last two are imported by torch itself: when the first tensor of a subclass is indexed, and when the shape of a
 result is first worked out without computing it. Every process in which a kernel fails would spend a second on that."""
 
+STARTER = "starter"
+"""In a bench's memo."""
 _SERVE = "polyaccel_conformance.harness.isolation:serve"
 _LEAVE_SECONDS = 5.0
 
@@ -81,11 +83,13 @@ def run_isolated(starter: Starter, target: str, *arguments: object, timeout: flo
     return Outcome(**answer)
 
 
-def starter_of(bench: Bench) -> Starter:
+def starter_of(bench: Bench, preload: Sequence[str] = PRELOAD) -> ForkServer | Spawn:
     """How processes with this bench's backend are started: one forkserver a bench, which ends with this process."""
-    found = bench.memo.get("starter")
+    found = bench.memo.get(STARTER)
     if not isinstance(found, ForkServer | Spawn):
-        found = bench.memo["starter"] = ForkServer(PRELOAD) if bench.backend.fork_safe else Spawn()
+        found = bench.memo[STARTER] = ForkServer() if bench.backend.fork_safe else Spawn()
+    if isinstance(found, ForkServer):
+        found.preload(preload)
     return found
 
 

@@ -11,7 +11,9 @@ from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Level
 from polyaccel_conformance.device_check import DeviceCheck, DeviceProblem, DeviceQuestion, Facts
+from polyaccel_conformance.harness.isolation import starter_of
 from polyaccel_conformance.problem import Problem
+from polyaccel_conformance.workers.process import Spawn
 
 if TYPE_CHECKING:
     from polyaccel_conformance.models.answers import Agreement
@@ -74,6 +76,7 @@ class RanksProblem(EqualityProblem):
     """Tensor parallelism. Workers find the backend by its name, so that it must be installed."""
 
     def _ask(self, bench: Bench) -> Agreement:
+        from polyaccel_conformance.models.forked_ranks import forked_ranks
         from polyaccel_conformance.models.variations import NotExercised, wrong_adapter
 
         subject, world = bench.subject, self.case.attributes["world"]
@@ -82,8 +85,9 @@ class RanksProblem(EqualityProblem):
             raise NotExercised("the engine's workers find a backend by its entry point only")
         if bench.device.torch_device.type != "cpu" and len(bench.backend.devices()) < world:
             raise NotExercised(f"{len(bench.backend.devices())} devices for {world} ranks")
-        name = subject.name
-        return self._compare(bench, lambda: name, wrong_adapter)
+        name, starter = subject.name, starter_of(bench, preload=())
+        with nullcontext() if isinstance(starter, Spawn) else forked_ranks(starter):
+            return self._compare(bench, lambda: name, wrong_adapter)
 
 
 class ModelQuestion(DeviceCheck):

@@ -220,7 +220,8 @@ class Pool:
         self._started += 1
         log = self._folder / f"worker-{self._started}.log"
         arguments = {"subject": self._subject.to_json(), "device": self._device}
-        process, connection = self._starter.start(TARGET, arguments, str(log))
+        own = isinstance(self._starter, ForkServer)
+        process, connection = self._starter.start(TARGET, arguments, str(log), own_server=own)
         deadline = time.monotonic() + OPEN_SECONDS
         worker = _Worker(process=process, connection=connection, log=log, deadline=deadline)
         self._workers.append(worker)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -33,37 +34,56 @@ class Process(Protocol):
 class Starter(Protocol):
     """How processes come into being."""
 
-    def start(self, target: str, arguments: Mapping[str, object], log: str = "") -> tuple[Process, Connection]:
+    def start(
+        self, target: str, arguments: Mapping[str, object], log: str = "", *, own_server: bool = False
+    ) -> tuple[Process, Connection]:
         """``target`` is ``module:function``, called there with the other end of the connection and ``arguments``."""
 
     def close(self) -> None: ...
 
 
 class ForkServer:
-    """One server process for all workers and ranks of a run. Starts with the first process.
+    """One server process for all workers and ranks of a run. Starts with the first process. Any thread may ask it.
 
     Args:
         preload: modules that the server imports beside those that every worker needs.
+        descriptor: the socket of a server that runs already and belongs to this process.
 
     Raises:
         ConformanceError: the server cannot be started; says why.
     """
 
-    def __init__(self, preload: Sequence[str] = ()) -> None:
+    def __init__(self, preload: Sequence[str] = (), descriptor: int | None = None) -> None:
         self._preload = tuple(preload)
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._asking = threading.Lock()
+        if descriptor is not None:
+            self._control = socket.socket(fileno=descriptor)
+            self._control.settimeout(START_SECONDS)
 
-    def start(self, target: str, arguments: Mapping[str, object], log: str = "") -> tuple[Process, Connection]:
+    def start(
+        self, target: str, arguments: Mapping[str, object], log: str = "", *, own_server: bool = False
+    ) -> tuple[Process, Connection]:
+        """``own_server``: the process gets a forkserver of its own, forked from this one before anything else; the
+        argument ``server`` is its descriptor there."""
         ours, theirs = socket.socketpair()
         with theirs:
-            answer = self._ask({"do": "start", "target": target, "arguments": arguments, "log": log}, theirs.fileno())
+            request = {"do": "start", "target": target, "arguments": arguments, "log": log, "own_server": own_server}
+            answer = self._ask(request, theirs.fileno())
         pid = answer["pid"]
         assert pid is not None
         return ForkedProcess(self, pid), Connection(ours.detach())
 
     def wait(self, pid: int, seconds: float) -> int | None:
         return self._ask({"do": "wait", "pid": pid, "seconds": seconds})["code"]
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Have the server import these before it forks the next process."""
+        new = [name for name in modules if name not in self._preload]
+        if new:
+            self._ask({"do": "import", "modules": new})
+            self._preload += tuple(new)
 
     def close(self) -> None:
         """End the server and everything that it started."""
@@ -75,12 +95,14 @@ class ForkServer:
             self._server = None
 
     def _ask(self, request: Mapping[str, object], descriptor: int | None = None) -> dict[str, int | None]:
-        if self._control is None:
-            self._launch()
-        assert self._control is not None
         try:
-            socket.send_fds(self._control, [json.dumps(request).encode()], [] if descriptor is None else [descriptor])
-            data = self._control.recv(1 << 16)
+            with self._asking:
+                if self._control is None:
+                    self._launch()
+                assert self._control is not None
+                descriptors = [] if descriptor is None else [descriptor]
+                socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
+                data = self._control.recv(1 << 16)
         except OSError as error:
             raise ConformanceError(f"the forkserver does not answer: {error}") from error
         if not data:
@@ -108,6 +130,7 @@ class ForkedProcess:
         self._server = server
         self._pid = pid
         self._code: int | None = None
+        self._waiting = threading.Lock()
 
     @property
     def pid(self) -> int:
@@ -120,15 +143,20 @@ class ForkedProcess:
                 os.kill(self._pid, signal.SIGKILL)
 
     def wait(self, seconds: float) -> int | None:
-        if self._code is None:
-            self._code = self._server.wait(self._pid, seconds)
-        return self._code
+        # The server knows a process no more once it has told how it ended.
+        with self._waiting:
+            if self._code is None:
+                self._code = self._server.wait(self._pid, seconds)
+            return self._code
 
 
 class Spawn:
     """A new interpreter for every process."""
 
-    def start(self, target: str, arguments: Mapping[str, object], log: str = "") -> tuple[Process, Connection]:
+    def start(
+        self, target: str, arguments: Mapping[str, object], log: str = "", *, own_server: bool = False
+    ) -> tuple[Process, Connection]:
+        """``own_server`` is not for what cannot follow a fork."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(

@@ -3,8 +3,10 @@
 Run as ``python -m polyaccel_conformance.workers.server FD [MODULE ...]``, with modules to import beside those that
 every worker needs: FD is a socket on which each message is one JSON line.
 ``{"do": "start", "target": "module:function", "arguments": {...}, "log": PATH}`` comes with a second descriptor, the
-new process's own connection; the answer is ``{"pid": N}``. ``{"do": "wait", "pid": N, "seconds": S}`` answers
-``{"code": C}``: its exit code, negative for a signal, None while it runs.
+new process's own connection; the answer is ``{"pid": N}``. With ``"own_server": true`` the process has a server of its
+own, forked from this one. ``{"do": "import", "modules": [...]}`` answers ``{}``.
+``{"do": "wait", "pid": N, "seconds": S}`` answers ``{"code": C}``: its exit code, negative for a signal, None while it
+runs.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ def serve(control: socket.socket) -> None:
             os.close(descriptors[0])
             running.add(pid)
             answer: Mapping[str, object] = {"pid": pid}
+        elif request["do"] == "import":
+            for name in request["modules"]:
+                importlib.import_module(name)
+            answer = {}
         else:
             code = _wait(request["pid"], request["seconds"])
             if code is not None:
@@ -63,7 +69,10 @@ def _fork(control: socket.socket, descriptor: int, request: Mapping[str, Any]) -
     try:
         control.close()
         redirect(request["log"])
-        run_target(request["target"], Connection(descriptor), request["arguments"])
+        arguments = request["arguments"]
+        if request["own_server"]:
+            arguments = {**arguments, "server": _fork_server(descriptor)}
+        run_target(request["target"], Connection(descriptor), arguments)
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -72,6 +81,24 @@ def _fork(control: socket.socket, descriptor: int, request: Mapping[str, Any]) -
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _fork_server(connection: int) -> int:
+    """A server that this process owns, as clean as the one that it was forked from; the descriptor for asking it."""
+    ours, theirs = socket.socketpair()
+    if os.fork():
+        theirs.close()
+        return ours.detach()
+    try:
+        ours.close()
+        # While it is open here, nobody sees that its owner is gone.
+        os.close(connection)
+        serve(theirs)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def run_target(target: str, connection: Connection, arguments: Mapping[str, Any]) -> None:

@@ -27,12 +27,14 @@ from polyaccel.backend.errors import BackendUnavailable
 from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, run_case
+from polyaccel_conformance.harness.isolation import STARTER
 from polyaccel_conformance.probes.shared import measure, remember
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.promises import mappings, rules, sources
 from polyaccel_conformance.results import encode
 from polyaccel_conformance.subject import OperatorTable, Subject
 from polyaccel_conformance.workers.oracle_cache import OracleCache
+from polyaccel_conformance.workers.process import ForkServer
 
 TARGET = "polyaccel_conformance.workers.worker:main"
 
@@ -90,8 +92,8 @@ class Worker:
         return problem
 
 
-def main(connection: Connection, subject: Mapping[str, str], device: int) -> None:
-    """Serve until the parent closes the connection."""
+def main(connection: Connection, subject: Mapping[str, str], device: int, server: int | None = None) -> None:
+    """Serve until the parent closes the connection. ``server``: the descriptor of a forkserver of its own."""
     faulthandler.enable(sys.stderr)
     try:
         bench, facts = open_bench(Subject.from_json(subject), device)
@@ -99,6 +101,8 @@ def main(connection: Connection, subject: Mapping[str, str], device: int) -> Non
         _send(connection, {"error": {"type": type(error).__name__, "message": str(error)}})
         return
     _send(connection, {"facts": facts})
+    if server is not None:
+        bench.memo[STARTER] = ForkServer(descriptor=server)
     worker = Worker(bench=bench)
     actions: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "case": worker.case,

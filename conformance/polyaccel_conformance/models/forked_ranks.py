@@ -1,0 +1,96 @@
+"""The engine's rank processes, forked from a server that has imported the engine, rather than started afresh.
+
+A new interpreter needs seconds for its imports, and a question on four ranks needs four. The engine's own start of
+processes is what its users have and is tested there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from unittest import mock
+
+from polyaccel.engine import process_executor
+from polyaccel_conformance.workers.process import ForkServer
+
+ENGINE = ("polyaccel.engine.worker_loop", "polyaccel.models.llama", "polyaccel.models.mixtral")
+"""What every rank imports and no device is touched by."""
+TARGET = "polyaccel_conformance.models.forked_ranks:serve"
+
+
+class ForkedRank:
+    """What :class:`polyaccel.parallel.process.WorkerProcess` is to the engine. The server ends it when the engine's
+    process is gone.
+
+    Args:
+        environment: is the server's; every library has one thread there.
+    """
+
+    def __init__(
+        self,
+        server: ForkServer,
+        module: str,
+        function: str,
+        arguments: tuple[object, ...],
+        *,
+        environment: Mapping[str, str] | None = None,
+        send_timeout: float | None = None,
+    ) -> None:
+        self._process, self.connection = server.start(TARGET, {})
+        if send_timeout is not None:
+            seconds, fraction = divmod(send_timeout, 1.0)
+            patience = struct.pack("ll", int(seconds), int(fraction * 1_000_000))
+            with socket.socket(fileno=self.connection.fileno()) as ours:
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+                ours.detach()
+        self.connection.send((module, function, arguments))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.wait(0.0) is None
+
+    def exit_text(self, timeout: float = 2.0) -> str:
+        """How the process ended, for an error message."""
+        code = self._process.wait(timeout)
+        if code is None:
+            return "stopped answering"
+        return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+
+    def kill(self) -> None:
+        """End the process at once. Does not wait; idempotent."""
+        self._process.kill()
+
+    def stop(self, timeout: float) -> None:
+        """Wait ``timeout`` seconds for the process to end by itself, then kill it. Idempotent."""
+        if self._process.wait(timeout) is None:
+            self._process.kill()
+            self._process.wait(5.0)
+
+    def close(self) -> None:
+        """Close the parent's end. Idempotent."""
+        self.connection.close()
+
+
+@contextmanager
+def forked_ranks(server: ForkServer) -> Iterator[None]:
+    """Engines of several ranks that are opened inside fork them from ``server``."""
+    server.preload(ENGINE)
+
+    def start(module: str, function: str, arguments: tuple[object, ...], **options: object) -> ForkedRank:
+        return ForkedRank(server, module, function, arguments, **options)  # type: ignore[arg-type]
+
+    with mock.patch.object(process_executor, "WorkerProcess", start):
+        yield
+
+
+def serve(connection: Connection) -> None:
+    """In the new process: what :mod:`polyaccel.parallel.worker` does."""
+    module, function, arguments = connection.recv()
+    getattr(importlib.import_module(module), function)(connection, *arguments)
