@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from polyaccel_conformance.subject import Subject
 
 SITE = "conformance"
+FOLDER = "folder"
+"""In a bench's memo: a folder that the workers of a run share, and keep what all need in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

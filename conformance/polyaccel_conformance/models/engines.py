@@ -14,6 +14,7 @@ from polyaccel import LLM
 from polyaccel.backend import Backend, TableBackend
 from polyaccel_conformance.models.answers import Answer, Mix, ask_alone, greedy
 from polyaccel_conformance.models.families import ADAPTERS, FAMILIES, prompts, write_adapter, write_model
+from polyaccel_conformance.models.kept import Kept
 from polyaccel_conformance.models.reference import Reference, Request
 from polyaccel_conformance.models.rounding import Rounding, rounding
 
@@ -26,9 +27,13 @@ class Workshop:
     """Folders of models and adapters, made when first asked for, and the reference's answers to them.
 
     Used as a context manager: the files are gone at its end.
+
+    Args:
+        kept: a folder of what the reference says, shared with other processes that ask the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Path | None = None) -> None:
+        self._kept = Kept(kept)
         self._folder = tempfile.TemporaryDirectory(prefix="polyaccel-conformance-")
         self._answers: dict[tuple[str, tuple[str, ...], int], list[Answer]] = {}
         self._rounding: dict[tuple[str, tuple[str, ...]], Rounding] = {}
@@ -81,25 +86,30 @@ class Workshop:
         """The exact log-probabilities of the prompts with the reference's answers, and what rounding may change."""
         key = (family, tuple(str(m) for m in mixes))
         if key not in self._rounding:
-            answers, slots = self.reference(family, mixes), {name: slot for slot, name in enumerate(ADAPTERS)}
-            requests = [
-                Request(ids=np.array([*prompt, *answer.tokens]), queries=1, mix=_by_slot(mix, slots))
-                for prompt, answer, mix in zip(self.prompts(family), answers, mixes, strict=True)
-            ]
-            model = Reference(FAMILIES[family], dict(enumerate(ADAPTERS.values())))
-            self._rounding[key] = rounding(model, requests)
+            self._rounding[key] = self._kept.rounding(key, lambda: self._compute_rounding(family, mixes))
         return self._rounding[key]
+
+    def _compute_rounding(self, family: str, mixes: Sequence[Mix]) -> Rounding:
+        answers, slots = self.reference(family, mixes), {name: slot for slot, name in enumerate(ADAPTERS)}
+        requests = [
+            Request(ids=np.array([*prompt, *answer.tokens]), queries=1, mix=_by_slot(mix, slots))
+            for prompt, answer, mix in zip(self.prompts(family), answers, mixes, strict=True)
+        ]
+        return rounding(Reference(FAMILIES[family], dict(enumerate(ADAPTERS.values()))), requests)
 
     def reference(self, family: str, mixes: Sequence[Mix], block_size: int = 0) -> list[Answer]:
         """Answers of the composites on the CPU: one prompt at a time, nothing overlapped, cached or captured."""
         key = (family, tuple(str(m) for m in mixes), block_size)
         if key not in self._answers:
-            plain = {"overlap": False, "prefix_caching": False, "max_batched_tokens": 512}
-            used = any(m is not None for m in mixes)
-            backend = TableBackend("cpu", {})
-            with self.open(family, backend, adapters=self.adapters(family) if used else None, **plain) as llm:
-                self._answers[key] = ask_alone(llm, self.prompts(family, block_size), mixes, [GREEDY] * len(mixes))
+            self._answers[key] = self._kept.answers(key, lambda: self._ask_reference(family, mixes, block_size))
         return self._answers[key]
+
+    def _ask_reference(self, family: str, mixes: Sequence[Mix], block_size: int) -> list[Answer]:
+        plain = {"overlap": False, "prefix_caching": False, "max_batched_tokens": 512}
+        used = any(m is not None for m in mixes)
+        backend = TableBackend("cpu", {})
+        with self.open(family, backend, adapters=self.adapters(family) if used else None, **plain) as llm:
+            return ask_alone(llm, self.prompts(family, block_size), mixes, [GREEDY] * len(mixes))
 
 
 def _by_slot(mix: Mix, slots: Mapping[str, int]) -> dict[int, float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from polyaccel.backend import Backend
-from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.bench import FOLDER, Bench
 from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.check import Level
 from polyaccel_conformance.device_check import DeviceCheck, DeviceProblem, DeviceQuestion, Facts
@@ -157,7 +158,8 @@ def workshop(bench: Bench) -> Workshop:
 
     shop = bench.memo.get("workshop")
     if not isinstance(shop, Workshop):
-        shop = bench.memo["workshop"] = Workshop()
+        folder = bench.memo.get(FOLDER)
+        shop = bench.memo["workshop"] = Workshop(kept=folder if isinstance(folder, Path) else None)
     return shop
 
 

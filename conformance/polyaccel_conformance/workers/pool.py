@@ -219,7 +219,7 @@ class Pool:
     def _begin(self) -> _Worker:
         self._started += 1
         log = self._folder / f"worker-{self._started}.log"
-        arguments = {"subject": self._subject.to_json(), "device": self._device}
+        arguments = {"subject": self._subject.to_json(), "device": self._device, "folder": str(self._folder)}
         own = isinstance(self._starter, ForkServer)
         process, connection = self._starter.start(TARGET, arguments, str(log), own_server=own)
         deadline = time.monotonic() + OPEN_SECONDS

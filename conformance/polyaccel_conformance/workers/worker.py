@@ -24,7 +24,7 @@ import torch
 
 from polyaccel.backend import Backend
 from polyaccel.backend.errors import BackendUnavailable
-from polyaccel_conformance.bench import Bench
+from polyaccel_conformance.bench import FOLDER, Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, run_case
 from polyaccel_conformance.harness.isolation import STARTER
@@ -92,8 +92,13 @@ class Worker:
         return problem
 
 
-def main(connection: Connection, subject: Mapping[str, str], device: int, server: int | None = None) -> None:
-    """Serve until the parent closes the connection. ``server``: the descriptor of a forkserver of its own."""
+def main(
+    connection: Connection, subject: Mapping[str, str], device: int, folder: str, server: int | None = None
+) -> None:
+    """Serve until the parent closes the connection.
+
+    ``folder``: the workers' own, that they share; ``server``: the descriptor of a forkserver of this worker's own.
+    """
     faulthandler.enable(sys.stderr)
     try:
         bench, facts = open_bench(Subject.from_json(subject), device)
@@ -101,6 +106,7 @@ def main(connection: Connection, subject: Mapping[str, str], device: int, server
         _send(connection, {"error": {"type": type(error).__name__, "message": str(error)}})
         return
     _send(connection, {"facts": facts})
+    bench.memo[FOLDER] = Path(folder)
     if server is not None:
         bench.memo[STARTER] = ForkServer(descriptor=server)
     worker = Worker(bench=bench)
