@@ -74,7 +74,9 @@ class _Doubles(ForkServer):
     fork_safe: bool = True
     started: list[_Double] = field(default_factory=list)
 
-    def start(self, target: str, arguments: Mapping[str, object], log: str = "") -> tuple[Process, Connection]:
+    def start(
+        self, target: str, arguments: Mapping[str, object], log: str = "", *, own_server: bool = False
+    ) -> tuple[Process, Connection]:
         ours, theirs = Pipe()
         double = _Double(theirs)
         if not self.started:
@@ -250,7 +252,9 @@ def test_workers_that_open_and_die_without_end_lose_the_run(monkeypatch: pytest.
     monkeypatch.setattr(pool_module, "MAX_IN_A_ROW", 3)
 
     class Dying(_Doubles):
-        def start(self, target: str, arguments: Mapping[str, object], log: str = "") -> tuple[Process, Connection]:
+        def start(
+            self, target: str, arguments: Mapping[str, object], log: str = "", *, own_server: bool = False
+        ) -> tuple[Process, Connection]:
             process, connection = super().start(target, arguments, log)
             double = self.started[-1]
             if len(self.started) > 1:
