@@ -75,7 +75,7 @@ class _Doubles(ForkServer):
     started: list[_Double] = field(default_factory=list)
 
     def start(
-        self, target: str, arguments: Mapping[str, object], log: str = "", *, own_server: bool = False
+        self, target: str, arguments: Mapping[str, object], log: str = "", **_: bool
     ) -> tuple[Process, Connection]:
         ours, theirs = Pipe()
         double = _Double(theirs)
@@ -253,7 +253,7 @@ def test_workers_that_open_and_die_without_end_lose_the_run(monkeypatch: pytest.
 
     class Dying(_Doubles):
         def start(
-            self, target: str, arguments: Mapping[str, object], log: str = "", *, own_server: bool = False
+            self, target: str, arguments: Mapping[str, object], log: str = "", **_: bool
         ) -> tuple[Process, Connection]:
             process, connection = super().start(target, arguments, log)
             double = self.started[-1]
