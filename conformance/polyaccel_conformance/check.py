@@ -88,7 +88,8 @@ class CaseResult:
     """Everything that is recorded of one case.
 
     ``headroom``: err / tol of each output under tier 2. ``digests``: of the inputs. ``observed``: hash of the outputs.
-    ``notes``: what was measured and is no failure.
+    ``seconds``: of the clock; ``cpu``: of the worker's processor, 0 where several ranks took part. ``notes``: what was
+    measured and is no failure.
     """
 
     case: Case
@@ -100,6 +101,7 @@ class CaseResult:
     digests: Mapping[str, str] = field(default_factory=dict)
     observed: str = ""
     seconds: float = 0.0
+    cpu: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -117,14 +119,17 @@ class CaseResult:
         return not self.passed and not self.wrong
 
 
-def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseResult:
+def run_case(bench: Bench, problem: Problem, checks: Sequence[Check], *, thorough: bool = True) -> CaseResult:
     """Ask every check that applies; failures are collected.
 
     An error of the backend that no check asked for is a failure of cause ``error``, any other exception one of cause
     ``crash: <type>``. The checks share their calls: what they all meet in the same call is reported once, by the first.
+
+    Args:
+        thorough: every part of every question, not only those whose turn it is (:meth:`Trial.asks`).
     """
-    started = time.perf_counter()
-    trial = Trial(bench, problem)
+    started, used = time.perf_counter(), time.process_time()
+    trial = Trial(bench, problem, thorough=thorough)
     case = problem.case
     failures: list[Failure] = []
     asked: list[str] = []
@@ -161,6 +166,7 @@ def run_case(bench: Bench, problem: Problem, checks: Sequence[Check]) -> CaseRes
         digests=problem.digests(),
         observed=observed,
         seconds=time.perf_counter() - started,
+        cpu=time.process_time() - used,
         notes=tuple(dict.fromkeys(notes)),
     )
 

@@ -133,7 +133,7 @@ class OperatorState:
         planned: how many were to be run.
         kinds, implementations: how many each kind and each named implementation served.
         headroom: worst err / tol under tier 2 by ``output dtype``.
-        seconds: of all its cases, and ``slow`` how many took more than 10 ms.
+        seconds: of all its cases, and ``slow`` how many took more than 10 ms of a processor.
         reason: why none ran, where none did.
     """
 
@@ -274,6 +274,7 @@ def result_from_json(value: Mapping[str, Any]) -> CaseResult:
         digests=dict(value["digests"]),
         observed=value["observed"],
         seconds=value["seconds"],
+        cpu=value.get("cpu", 0.0),
         notes=tuple(value.get("notes", ())),
     )
 

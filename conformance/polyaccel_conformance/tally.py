@@ -110,7 +110,7 @@ class Tally:
             headroom=dict(sorted(headroom.items())),
             # Python 3.12 sums more exactly than 3.11 does; a certificate is verified by either.
             seconds=math.fsum(result.seconds for result in results),
-            slow=sum(result.seconds > SLOW_SECONDS for result in results),
+            slow=sum((result.cpu or result.seconds) > SLOW_SECONDS for result in results),
             reason="" if results else "no case was run",
         )
 

@@ -31,6 +31,10 @@ Around = Callable[[Bench], AbstractContextManager[object]]
 """Entered around the call and the wait for the device: another current device, a side stream, a profiler."""
 
 NEW_MEMORY = "(new memory)"
+STATE = 3
+"""In one case of so many weights, caches and adapters are read back around a call."""
+BOTH = 4
+"""In one case of so many both poisons are laid out; in the others the second only where the first says nothing."""
 _STATELESS = frozenset({"tensor", "weight", "attribute", "rope"})
 
 
@@ -86,7 +90,8 @@ class Observation:
         error: what it raised.
         trespassed, changed: by argument, elements written outside of it and elements of it that changed;
             :data:`NEW_MEMORY` for what the call allocated itself.
-        disturbed: by name, elements of weights, caches and adapters that changed and may not; of :data:`POISONED` only.
+        disturbed: by name, elements of weights, caches and adapters that changed and may not; of :data:`POISONED` only,
+            and where the case asks for it.
         fresh: elements of returned tensors that lie in no operand's memory.
         ledger: what the backend says ran.
         planned: what the plan said would run.
@@ -143,6 +148,10 @@ class Trial:
 
     What the call cannot change, or what can be put back (``Prepared.again``), is placed once and shared; the tensor
     arguments and the step are new for each call. :meth:`close` gives it back.
+
+    Attributes:
+        thorough: every part of every question is asked, see :meth:`asks`; a run of all checks is not.
+        kept: by check, what it found and needs again.
     """
 
     bench: Bench
@@ -156,6 +165,8 @@ class Trial:
     _posed: Posed | None = None
     _resolved: Resolved | None = None
     _lent: bool = False
+    thorough: bool = True
+    kept: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def expected(self) -> Mapping[str, Expected | Exactly]:
@@ -201,6 +212,18 @@ class Trial:
         alias, _, original = case.alias.partition("=")
         return bool(original) and original not in spec.argument(alias).may_alias
 
+    def asks(self, part: int, of: int) -> bool:
+        """Whether this case asks ``part`` of a question whose parts take turns over the cases, one in ``of`` of them.
+
+        There are many cases of each operator, and calls are what a case takes its time for. A check that is asked
+        alone, as in shrinking, asks all.
+        """
+        return self.thorough or (int(self.problem.case.key, 16) + part) % of == 0
+
+    def poisoned(self) -> tuple[Setting, ...]:
+        """The calls with poison that every check may look at."""
+        return (POISONED, LARGE) if self.asks(0, BOTH) else (POISONED,)
+
     def seen(self) -> Observation | None:
         """The first observation that some check asked for, if any."""
         return next(iter(self._seen.values()), None)
@@ -215,7 +238,12 @@ class Trial:
     def beside(self, problem: Problem) -> Trial:
         """A trial of a problem that differs in its operands alone: it uses what is placed for this one."""
         return Trial(
-            self.bench, problem, _shared=self._shared, _resolved=self._resolved, _lent=self._shared is not None
+            self.bench,
+            problem,
+            _shared=self._shared,
+            _resolved=self._resolved,
+            _lent=self._shared is not None,
+            thorough=self.thorough,
         )
 
     # -- pieces of a call, for checks that make calls of their own -----------------------------------------------------
@@ -303,7 +331,7 @@ class Trial:
                 room = self._room if self._room is not None else state.Room(bench, problem, prepared)
                 self._room = room if shared else None
                 room.poison(setting.poison)
-                if setting == POISONED:
+                if setting == POISONED and self.asks(1, STATE):
                     before = state.snapshot(bench, problem, prepared)
                 # What was only queued so far is not the call's.
                 bench.synchronize()

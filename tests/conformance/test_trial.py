@@ -14,7 +14,8 @@ from polyaccel_conformance.bench import Bench
 from polyaccel_conformance.case import Case
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.problems.registry import PROBLEM_SETS
-from polyaccel_conformance.trial import LARGE, POISONED, Output, Setting, Trial
+from polyaccel_conformance.schedule import fixed
+from polyaccel_conformance.trial import BOTH, LARGE, POISONED, STATE, Output, Setting, Trial
 
 ADAPTED = ("sgmv", "sgmv_shrink", "sgmv_expand", "embedding", "column_linear", "gate_up_act", "qkv_rope_cache")
 
@@ -133,3 +134,22 @@ def test_an_output_is_not_changed_by_what_is_written_to_its_memory_later() -> No
     tensor.zero_()
     assert np.array_equal(output.values, np.arange(6.0).reshape(2, 3))
     assert np.array_equal(output.bits.view(np.float32), output.values)
+
+
+@pytest.mark.parametrize("operator", ["linear", "qkv_rope_cache", "moe_experts", "sample", "row_parallel_linear"])
+@pytest.mark.parametrize("of", sorted({2, 3, STATE, BOTH}))
+def test_every_part_of_a_question_has_its_turn_in_an_operators_fixed_list_and_no_case_asks_all(
+    operator: str, of: int
+) -> None:
+    bench, problems = Bench(CpuBackend()), PROBLEM_SETS[operator]
+    trials = [Trial(bench, problems.problem(item.case), thorough=False) for item in fixed(problems)]
+    for part in range(of):
+        asked = sum(trial.asks(part, of) for trial in trials)
+        assert len(trials) / of / 2 < asked < len(trials) / of * 2
+    assert all(sum(trial.asks(part, of) for part in range(of)) == 1 for trial in trials)
+
+
+def test_a_check_asked_alone_asks_all_its_parts() -> None:
+    trial = Trial(Bench(CpuBackend()), _problem("linear"))
+    assert trial.poisoned() == (POISONED, LARGE)
+    assert all(trial.asks(part, 3) for part in range(3))

@@ -38,6 +38,7 @@ def _line(value: dict[str, Any]) -> dict[str, Any]:
         "digests": of_inputs(value["digests"]),
         "headroom": headroom,
         "seconds": _rounded(value["seconds"], SECONDS_DIGITS),
+        "cpu": _rounded(value.get("cpu", 0.0), SECONDS_DIGITS),
     }
 
 

@@ -15,7 +15,7 @@ from polyaccel_conformance.case import Case
 from polyaccel_conformance.check import Check, Control, Failure
 from polyaccel_conformance.harness.controls import linear_problem, verdict
 from polyaccel_conformance.problem import Problem
-from polyaccel_conformance.trial import LARGE, POISONED, Observation, Setting, Trial, by_token
+from polyaccel_conformance.trial import POISONED, Observation, Setting, Trial, by_token
 
 Function = Callable[..., Any]
 
@@ -37,7 +37,7 @@ class RunToRun(Check):
     def run(self, trial: Trial) -> Failure | None:
         first = trial.ask()
         # The calls with poison are calls with the same data: where they agree, nothing depends on the run.
-        others = [trial.ask(setting) for setting in (POISONED, LARGE)]
+        others = [trial.ask(setting) for setting in trial.poisoned()]
         if not any(_differing(first, other) for other in others):
             return None
         # Several times: what happens in every third call may happen in none of two.
@@ -103,6 +103,12 @@ class Batch(Check):
         return promised_by_row(trial.problem) or trial.bench.backend.batch_invariant
 
     def _differing(self, trial: Trial) -> list[str]:
+        """Found once, for the verdict and the notes."""
+        if self.name not in trial.kept:
+            trial.kept[self.name] = self._compared(trial)
+        return trial.kept[self.name]
+
+    def _compared(self, trial: Trial) -> list[str]:
         together = trial.ask()
         row = self._row(trial.problem)
         alone = self._alone(trial, row)

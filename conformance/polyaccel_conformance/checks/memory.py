@@ -22,13 +22,15 @@ Function = Callable[..., Any]
 
 def never_written(trial: Trial) -> dict[str, Mask]:
     """By output, the elements that hold each poison in the call with that poison: nobody wrote them."""
-    nan, large = trial.ask(POISONED), trial.ask(LARGE)
     found = {}
-    for name, output in nan.outputs.items():
-        other = large.outputs.get(name)
-        if other is None or other.bits.shape != output.bits.shape or not output.bits.size:
+    for name, output in trial.ask(POISONED).outputs.items():
+        mask = _holds(output, Poison.NAN)
+        if not mask.any():
             continue
-        mask = _holds(output, Poison.NAN) & _holds(other, Poison.LARGE)
+        other = trial.ask(LARGE).outputs.get(name)
+        if other is None or other.bits.shape != output.bits.shape:
+            continue
+        mask &= _holds(other, Poison.LARGE)
         if mask.any():
             # What is added to either poison leaves it as it is, and is no more seen than what was not written. It is
             # added to zero as well.
@@ -85,7 +87,8 @@ class Reads(Check):
     def run(self, trial: Trial) -> Failure | None:
         unwritten = never_written(trial)
         nan, plain = trial.ask(POISONED), trial.ask()
-        for other, kind in ((trial.ask(LARGE), "NaN or large numbers"), (plain, "NaN or zeros")):
+        others = [(trial.ask(LARGE), "NaN or large numbers")] if LARGE in trial.poisoned() else []
+        for other, kind in (*others, (plain, "NaN or zeros")):
             for name, output in nan.outputs.items():
                 mask = _different(output, other.outputs.get(name))
                 if name in unwritten and mask.shape == unwritten[name].shape:
@@ -141,7 +144,7 @@ class Writes(Check):
     name = "memory.writes"
 
     def run(self, trial: Trial) -> Failure | None:
-        for setting in (POISONED, LARGE):
+        for setting in trial.poisoned():
             observation = trial.ask(setting)
             for argument, count in observation.trespassed.items():
                 where = "memory that the call allocated" if argument == NEW_MEMORY else f"argument {argument!r}"

@@ -112,7 +112,7 @@ def _summary(result: RunResult) -> Iterator[str]:
     slow = sum(state.slow for state in result.operators)
     excused = sum(state.not_promised for state in result.operators)
     apart = f", {excused} cases differ in what was never promised" if excused else ""
-    share = f"{100 * slow / max(result.cases, 1):.1f} % above 10 ms"
+    share = f"{100 * slow / max(result.cases, 1):.1f} % above 10 ms of CPU"
     yield (
         f"{result.exit_code.name}: {result.cases} cases of {header.subject.label}, profile {header.profile}, seed "
         f"{header.seed}, {len(result.failures)} kinds of failure{apart}, {result.seconds:.1f} s ({share})"

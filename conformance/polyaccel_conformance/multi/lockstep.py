@@ -28,7 +28,7 @@ def run_on_rank(bench: RankBench, order: RunCase) -> RankVerdict:
     only = problem.only if isinstance(problem, RankedProblem) else ""
     names = tuple(name for name in order.checks if only in ("", name))
     try:
-        result = run_case(bench, problem, checks_named(names))
+        result = run_case(bench, problem, checks_named(names), thorough=len(names) == 1)
     except Abandoned as error:
         return RankVerdict(ending="abandoned", text=str(error), broken=True)
     broken = any(failure.message.startswith(_SPOILING) for failure in result.failures)

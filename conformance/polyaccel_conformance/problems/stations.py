@@ -43,7 +43,14 @@ from polyaccel_conformance.words import Source
 # Their parts are asked about more sizes.
 ROWS = (1, 0, 2, 7, 16, 17)
 WIDTHS = (16, 1, 7, 33, 64, 129)
-RANK_SIZES = (8, 1, 3, 16, 17, 64, MOST_RANK)
+RANK_SIZES = (8, 1, 3, 16, 17, 64)
+LARGE: tuple[Mapping[str, Choice], ...] = (
+    *MANY_ROWS,
+    MappingProxyType({"dims.rank": MOST_RANK, "structure.segments": "runs", "structure.ranks": "mixed"}),
+    MappingProxyType({"dims.rank": MOST_RANK, "structure.segments": "each", "dtype": "bfloat16"}),
+    MappingProxyType({"dims.rank": MOST_RANK, "structure.ranks": "per_slice", "dtype": "float16"}),
+)
+"""Cases beyond those, of every station."""
 
 FORMS = ("float", "int4/g16", "int8/g7")
 
@@ -257,7 +264,7 @@ class ColumnLinearProblems(ProblemSet):
         return {"dims.tokens": (0, 40), "dims.k": (1, 150), "dims.n": (1, 150), "dims.rank": (1, 512)}
 
     def large(self) -> Sequence[Mapping[str, Choice]]:
-        return MANY_ROWS
+        return LARGE
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         return mend_station(axes)

@@ -18,8 +18,8 @@ from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.adapters import sparse
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.rows import coarsest
-from polyaccel_conformance.problems.sgmv import MANY_ROWS, draw_host_adapters
-from polyaccel_conformance.problems.stations import WIDTHS, StationProblem, mend_station, station_axes
+from polyaccel_conformance.problems.sgmv import draw_host_adapters
+from polyaccel_conformance.problems.stations import LARGE, WIDTHS, StationProblem, mend_station, station_axes
 from polyaccel_conformance.problems.weights import HostWeight, tensor_of
 
 EXACT = "integers"
@@ -113,7 +113,7 @@ class RowParallelAddNormProblems(ProblemSet):
         return {"dims.tokens": (0, 40), "dims.k": (1, 150), "dims.n": (1, 150), "dims.rank": (1, 512)}
 
     def large(self) -> Sequence[Mapping[str, Choice]]:
-        return MANY_ROWS
+        return LARGE
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         if axes["data"] in EXACT_KINDS:

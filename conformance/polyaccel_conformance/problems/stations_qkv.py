@@ -20,8 +20,7 @@ from polyaccel_conformance.problem import Exactly, Prepared, Problem, ProblemSet
 from polyaccel_conformance.problems.contraction import EXACT_KINDS
 from polyaccel_conformance.problems.kv_cache import canonical, fill, kv_spec, stored
 from polyaccel_conformance.problems.rows import coarsest
-from polyaccel_conformance.problems.sgmv import MANY_ROWS
-from polyaccel_conformance.problems.stations import StationProblem, mend_station, station_axes
+from polyaccel_conformance.problems.stations import LARGE, StationProblem, mend_station, station_axes
 from polyaccel_conformance.problems.steps import BLOCK_ORDERS, Paging, adapter_rows, build_step
 from polyaccel_conformance.problems.weights import tensor_of
 from polyaccel_conformance.words import Floats, Source
@@ -247,7 +246,7 @@ class QkvRopeCacheProblems(ProblemSet):
         return {"dims.tokens": (0, 20), "dims.k": (1, 70), "dims.heads": (1, 8), "dims.rank": (1, 512)}
 
     def large(self) -> Sequence[Mapping[str, Choice]]:
-        return MANY_ROWS
+        return LARGE
 
     def mend(self, axes: dict[str, Choice]) -> dict[str, Choice] | None:
         tokens, head_dim, rotary_dim = (axes[f"dims.{name}"] for name in ("tokens", "head_dim", "rotary_dim"))

@@ -50,7 +50,8 @@ class Worker:
         problem = self._problem(request["case"])
         if "measured" in request:
             remember(self.bench, problem.case, request["measured"])
-        result = encode(run_case(self.bench, problem, checks_named(request["checks"])))
+        alone = len(request["checks"]) == 1
+        result = encode(run_case(self.bench, problem, checks_named(request["checks"]), thorough=alone))
         return {"result": result, "retire": not self._healthy()}
 
     def measure(self, request: Mapping[str, Any]) -> dict[str, Any]:
