@@ -61,3 +61,38 @@ def test_the_expand_of_a_row_by_itself_is_that_of_rows_in_a_tile(
     b = torch.randn(rank_rows, n, generator=draw)
     added = torch.randn(tokens, n, generator=draw) if residual else None
     both(found, tokens, b, lambda units: expand.expand(y, y[:, n:], starts, units, added))
+
+
+@given(tables(), st.integers(0, 2**20), st.booleans(), st.sampled_from([(8, 8), (12, 8), (8, 4)]))
+def test_the_rotation_of_a_row_by_itself_is_that_of_rows_in_a_tile(
+    made: tuple[dict[str, torch.Tensor], int, int], seed: int, normed: bool, sizes: tuple[int, int]
+) -> None:
+    from polyaccel.backend import RopeTable
+    from polyaccel_cuda.kernels import rope
+
+    (found, tokens, rank_rows), draw = made, torch.Generator().manual_seed(seed)
+    (head_dim, turned), heads = sizes, (2, 1)
+    n = (heads[0] + 2 * heads[1]) * head_dim
+    y = torch.randn(tokens, n + 3 * rank_rows, generator=draw)
+    b = torch.randn(rank_rows, n, generator=draw)
+    angles = torch.rand(tokens + 3, turned // 2, generator=draw)
+    table = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=turned)
+    weight = torch.rand(head_dim, generator=draw) if normed else None
+    positions = torch.randint(0, tokens + 3, (tokens,), generator=draw)
+
+    def run(units: Any) -> torch.Tensor:
+        keys, values = torch.zeros(2, 2, 1, 16, head_dim).unbind()
+        queries = rope.rope_cache(
+            y[:, :n],
+            (*heads, head_dim),
+            table,
+            (weight, weight, 1e-5),
+            (keys, values),
+            torch.arange(tokens),
+            positions,
+            y[:, n:],
+            units,
+        )
+        return torch.cat([part.flatten() for part in (queries, keys, values)])
+
+    both(found, tokens, b, run)
