@@ -52,12 +52,9 @@ class WorkerProcess:
         finally:
             theirs.close()
             os.close(lifeline_read)
-        if send_timeout is not None:
-            seconds, fraction = divmod(send_timeout, 1.0)
-            ours.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(fraction * 1_000_000))
-            )
         self.connection = Connection(ours.detach())
+        if send_timeout is not None:
+            limit_sending(self.connection, send_timeout)
         try:
             self.connection.send((module, function, arguments))
         except BaseException:
@@ -100,6 +97,14 @@ class WorkerProcess:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
+
+
+def limit_sending(connection: Connection, seconds: float) -> None:
+    """Let sending over a socket to an end that reads nothing fail with an OSError after ``seconds``."""
+    whole, fraction = divmod(seconds, 1.0)
+    patience = struct.pack("ll", int(whole), int(fraction * 1_000_000))
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
 
 
 def _signal_name(number: int) -> str:

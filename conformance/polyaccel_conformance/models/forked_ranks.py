@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -17,6 +15,7 @@ from unittest import mock
 
 from polyaccel.backend import RankAddress
 from polyaccel.engine import process_executor
+from polyaccel.parallel.process import limit_sending
 from polyaccel_conformance.workers.process import ForkServer
 
 ENGINE = ("polyaccel.engine.worker_loop", "polyaccel.models.llama", "polyaccel.models.mixtral")
@@ -44,12 +43,13 @@ class ForkedRank:
     ) -> None:
         self._process, self.connection = server.start(TARGET, {})
         if send_timeout is not None:
-            seconds, fraction = divmod(send_timeout, 1.0)
-            patience = struct.pack("ll", int(seconds), int(fraction * 1_000_000))
-            with socket.socket(fileno=self.connection.fileno()) as ours:
-                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-                ours.detach()
-        self.connection.send((module, function, arguments))
+            limit_sending(self.connection, send_timeout)
+        try:
+            self.connection.send((module, function, arguments))
+        except BaseException:
+            self.stop(0.0)
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:
