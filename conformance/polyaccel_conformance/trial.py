@@ -31,7 +31,7 @@ Around = Callable[[Bench], AbstractContextManager[object]]
 """Entered around the call and the wait for the device: another current device, a side stream, a profiler."""
 
 NEW_MEMORY = "(new memory)"
-STATE = 3
+STATE = 5
 """In one case of so many weights, caches and adapters are read back around a call."""
 BOTH = 4
 """In one case of so many both poisons are laid out; in the others the second only where the first says nothing."""

@@ -137,7 +137,7 @@ def test_an_output_is_not_changed_by_what_is_written_to_its_memory_later() -> No
 
 
 @pytest.mark.parametrize("operator", ["linear", "qkv_rope_cache", "moe_experts", "sample", "row_parallel_linear"])
-@pytest.mark.parametrize("of", sorted({2, 3, STATE, BOTH}))
+@pytest.mark.parametrize("of", sorted({2, 3, 6, STATE, BOTH}))
 def test_every_part_of_a_question_has_its_turn_in_an_operators_fixed_list_and_no_case_asks_all(
     operator: str, of: int
 ) -> None:

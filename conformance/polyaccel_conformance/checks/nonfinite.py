@@ -21,7 +21,7 @@ from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.problem import Problem
 from polyaccel_conformance.trial import Trial
 
-TURNS = 3
+TURNS = 6
 Function = Callable[..., Any]
 Mask = npt.NDArray[np.bool_]
 
@@ -39,7 +39,7 @@ def planted(problem: Problem, argument: str, value: float) -> Problem:
 
 class Rules(Check):
     """By the rule of each operand: NaN and infinity reach every output they contribute to, by IEEE arithmetic, and no
-    other. Which these are, the oracle says. Asked of cases whose operands are all contiguous, a third of the pairs of
+    other. Which these are, the oracle says. Asked of cases whose operands are all contiguous, a sixth of the pairs of
     operand and value in turn."""
 
     name = "nonfinite.rules"

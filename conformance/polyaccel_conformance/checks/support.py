@@ -24,7 +24,7 @@ from polyaccel_conformance.oracle.bounded import Expected
 from polyaccel_conformance.problem import Exactly, Prepared, Problem
 from polyaccel_conformance.trial import Output, Setting, Trial, returned
 
-TURNS = 2
+TURNS = 3
 Function = Callable[..., Any]
 
 
@@ -111,8 +111,8 @@ class _Bad:
 
 class BadArguments(Check):
     """An operand of another dtype, width or device is refused by a typed error that names it, before any operand is
-    written to; or the result is right all the same. Asked of cases whose operands are all contiguous, half of the bad
-    operands in turn."""
+    written to; or the result is right all the same. Asked of cases whose operands are all contiguous, a third of the
+    bad operands in turn."""
 
     name = "errors.arguments"
 
