@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from polyaccel.backend.composite.linear import EVIDENCE as PLAIN
+from polyaccel.backend.cpu.evidence import evidence as by_torch
 
 _PRODUCT = ("one_row_kernel", "few_rows_kernel", "many_rows_kernel", "aten::linear", "aten::addmm", "aten::mm")
 _SHRINK = ("shrink_kernel", "sum_planes_kernel")
@@ -26,6 +27,8 @@ _SAMPLE = (
     "aten::log",
     "aten::sub",
     _COPY,
+    # Torch serves few rows of many scores where there is top-k, top-p or logprobs.
+    *by_torch("sample"),
 )
 _EVIDENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

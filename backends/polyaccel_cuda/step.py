@@ -33,6 +33,12 @@ def resolve_tokens_kernel(sources, last_tokens, ids, count, BLOCK: tl.constexpr)
     tl.store(ids + index, tl.where(source < 0, sampled, source), mask=inside)
 
 
+def launch_once(device: torch.device) -> None:
+    """Launch the kernel on nothing of anybody's, as specialised as for most steps: by a multiple of 16."""
+    ids, last = torch.zeros(16, dtype=torch.int64, device=device), torch.zeros(16, dtype=torch.int64, device=device)
+    resolve_tokens_kernel[(1,)](ids, last, ids, 16, BLOCK=256)
+
+
 class CudaStep(Step):
     """A step as kernels take it.
 

@@ -44,6 +44,32 @@ def test_rows_of_several_blocks_give_what_the_oracle_says() -> None:
     assert compared >= CASES // 2
 
 
+def test_steps_that_torch_serves_execute_what_the_entry_declares() -> None:
+    """On a GPU a row of 32,000 scores with top-p ran undeclared operators: no small case comes that way."""
+    from polyaccel_conformance.bench import Bench
+    from polyaccel_conformance.checks.registry import CHECKS
+    from polyaccel_conformance.problems.registry import PROBLEM_SETS
+    from polyaccel_conformance.schedule import fixed
+    from polyaccel_conformance.trial import Trial
+    from polyaccel_cuda import sampling
+    from tests.backends.interpreted.backend import InterpretedBackend
+
+    bench, check, served = Bench(InterpretedBackend()), CHECKS["evidence.native"], 0
+    torch_form = mock.Mock(side_effect=sampling.sampling.sample)
+    suited = [item.case for item in fixed(PROBLEM_SETS["sample"]) if item.case.dims["vocabulary"] <= LARGEST]
+    with (
+        mock.patch.object(sampling, "SEARCHED_COLUMNS", 0),
+        mock.patch.object(sampling.sampling, "sample", torch_form),
+    ):
+        for case in suited:
+            before, trial = torch_form.call_count, Trial(bench, PROBLEM_SETS["sample"].problem(case))
+            found = check.run(trial)
+            if torch_form.call_count > before:
+                assert found is None, f"{case}: {found}"
+                served += 1
+    assert served > len(suited) // 3
+
+
 class Sampler:
     """Requests in slots of one state, sampled together or alone."""
 
