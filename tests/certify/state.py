@@ -10,7 +10,19 @@ from typing import Literal
 from polyaccel_conformance.certificate.sources import tree_digest
 from tests.support.plugins import ROOT
 
-SOURCES = ("polyaccel", "conformance/polyaccel_conformance", "tests")
+SOURCES = (
+    "polyaccel",
+    "conformance/polyaccel_conformance",
+    "tests/conftest.py",
+    "tests/backend",
+    "tests/backends",
+    "tests/certify",
+    "tests/conformance",
+    "tests/models",
+    "tests/project/source.py",
+    "tests/support",
+)
+"""What stages run. Hours of them are not forgotten for a change to the tests of kernels."""
 Verdict = Literal["passed", "failed", "partial"]
 
 

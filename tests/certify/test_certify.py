@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tests.certify import __main__ as program
 from tests.certify.backends import BACKENDS, Installed
 from tests.certify.stages import Command, Place, Ran, Stage, figures, folders_of_tests
-from tests.certify.state import Outcome, State
+from tests.certify.state import SOURCES, Outcome, State
 from tests.project.source import ROOT
 
 
@@ -72,6 +73,15 @@ def test_outcomes_of_other_sources_are_forgotten(tmp_path: Path) -> None:
     state.write()
     assert State.read(tmp_path / "state.json").outcomes == {}
     assert State.read(tmp_path / "state.json").seeds == []
+
+
+def test_all_that_the_stages_tests_import_of_the_tests_is_among_the_sources() -> None:
+    known = {name.removesuffix(".py").replace("/", ".") for name in SOURCES if name.startswith("tests/")}
+    for name in SOURCES:
+        for path in (ROOT / name).rglob("*.py") if name.startswith("tests/") else ():
+            for module in re.findall(r"^\s*(?:from|import) (tests\.[\w.]+)", path.read_text(encoding="utf-8"), re.M):
+                assert any(f"{module}.".startswith(f"{place}.") for place in known), f"{path} imports {module}"
+    assert "tests.conformance" in known
 
 
 def test_every_backend_ten_seeds_and_every_folder_of_tests_has_a_stage() -> None:
