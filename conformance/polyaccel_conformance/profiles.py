@@ -35,7 +35,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         for profile in (
             Profile(name="quick", examples=25, scale=0.5),
             Profile(name="default", examples=200, scale=2),
-            Profile(name="certify", examples=500, scale=4, fresh=True),
+            Profile(name="certify", examples=1000, scale=4, fresh=True),
             Profile(name="fuzz", examples=5000, scale=4, fresh=True),
         )
     }

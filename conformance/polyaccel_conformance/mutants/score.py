@@ -54,11 +54,12 @@ def hunt(
     """The whole quick list of what it changes, ended by the first failure of its check.
 
     Args:
-        corpus: the fixed list and the drawn cases of ``quick``; without it the drawn cases of ``default`` alone.
+        corpus: the fixed list and the drawn cases of ``quick``; without it the drawn cases of ``certify`` alone, which
+            is the profile of fresh seeds.
         subject: another host with the mutant planted in it.
     """
     check = mutant.check
-    profile = "quick" if corpus else "default"
+    profile = "quick" if corpus else "certify"
     options = Options(profile=profile, seed=seed, checks=(check,), stop_at=check, corpus=corpus)
     return _scored(mutant, options, server, subject)
 

@@ -12,6 +12,8 @@ from polyaccel_conformance.results import RunResult
 
 WIDE = 100
 """Characters of one reason; the other forms of a report give all of them in full."""
+TITLE = 60
+"""Characters of a level's title on one line: where it is restricted it names every cell."""
 
 
 def terminal(report: Report) -> str:
@@ -75,7 +77,10 @@ def _wrapped(text: str) -> list[str]:
 
 def levels(report: Report) -> list[str]:
     """The levels as a table."""
-    rows = [[level.title, level.verdict.value, _why(level)] for level in report.levels]
+    rows = []
+    for level in report.levels:
+        first, *others = textwrap.wrap(level.title, TITLE, subsequent_indent="  ", break_on_hyphens=False)
+        rows += [[first, level.verdict.value, _why(level)], *([line, "", ""] for line in others)]
     return table(["level", "verdict", "why"], rows)
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from polyaccel_conformance.certificate.recount import recount
+from polyaccel_conformance.levels.grant import Verdict
 from polyaccel_conformance.log import read_log
 from polyaccel_conformance.report.markdown import markdown
 from polyaccel_conformance.report.model import Report, grids
 from polyaccel_conformance.report.page import page
-from polyaccel_conformance.report.terminal import terminal
+from polyaccel_conformance.report.terminal import levels, terminal
 from tests.conformance.certificate.small_run import failing, write_log
 
 
@@ -70,9 +72,15 @@ def test_every_form_names_levels_operators_failures_and_what_was_not_exercised(r
         assert "check device.wrong_current: " in text
 
 
-def test_text_from_a_run_is_escaped(report: Report) -> None:
-    from dataclasses import replace
+def test_a_long_title_widens_no_other_row_of_the_terminals_table(report: Report) -> None:
+    cells = ", ".join(f"sgmv rank {rank}" for rank in range(100))
+    narrow = replace(report.levels[0], verdict=Verdict.RESTRICTED, restriction=cells)
+    lines = levels(replace(report, levels=(narrow, *report.levels[1:])))
+    assert "sgmv rank 99" in "\n".join(lines)
+    assert max(map(len, lines)) < 200
 
+
+def test_text_from_a_run_is_escaped(report: Report) -> None:
     result = replace(report.result, incomplete="<script>alert(1)</script>")
     text = page(replace(report, result=result))
     assert "<script>" not in text

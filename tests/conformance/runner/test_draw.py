@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,15 @@ def test_a_few_drawn_cases_have_the_sizes_of_large_ones() -> None:
     assert 1 <= sum(k in far for k in drawn) <= len(drawn) // 8
 
 
+@pytest.mark.parametrize("base", range(5))
+def test_drawn_cases_hold_most_triples_of_listed_values(base: int) -> None:
+    # Hypothesis' own choices alone lack 45 to 61 of these 144 triples.
+    problems = PROBLEM_SETS["silu_and_mul"]
+    axes = problems.axes()
+    have = {(case.dim("tokens"), case.dtype, case.axes()["data"]) for case in examples(problems, 500, base, scale=2)}
+    assert len(set(itertools.product(axes["dims.tokens"], axes["dtype"], axes["data"])) - have) <= 40
+
+
 def test_uniform_cases_are_the_same_for_the_same_seed_and_know_no_boundaries() -> None:
     assert uniform(LINEAR, 20, 3) == uniform(LINEAR, 20, 3) != uniform(LINEAR, 20, 4)
     drawn = [case.dim("k") for case in uniform(LINEAR, 300, 3)]
@@ -123,7 +133,7 @@ def test_the_neighbours_of_a_tile_are_drawn(tile: int, beside: int) -> None:
 def test_of_several_ranks_a_third_of_a_profiles_cases_is_drawn_and_no_fewer_than_quick_draws() -> None:
     problems = RANKED_SETS["sgmv"]
     counts = {name: len(drawn(problems, profile_of(name), 0, ranks=2)) for name in ("quick", "default", "certify")}
-    assert counts == {"quick": 25, "default": 66, "certify": 166}
+    assert counts == {"quick": 25, "default": 66, "certify": 333}
     assert len(drawn(PROBLEM_SETS["sgmv"], profile_of("default"), 0)) == 200
 
 
