@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -130,8 +131,16 @@ def _examples(problems: ProblemSet, count: int, base: int, scale: float, ranks: 
     # Runs of many mutants ask for the same ones again and again.
     source = _at(problems, ranks)
     cases = examples(source, count, base, scale=scale, limits={"ranks": ranks})
-    waiting = [case for case in cases if source.waits(case)][WAITING:]
-    return tuple(case for case in cases if case not in waiting)
+    seen: Counter[str] = Counter()
+    turn: dict[str, int] = {}
+    for case in cases:
+        if source.waits(case):
+            kind = str(sorted(case.structure.items()))
+            turn[case.key] = seen[kind]
+            seen[kind] += 1
+    # The first of every kind, then the second of every kind: four of one kind would leave another out.
+    kept = sorted(turn, key=turn.__getitem__)[:WAITING]
+    return tuple(case for case in cases if case.key not in turn or case.key in kept)
 
 
 def countable(problems: ProblemSet) -> bool:
