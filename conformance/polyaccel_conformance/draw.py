@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -23,6 +24,7 @@ from polyaccel_conformance.case import Case, Choice
 from polyaccel_conformance.problem import ProblemSet
 from polyaccel_conformance.words import Source
 
+T = TypeVar("T")
 TILES = (16, 32, 64, 128, 256, 512, 1024)
 SEEDS = 2**32
 EVEN = 2
@@ -57,7 +59,7 @@ def cases(
             # From a hash: parts of what Hypothesis has drawn it draws again. The simplest data keep the simplest case.
             source = Source(data)
             name = str(sorted(map(str, chosen.items())))
-            if source.integers(f"even {name}", (1,), 0, EVEN - 1)[0] == 0:
+            if _one_of(range(EVEN), source, f"even {name}") == 0:
                 chosen = {path: axis.even(source, f"{path} {name}") for path, axis in axes.items()}
             chosen |= _far(far, source, name)
         row = problems.mend(chosen)
@@ -121,11 +123,8 @@ def uniform(
         source = Source(base * 1_000_003 + number)
         row: dict[str, Choice] = {}
         for path, values in axes.items():
-            if path in ranges:
-                row[path] = int(source.integers(path, (1,), *ranges[path])[0])
-                continue
-            listed = _within(values, limits.get(path))
-            row[path] = listed[int(source.integers(path, (1,), 0, len(listed) - 1)[0])]
+            low, high = ranges.get(path, (0, -1))
+            row[path] = _one_of(range(low, high + 1) or _within(values, limits.get(path)), source, path)
         mended = problems.mend(row)
         if mended is not None:
             found.append(Case.of(problems.operator, mended, int(source.integers("seed", (1,), 0, SEEDS - 1)[0])))
@@ -136,7 +135,7 @@ def _far(sizes: Sequence[Mapping[str, Choice]], source: Source, name: str) -> Ma
     """The sizes of a large case, for one drawn case in so many."""
     if not sizes:
         return {}
-    index = int(source.integers(f"far {name}", (1,), 0, FAR * len(sizes) - 1)[0])
+    index = _one_of(range(FAR * len(sizes)), source, f"far {name}")
     return sizes[index] if index < len(sizes) else {}
 
 
@@ -155,27 +154,29 @@ class _Axis:
     """What one axis is drawn from: its listed values, and half of the time its range where it has one."""
 
     listed: Sequence[Choice]
-    bounds: tuple[int, int] | None = None
+    plain: range = range(0)
+    near: Sequence[int] = ()
 
     @classmethod
     def of(cls, listed: Sequence[Choice], bounds: tuple[int, int] | None, scale: float) -> _Axis:
-        return cls(listed=listed, bounds=bounds and (bounds[0], max(int(bounds[1] * scale), bounds[0])))
+        if bounds is None:
+            return cls(listed=listed)
+        low, high = bounds[0], max(int(bounds[1] * scale), bounds[0])
+        return cls(listed=listed, plain=range(low, high + 1), near=_near_tiles(low, high))
 
     def strategy(self) -> st.SearchStrategy[Choice]:
         listed: st.SearchStrategy[Choice] = st.sampled_from(self.listed)
-        return listed if self.bounds is None else st.one_of(listed, boundary_integers(*self.bounds))
+        return st.one_of(listed, boundary_integers(self.plain[0], self.plain[-1])) if self.plain else listed
 
     def even(self, source: Source, name: str) -> Choice:
         """By the same shares, and each value of a share as often as another."""
+        plain, near = self.plain or self.listed, self.near or self.plain or self.listed
+        share = _one_of((self.listed, self.listed, near, plain), source, f"where {name}")
+        return _one_of(share, source, name)
 
-        def one_of(values: Sequence[Choice]) -> Choice:
-            return values[int(source.integers(name, (1,), 0, len(values) - 1)[0])]
 
-        where = int(source.integers(f"where {name}", (1,), 0, 3)[0])
-        if self.bounds is None or where < 2:
-            return one_of(self.listed)
-        near = _near_tiles(*self.bounds)
-        return one_of(near) if near and where == 2 else one_of(range(self.bounds[0], self.bounds[1] + 1))
+def _one_of(values: Sequence[T], source: Source, name: str) -> T:
+    return values[int(source.integers(name, (1,), 0, len(values) - 1)[0])]
 
 
 def _within(values: Sequence[Choice], limit: int | None) -> list[Choice]:
